@@ -1,0 +1,1 @@
+"""Backends: one folder each, found through :func:`qigen.backends.base.backend`."""

@@ -1,0 +1,60 @@
+"""What a backend is to the rest of the compiler: ISA rows and kernels as data.
+
+The compiler never imports a backend by name; it asks :func:`backend` for one.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from types import ModuleType
+
+from qigen.errors import Unsupported
+
+_BACKENDS = ("cpu",)
+
+
+@dataclass(frozen=True)
+class Isa:
+    """One row of the ISA table.
+
+    ``features`` are the names of :data:`qigen.targets.features.FEATURES` that the machine must
+    have, ``flags`` make the compiler emit them. ``registers`` counts vectors of 16 lanes (an ISA
+    whose lanes take two registers has half as many). ``dot_limit`` is the largest magnitude that a
+    lane of the byte dot product holds before it must be widened (None: no limit can be reached).
+    ``issue`` gives vector instructions a cycle by class, ``lanes_per_vector`` how many instructions
+    one 16-lane primitive is.
+    """
+
+    name: str
+    template: str
+    features: tuple[str, ...]
+    flags: tuple[str, ...]
+    registers: int
+    vectors: int
+    dot_limit: int | None
+    dot_instructions: int
+    flush_instructions: int
+    source: str = ""
+
+    @property
+    def header(self) -> str:
+        """Name of the rendered header of primitives."""
+        return f"isa_{self.name}.h"
+
+
+@dataclass(frozen=True)
+class KernelSource:
+    """A rendered translation unit and the functions that it defines."""
+
+    name: str
+    text: str
+    isa: str
+    entries: tuple[str, ...]
+
+
+def backend(name: str) -> ModuleType:
+    """The module of a backend (``qigen.backends.<name>``); Unsupported names the known ones."""
+    if name not in _BACKENDS:
+        raise Unsupported(f"backend {name} does not exist; the backends are {', '.join(_BACKENDS)}")
+    return importlib.import_module(f"qigen.backends.{name}")

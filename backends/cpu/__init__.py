@@ -1,0 +1,1 @@
+"""The CPU backend: ISA rows, kernel families and their schedule spaces."""

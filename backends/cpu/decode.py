@@ -1,0 +1,236 @@
+"""How a kernel reads one K-block: the bridge from a format row to the statements of a template.
+
+A K-block is cut into *segments* of at most 32 weights that share one scale and one activation
+scale. A segment is read in *steps* of 4 weights: one vector of 16 rows x 4 codes, which is what a
+byte dot product takes. Everything here is derived from the format row and the layout; adding a
+format adds nothing to this file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qigen.formats.algebra import Field, Format
+from qigen.formats.layout import Layout, field_offsets, field_planes
+
+ACTIVATION_GROUP = 32
+"""Activations are quantized in groups of this many values along K."""
+
+STEP = 4
+"""Weights of one row that a byte dot product consumes."""
+
+
+@dataclass(frozen=True)
+class PlaneRead:
+    """Bits of a step (or of one field element) inside a word of 16 lanes.
+
+    ``right`` is the shift to the right (negative: to the left) that brings the bits to their place
+    ``low`` in the code; ``mask`` keeps them (a byte mask for codes, a lane mask for fields).
+    """
+
+    word: str
+    offset: int
+    lane_bits: int
+    load: bool
+    right: int
+    mask: int
+    masked: bool
+
+
+@dataclass(frozen=True)
+class Step:
+    """Weights ``k .. k+3`` of the K-block for 16 rows; ``digit`` is the base-3 digit to take."""
+
+    k: int
+    reads: tuple[PlaneRead, ...]
+    digit: int | None
+
+
+@dataclass(frozen=True)
+class ScaleRead:
+    """Field elements that make the scale and minimum of a segment, by field name."""
+
+    name: str
+    reads: tuple[PlaneRead, ...]
+    signed: bool
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Steps that share one scale; ``group`` counts the segments of the K-block's scale groups."""
+
+    k: int
+    length: int
+    group: int
+    new_group: bool
+    steps: tuple[Step, ...]
+    fields: tuple[ScaleRead, ...]
+
+
+@dataclass(frozen=True)
+class DecodePlan:
+    """All that a template needs to read one K-block of a format."""
+
+    format: Format
+    layout: Layout
+    kblock: int
+    segments: tuple[Segment, ...]
+    segment_length: int
+    masks: tuple[int, ...]
+    lane_masks: tuple[int, ...]
+
+    @property
+    def has_minimum(self) -> bool:
+        names = {f.name for f in self.format.fields}
+        return bool(names & {"m", "dmin"})
+
+    @property
+    def unpack_instructions(self) -> int:
+        """Vector instructions that turn one K-block's words into step vectors (cost model)."""
+        count = 0
+        for segment in self.segments:
+            for step in segment.steps:
+                if step.digit is not None:
+                    count += 6
+                    continue
+                for i, read in enumerate(step.reads):
+                    count += (read.right != 0) + (read.masked or i > 0)
+                count += self.format.table is not None
+        return count
+
+    @property
+    def scale_instructions(self) -> int:
+        """Vector instructions that make the scales and minima of one K-block (cost model)."""
+        count = 0
+        for segment in self.segments:
+            if not segment.new_group:
+                continue
+            for scale in segment.fields:
+                count += 1 + sum((r.right != 0) + r.masked for r in scale.reads)
+            count += 2 * (len(segment.fields) > 1)
+        return count
+
+
+def _lane_reads(
+    format: Format,
+    field: Field,
+    block: int,
+    element: int,
+    offsets: dict[tuple[str, int, int], int],
+    seen: set[str],
+) -> tuple[PlaneRead, ...]:
+    """Reads of one element of a field in lane order (scales and minima)."""
+    reads = []
+    for plane in field_planes(format, field):
+        bit = element * plane.bits
+        word = bit // plane.word_bits
+        name = f"{field.name}{block}_{plane.index}_{word}"
+        reads.append(
+            PlaneRead(
+                word=name,
+                offset=offsets[field.name, block, plane.index] + word * 2 * plane.word_bits,
+                lane_bits=plane.word_bits,
+                load=name not in seen,
+                right=bit % plane.word_bits - plane.low,
+                mask=((1 << plane.bits) - 1) << plane.low,
+                masked=plane.bits != plane.word_bits,
+            )
+        )
+        seen.add(name)
+    return tuple(reads)
+
+
+def _code_step(
+    format: Format,
+    field: Field,
+    block: int,
+    k: int,
+    offsets: dict[tuple[str, int, int], int],
+    seen: set[str],
+) -> Step:
+    """The step that holds weights ``k .. k+3`` of a source block, in dot order."""
+    if format.base3:
+        # ggml's TQ1_0: 32 bytes of 5 digits, 16 bytes of 5 digits, 4 bytes of 4 digits
+        if k < 160:
+            word, digit = (k % 32) // STEP, k // 32
+        elif k < 240:
+            word, digit = 8 + ((k - 160) % 16) // STEP, (k - 160) // 16
+        else:
+            word, digit = 12, (k - 240) // STEP
+        name = f"{field.name}{block}_0_{word}"
+        read = PlaneRead(
+            name, offsets[field.name, block, 0] + 64 * word, 32, name not in seen, 0, 0xFF, False
+        )
+        seen.add(name)
+        return Step(block * format.block + k, (read,), digit)
+    reads = []
+    for plane in field_planes(format, field):
+        per_word = 32 // plane.bits
+        word = k // per_word
+        slot = (k % per_word) // STEP
+        name = f"{field.name}{block}_{plane.index}_{word}"
+        reads.append(
+            PlaneRead(
+                word=name,
+                offset=offsets[field.name, block, plane.index] + 64 * word,
+                lane_bits=32,
+                load=name not in seen,
+                right=plane.bits * slot - plane.low,
+                mask=((1 << plane.bits) - 1) << plane.low,
+                masked=plane.bits != 8,
+            )
+        )
+        seen.add(name)
+    return Step(block * format.block + k, tuple(reads), None)
+
+
+def decode_plan(format: Format, layout: Layout) -> DecodePlan:
+    """The decode plan of a quantized format (``float_kind`` is None) in a layout."""
+    assert format.float_kind is None, f"{format.name} holds floats: nothing to decode"
+    offsets = field_offsets(format, layout)
+    codes = next(f for f in format.fields if f.name == "codes")
+    others = [f for f in format.fields if f.name != "codes"]
+    length = min(format.group, ACTIVATION_GROUP)
+    seen: set[str] = set()
+    segments = []
+    for block in range(layout.blocks):
+        for k in range(0, format.block, length):
+            group = k // format.group
+            new_group = k % format.group == 0
+            steps = tuple(
+                _code_step(format, codes, block, j, offsets, seen)
+                for j in range(k, k + length, STEP)
+            )
+            fields = tuple(
+                ScaleRead(
+                    f.name,
+                    _lane_reads(
+                        format,
+                        f,
+                        block,
+                        group * f.count // (format.block // format.group),
+                        offsets,
+                        seen,
+                    ),
+                    f.name == "sub" and format.sub_signed,
+                )
+                for f in others
+            )
+            segments.append(
+                Segment(
+                    block * format.block + k,
+                    length,
+                    block * (format.block // format.group) + group,
+                    new_group,
+                    steps,
+                    fields,
+                )
+            )
+    masks = sorted({r.mask for s in segments for t in s.steps for r in t.reads if r.masked})
+    lane_masks = sorted(
+        {r.mask for s in segments for f in s.fields if not f.signed for r in f.reads if r.masked}
+    )
+    return DecodePlan(
+        format, layout, layout.blocks * format.block, tuple(segments), length,
+        tuple(masks), tuple(lane_masks),
+    )

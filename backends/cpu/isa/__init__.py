@@ -1,0 +1,19 @@
+"""The ISA table of the CPU backend: one file a row."""
+
+from __future__ import annotations
+
+from qigen.backends.base import Isa
+from qigen.backends.cpu.isa.avx2 import AVX2
+from qigen.backends.cpu.isa.avx512vnni import AVX512VNNI
+from qigen.backends.cpu.isa.scalar import SCALAR
+from qigen.errors import Unsupported
+
+ISAS: dict[str, Isa] = {isa.name: isa for isa in (SCALAR, AVX2, AVX512VNNI)}
+"""Rows from the most portable to the fastest."""
+
+
+def by_name(name: str) -> Isa:
+    """The ISA row ``name``; Unsupported names the known ones."""
+    if name not in ISAS:
+        raise Unsupported(f"ISA {name} is unknown; choose one of {', '.join(ISAS)}")
+    return ISAS[name]

@@ -1,0 +1,211 @@
+"""What every ISA header must provide: the primitives, their C++ signatures and numpy meanings.
+
+A new ISA is a row of the ISA table and a header with the functions named here. The differential
+test calls each of them on random and edge inputs and compares with ``meaning``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+LANES = 16
+
+KINDS: dict[str, tuple[str, int]] = {
+    "vf": ("float32", LANES),
+    "vi": ("int32", LANES),
+    "vb": ("uint8", 4 * LANES),
+    "float": ("float32", 1),
+    "int": ("int32", 1),
+    "float*": ("float32", LANES),
+    "half*": ("uint16", LANES),
+    "int8*": ("int8", LANES),
+    "uint8*": ("uint8", LANES),
+    "uint16*": ("uint16", LANES),
+    "int32*": ("int32", LANES),
+    "x4": ("int8", 4),
+}
+"""Operand kinds: element type and count. 'vb' is a vi seen as 64 bytes, 'half*' are f16 bits, 'x4'
+the four activations of a dot product."""
+
+
+@dataclass(frozen=True)
+class Operand:
+    """An argument; elements lie in [low, high], or are any bit pattern if that is None."""
+
+    kind: str
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class Primitive:
+    """A function of the ISA headers (or of epilogue.h, which is written with them).
+
+    ``meaning`` maps arrays [cases, count] of the arguments' kinds to one of the result's kind;
+    ``or_else`` is a second result that is also right. ``call`` is the C++ expression, ``{0}``,
+    ``{1}``.. its arguments and ``{out}`` where it stores its result; it defaults to a plain call.
+    ``ulps`` is how far a float may lie from the rounded meaning. ``narrow`` marks what only ISAs
+    with a ``dot_limit`` need.
+    """
+
+    name: str
+    arguments: tuple[Operand, ...]
+    result: str
+    meaning: Callable[..., Array]
+    call: str = ""
+    or_else: Callable[..., Array] | None = None
+    ulps: float = 0
+    narrow: bool = False
+
+    @property
+    def label(self) -> str:
+        """The name with its template argument, e.g. ``vi_srl<8>``."""
+        found = re.match(rf"{self.name}<\d+>", self.call)
+        return found.group() if found else self.name
+
+    @property
+    def expression(self) -> str:
+        """The C++ expression that ``call`` gives or defaults to."""
+        places = ", ".join(f"{{{i}}}" for i in range(len(self.arguments)))
+        return self.call or f"{self.name}({places})"
+
+
+_VF, _VI, _VB = Operand("vf"), Operand("vi"), Operand("vb")
+_SUMMABLE = Operand("vf", -1e4, 1e4)
+_COUNT = Operand("int", 0, LANES)
+_CODE = Operand("vb", 0, 15)
+_SHIFTS = (1, 4, 7, 8, 16, 23, 24, 31)
+
+
+def _f32(x: Array) -> Array:
+    return np.asarray(x).astype(np.float32)
+
+
+def _f64(x: Array) -> Array:
+    return np.asarray(x).astype(np.float64)
+
+
+def _tree_sum(a: Array) -> Array:
+    """Halves are added to halves, in float32: the order of every header."""
+    while a.shape[1] > 1:
+        half = a.shape[1] // 2
+        a = a[:, :half] + a[:, half:]
+    return a
+
+
+def _wrap(a: Array) -> Array:
+    return np.asarray(a).astype(np.int64).astype(np.uint32).view(np.int32)
+
+
+def _head(a: Array, n: Array) -> Array:
+    return np.where(np.arange(LANES) < n, a, np.float32(0))
+
+
+def _dot(z: Array, codes: Array, x: Array) -> Array:
+    """i32 [cases, 16]: z + the sum of 4 codes by 4 activations in each lane."""
+    products = codes.reshape(len(codes), LANES, 4).astype(np.int64) * x[:, None, :]
+    return _wrap(products.sum(axis=2) + z)
+
+
+def _shift(name: str, n: int, meaning: Callable[[Array], Array]) -> Primitive:
+    return Primitive(name, (_VI,), "vi", meaning, f"{name}<{n}>({{0}})")
+
+
+PRIMITIVES: tuple[Primitive, ...] = (
+    # f32 lanes
+    Primitive("vf_zero", (), "vf", lambda: np.zeros((1, LANES), np.float32)),
+    Primitive("vf_set1", (Operand("float"),), "vf", lambda x: np.repeat(x, LANES, axis=1)),
+    Primitive("vf_load", (Operand("float*"),), "vf", lambda p: p),
+    Primitive("vf_store", (_VF,), "float*", lambda x: x, "vf_store({out}, {0})"),
+    Primitive("vf_load_n", (Operand("float*"), _COUNT), "vf", _head),
+    Primitive("vf_store_n", (_VF, _COUNT), "float*", _head, "vf_store_n({out}, {0}, {1})"),
+    Primitive("vf_load_f16", (Operand("half*"),), "vf", lambda p: _f32(p.view(np.float16))),
+    Primitive("vf_store_f16", (_VF,), "half*", lambda x: x.astype(np.float16).view(np.uint16),
+              "vf_store_f16({out}, {0})"),
+    Primitive("vf_load_i8", (Operand("int8*"),), "vf", _f32),
+    Primitive("vf_add", (_VF, _VF), "vf", lambda a, b: a + b),
+    Primitive("vf_sub", (_VF, _VF), "vf", lambda a, b: a - b),
+    Primitive("vf_mul", (_VF, _VF), "vf", lambda a, b: a * b),
+    Primitive("vf_div", (_VF, _VF), "vf", lambda a, b: a / b),
+    # the second operand wins if either is a NaN
+    Primitive("vf_max", (_VF, _VF), "vf", lambda a, b: np.where(a > b, a, b)),
+    Primitive("vf_min", (_VF, _VF), "vf", lambda a, b: np.where(a < b, a, b)),
+    Primitive("vf_abs", (_VF,), "vf", np.abs),
+    Primitive("vf_fma", (_VF, _VF, _VF), "vf", lambda a, b, c: _f32(_f64(a) * b + c),
+              or_else=lambda a, b, c: a * b + c),
+    Primitive("vf_round", (_VF,), "vf", np.rint),
+    Primitive("vf_reduce_add", (_SUMMABLE,), "float", _tree_sum),
+    Primitive("vf_reduce_max", (_SUMMABLE,), "float", lambda a: a.max(axis=1, keepdims=True)),
+    Primitive("vf_from_i32", (_VI,), "vf", _f32),
+    Primitive("vf_from_bits", (_VI,), "vf", lambda a: a.view(np.float32)),
+    Primitive("vi_round_f32", (Operand("vf", -2147483520.0, 2147483520.0),), "vi",
+              lambda a: np.rint(a).astype(np.int32)),
+    # i32 lanes
+    Primitive("vi_zero", (), "vi", lambda: np.zeros((1, LANES), np.int32)),
+    Primitive("vi_set1", (Operand("int"),), "vi", lambda x: np.repeat(x, LANES, axis=1)),
+    Primitive("vi_load", (Operand("int32*"),), "vi", lambda p: p),
+    Primitive("vi_store", (_VI,), "int32*", lambda x: x, "vi_store({out}, {0})"),
+    Primitive("vi_load_u16", (Operand("uint16*"),), "vi", lambda p: p.astype(np.int32)),
+    Primitive("vi_load_u8", (Operand("uint8*"),), "vi", lambda p: p.astype(np.int32)),
+    Primitive("vi_store_i8", (Operand("vi", -128, 127),), "int8*", lambda x: x.astype(np.int8),
+              "vi_store_i8({out}, {0})"),
+    Primitive("vi_and", (_VI, _VI), "vi", lambda a, b: a & b),
+    Primitive("vi_or", (_VI, _VI), "vi", lambda a, b: a | b),
+    Primitive("vi_xor", (_VI, _VI), "vi", lambda a, b: a ^ b),
+    Primitive("vi_or_and", (_VI, _VI, _VI), "vi", lambda a, b, m: a | (b & m)),
+    Primitive("vi_add", (_VI, _VI), "vi", lambda a, b: _wrap(a.astype(np.int64) + b)),
+    Primitive("vi_sub", (_VI, _VI), "vi", lambda a, b: _wrap(a.astype(np.int64) - b)),
+    *(_shift("vi_srl", n, lambda a, n=n: (a.view(np.uint32) >> np.uint32(n)).view(np.int32))
+      for n in _SHIFTS),
+    *(_shift("vi_sll", n, lambda a, n=n: (a.view(np.uint32) << np.uint32(n)).view(np.int32))
+      for n in _SHIFTS),
+    *(_shift("vi_sra", n, lambda a, n=n: a >> np.int32(n)) for n in _SHIFTS),
+    Primitive("vi_reduce_add", (Operand("vi", -(2**26), 2**26),), "int",
+              lambda a: a.sum(axis=1, keepdims=True, dtype=np.int32)),
+    # bytes
+    Primitive("vb_table", (Operand("uint8*"),), "vb", lambda t: np.tile(t, 4)),
+    Primitive("vb_lookup", (Operand("uint8*"), _CODE), "vb",
+              lambda t, c: np.take_along_axis(t, c.astype(np.intp), axis=1),
+              "vb_lookup(vb_table({0}), {1})"),
+    Primitive("vb_digit3", (_VB,), "vb", lambda r: (r.astype(np.int32) * 3 >> 8).astype(np.uint8)),
+    Primitive("vb_next3", (_VB,), "vb", lambda r: r * np.uint8(3)),
+    # dot products: 129 * 127 * 2 is the most that a narrow lane of 16 bits takes in a step
+    Primitive("vq_init", (_VI,), "vi", lambda z: z, "vq_finish(vq_init({0}))"),
+    Primitive("vq_finish", (_VI,), "vi", lambda z: z, "vq_finish(vq_init({0}))"),
+    Primitive("vq_flush", (_VI,), "vi", lambda z: z, "vq_finish(vq_flush(vq_init({0})))"),
+    Primitive("vq_dot", (_VI, Operand("vb", 0, 129), Operand("x4", -127, 127)), "vi", _dot,
+              "vq_finish(vq_flush(vq_dot(vq_init({0}), {1}, {2})))"),
+    Primitive("vq_dot_signed", (_VI, _VB, Operand("x4", -127, 127)), "vi",
+              lambda z, c, x: _dot(z, c.view(np.int8), x),
+              "vq_finish(vq_flush(vq_dot_signed(vq_init({0}), {1}, {2})))", narrow=True),
+)
+"""Every function of an ISA header, and the intrinsic-free meaning of each."""
+
+
+def _gelu_tanh(x: Array) -> Array:
+    x = _f64(x)
+    inner = np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)
+    return _f32(x / (1 + np.exp(-2 * inner)))  # 0.5 (1 + tanh z) = 1 / (1 + e^-2z)
+
+
+ELEMENTWISE: tuple[Primitive, ...] = (
+    Primitive("vf_exp", (Operand("vf", -87.6, 88.3),), "vf", lambda x: _f32(np.exp(_f64(x))),
+              ulps=2),
+    Primitive("vf_tanh", (_VF,), "vf", lambda x: _f32(np.tanh(_f64(x))), ulps=4),
+    Primitive("vf_silu", (Operand("vf", -80.0, 3e38),), "vf",
+              lambda x: _f32(_f64(x) / (1 + np.exp(-_f64(x)))), ulps=4),
+    Primitive("vf_gelu_tanh", (Operand("vf", -7.0, 1e9),), "vf", _gelu_tanh, ulps=100),
+)
+"""The functions of epilogue.h on the ranges where their accuracy is relative."""
+
+
+def names() -> frozenset[str]:
+    """The functions that a complete ISA header defines, those for narrow lanes left out."""
+    return frozenset(p.name for p in PRIMITIVES if not p.narrow)

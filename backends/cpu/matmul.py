@@ -1,0 +1,209 @@
+"""The matmul family: y[M, N] = x[M, K] W[N, K]^T for every weight format, f32 or int8 activations.
+
+M = 1 is a GEMV bound by the stream of packed weights; larger M reuse each decoded vector for a tile
+of tokens. The two templates are ``matmul_int8`` and ``matmul_f32``; what differs between formats
+and ISAs is data (the decode plan, the ISA row).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qigen.backends.base import Isa, KernelSource
+from qigen.backends.cpu.decode import ACTIVATION_GROUP, STEP, DecodePlan, decode_plan
+from qigen.codegen.render import render
+from qigen.errors import Unsupported
+from qigen.formats.algebra import Format
+from qigen.formats.layout import Layout, kblock_bytes
+
+ACTIVATION_MAX = 127
+"""Largest magnitude of a quantized activation."""
+
+I32_MAX = 2**31 - 1
+PANEL = 128
+"""Weights along K that the f32 kernels decode at a time: 16 rows x 128 x 4 bytes is 8 KiB of L1."""
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The proven worst case of an integer accumulator.
+
+    ``lane`` is the largest magnitude that a lane reaches before ``flush`` steps are widened
+    (None: the lane is 32 bits wide from the start), ``segment`` the largest 32-bit sum.
+    """
+
+    signed: bool
+    table_zero: int
+    zero: int
+    flush: int | None
+    lane: int | None
+    segment: int
+
+
+def accumulator_bound(plan: DecodePlan, isa: Isa) -> Bound:
+    """Prove that no accumulator of a segment overflows; Unsupported if a schedule could not."""
+    f = plan.format
+    low, high = f.mapped_range
+    table_zero = max(0, -low)  # makes the table's values unsigned
+    top = high + table_zero
+    zero = f.zero + table_zero
+    signed = False
+    flush = None
+    lane = None
+    if isa.dot_limit is not None:
+        # a 16-bit lane adds two products a step
+        step = 2 * top * ACTIVATION_MAX
+        if step > isa.dot_limit:
+            signed = True  # |code - zero| instead: the activation takes the sign
+            table_zero, zero = 0, 0
+            top = max(abs(low - f.zero), abs(high - f.zero))
+            step = 2 * top * ACTIVATION_MAX
+        if step > isa.dot_limit:
+            raise Unsupported(f"{f.name} overflows the 16-bit lanes of {isa.name}")
+        flush = min(isa.dot_limit // step, plan.segment_length // STEP)
+        lane = flush * step
+    segment = plan.segment_length * (top + zero) * ACTIVATION_MAX
+    assert segment <= I32_MAX, "a segment has at most 32 weights of 8 bits"
+    return Bound(signed, table_zero, zero, flush, lane, segment)
+
+
+@dataclass(frozen=True)
+class MatmulSpec:
+    """One kernel of the family: (format row, ISA row, schedule)."""
+
+    format: Format
+    layout: Layout
+    isa: Isa
+    activations: str  # "f32", "int8" (a scale for each 32 values) or "int8-token"
+    tiles: tuple[int, ...]
+    prefetch: int = 4096
+
+    @property
+    def name(self) -> str:
+        """E.g. ``matmul_q4_0_a8__avx512vnni_16x8_kb1``."""
+        arithmetic = {"f32": "a32", "int8": "a8", "int8-token": "a8t"}[self.activations]
+        return (
+            f"matmul_{self.format.name}_{arithmetic}__{self.isa.name}"
+            f"_{self.layout.rows}x{self.tiles[0]}_kb{self.layout.blocks}"
+        )
+
+    def entry(self, epilogue: str) -> str:
+        """The function that computes with an epilogue: store, add, silu or gelu_tanh."""
+        return f"{self.name}__{epilogue}"
+
+
+def render_matmul(
+    spec: MatmulSpec,
+    epilogues: tuple[str, ...],
+    decode_rows: bool = False,
+    notes: tuple[str, ...] = (),
+) -> KernelSource:
+    """The translation unit of a kernel; ``decode_rows`` adds the embedding lookup (f32 only)."""
+    f = spec.format
+    plan = None if f.float_kind else decode_plan(f, spec.layout)
+    bytes_ = kblock_bytes(f, spec.layout)
+    lines = [
+        f"{spec.name}: format {f.name} ({f.bits_per_weight:.4g} bits a weight), "
+        f"activations {spec.activations}, {spec.isa.name}.",
+        f"Template: cpu/matmul_{'f32' if spec.activations == 'f32' else 'int8'}.cpp.j2; "
+        f"token tiles {list(spec.tiles)}, {spec.layout.rows} rows, K-block of "
+        f"{spec.layout.blocks * f.block} weights in {bytes_} bytes.",
+        *notes,
+    ]
+    common = {
+        "kernel": spec.name,
+        "isa": spec.isa,
+        "tiles": spec.tiles,
+        "plan": plan,
+        "kblock_bytes": bytes_,
+        "epilogues": epilogues,
+    }
+    entries = tuple(spec.entry(e) for e in epilogues)
+    if spec.activations == "f32":
+        assert spec.layout.blocks == 1 or plan is not None
+        kblock = f.block * spec.layout.blocks
+        text = render(
+            "cpu/matmul_f32.cpp.j2",
+            banner=_banner(lines),
+            format=f,
+            table_zero=0,
+            kblock=kblock,
+            panel=max(PANEL // kblock, 1) * kblock,
+            decode_rows=decode_rows,
+            **common,
+        )
+        if decode_rows:
+            entries += (f"{spec.name}__rows",)
+        return KernelSource(spec.name, text, spec.isa.name, entries)
+    if plan is None:
+        raise Unsupported(f"{f.name} has no integer codes: its activations must be f32")
+    bound = accumulator_bound(plan, spec.isa)
+    lane = f"16-bit lane {bound.lane} of 32767 over {bound.flush} steps, " if bound.flush else ""
+    lines.append(f"Proven accumulator bound: {lane}segment sum {bound.segment} of {I32_MAX}.")
+    text = render(
+        "cpu/matmul_int8.cpp.j2",
+        banner=_banner(lines),
+        signed=bound.signed,
+        table_zero=bound.table_zero,
+        zero=bound.zero,
+        flush=bound.flush or 0,
+        token_scale=spec.activations == "int8-token",
+        prefetch=spec.prefetch,
+        **common,
+    )
+    return KernelSource(spec.name, text, spec.isa.name, entries)
+
+
+def _banner(lines: list[str]) -> str:
+    return "\n".join(f"// {line}" for line in lines)
+
+
+@dataclass(frozen=True)
+class ActivationRecord:
+    """Layout of one quantized activation row: bytes, scales, then what its consumers correct by.
+
+    ``k`` is the padded length. Offsets are in bytes from the row's start; every array begins on a
+    64-byte line. ``zeros`` holds (segment length, zero point) pairs, ``sums`` segment lengths.
+    """
+
+    k: int
+    token_scale: bool
+    zeros: tuple[tuple[int, int], ...]
+    sums: tuple[int, ...]
+
+    @property
+    def scale_offset(self) -> int:
+        return _align(self.k)
+
+    def _arrays(self) -> list[tuple[str, int, int]]:
+        """(kind, segment length, zero) in storage order."""
+        return [("zero", n, z) for n, z in self.zeros] + [("sum", n, 0) for n in self.sums]
+
+    def offset(self, kind: str, length: int, zero: int = 0) -> int:
+        """Byte offset of the correction array of ``kind`` 'zero' or 'sum'."""
+        at = self.scale_offset + _align(4 * max(1, self.k // ACTIVATION_GROUP))
+        for array in self._arrays():
+            if array == (kind, length, zero):
+                return at
+            at += _align(4 * (self.k // array[1]))
+        raise KeyError((kind, length, zero))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of a row, kept off multiples of 1 KiB so that rows fall in different L1 sets."""
+        at = self.scale_offset + _align(4 * max(1, self.k // ACTIVATION_GROUP))
+        at += sum(_align(4 * (self.k // n)) for _, n, _ in self._arrays())
+        return at + 64 * (at % 1024 == 0)
+
+
+def _align(n: int) -> int:
+    return -(-n // 64) * 64
+
+
+def activation_needs(spec: MatmulSpec) -> tuple[tuple[tuple[int, int], ...], tuple[int, ...]]:
+    """The (segment length, zero) and sum arrays that a kernel reads from its activation rows."""
+    plan = decode_plan(spec.format, spec.layout)
+    bound = accumulator_bound(plan, spec.isa)
+    zeros = ((plan.segment_length, bound.zero),) if bound.zero else ()
+    sums = (plan.segment_length,) if plan.has_minimum else ()
+    return zeros, sums

@@ -1,0 +1,1 @@
+"""Code generation: templates to sources, kernels and the whole-model step."""

@@ -1,0 +1,599 @@
+"""Lowering: the fused graph becomes the program that ``templates/model/model.cpp.j2`` writes down.
+
+Nothing is decided here: kernels come from the plan, offsets from the memory plan. Layers whose
+steps are equal but for the places of their weights share one function and a table of offsets.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from qigen.backends.cpu.matmul import ActivationRecord, MatmulSpec, activation_needs
+from qigen.formats.layout import packed_shape
+from qigen.ir.graph import Graph, Node, constant_shape
+from qigen.ir.ops.fused import attention_parts, group_parts
+from qigen.passes.memory import MemoryPlan
+
+KV_BLOCK = 64
+"""Positions of a softmax block; contexts are split in multiples of it."""
+
+MAX_CHUNKS = 64
+"""Partial results of a head at most: bounds their scratch memory."""
+
+MIN_CHUNK = 256
+"""Positions of a partial result at least."""
+
+_ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """A matrix in the arena: byte offset, and floats from row to row."""
+
+    offset: int
+    stride: int
+
+
+@dataclass(frozen=True)
+class PackedTensor:
+    """A constant of weights.bin: ``parts`` are interleaved by row-block (gate, up)."""
+
+    name: str
+    parts: tuple[str, ...]
+    spec: MatmulSpec | None  # None: an f32 vector, padded to whole vectors of 16
+
+
+@dataclass(frozen=True)
+class RopeTable:
+    """Angles of one rotary embedding, tabulated once a step."""
+
+    name: str
+    base: float
+    pairs: int
+    frequencies: tuple[float, ...]
+    position_scale: float
+    factor: float
+    offset: int = 0
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One matrix of a matmul step."""
+
+    kernel: str
+    weight: str
+    blocks: int
+    cost: int
+    row_block: int
+    kblocks: int
+    n: int
+    zero_offset: int
+    sum_offset: int
+    y: str
+    y_stride: str
+    bias: str
+
+
+@dataclass(frozen=True)
+class MatmulStep:
+    """Matrices that read the same activation rows."""
+
+    comment: str
+    rows: str
+    x: Buffer
+    k: int
+    k_padded: int
+    norm: str
+    eps: float
+    rows_kernel: str
+    stride: int
+    scale_offset: int
+    token_scale: bool
+    corrections: tuple[dict[str, int], ...]
+    segments: tuple[Segment, ...]
+    kind: str = "matmul"
+
+
+@dataclass(frozen=True)
+class Step:
+    """Any other step; ``fields`` are what the template asks of its kind."""
+
+    kind: str
+    comment: str
+    fields: dict[str, Any]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self.__dict__["fields"][name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
+@dataclass
+class Part:
+    """A function of the generated source and the table of its weights, a row a call."""
+
+    title: str
+    struct: str
+    table: str
+    function: str
+    layered: bool
+    fields: tuple[str, ...]
+    steps: tuple[Any, ...]
+    rows: list[tuple[int, ...]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Call:
+    """``count`` calls of a part from row ``first`` of its table on."""
+
+    function: str
+    table: str
+    struct: str
+    first: int
+    count: int
+    whole: bool
+
+
+@dataclass
+class Program:
+    """All that the templates of a model need."""
+
+    name: str
+    isa: str
+    kv: str
+    abi: int
+    cpu_features: str
+    vocab: int
+    max_seq: int
+    max_batch: int
+    max_tokens: int
+    d_model: int
+    n_layers: int
+    arena_bytes: int
+    thread_bytes: int
+    kv_bytes: int
+    shared_rows: int
+    partials: int
+    chunk: int
+    chunks: int
+    head_dims: tuple[int, ...]
+    rope_tables: tuple[RopeTable, ...]
+    parts: list[Part]
+    calls: list[Call]
+    tensors: list[PackedTensor]
+    kernels: dict[MatmulSpec, tuple[tuple[str, ...], bool]]
+    barriers: int
+    weights_bytes: int = 0
+    uid: bytes = bytes(32)
+
+
+def align(n: int, to: int = 64) -> int:
+    """``n`` rounded up to a multiple of ``to``."""
+    return -(-n // to) * to
+
+
+def kv_position_bytes(kv: str, kv_heads: int, head_dim: int) -> int:
+    """Bytes that a position takes in the cache of one layer (templates/cpu/ops.cpp.j2)."""
+    padded = align(head_dim, 16)
+    each = {"f16": 2 * (head_dim + padded), "int8": head_dim + padded + 8}[kv]
+    return kv_heads * each
+
+
+def attention_chunk(max_seq: int) -> tuple[int, int]:
+    """(positions of a partial result, partial results at most) for contexts of ``max_seq``."""
+    chunk = max(MIN_CHUNK, align(-(-max_seq // MAX_CHUNKS), KV_BLOCK))
+    return chunk, -(-max_seq // chunk) + 1
+
+
+class Lowering:
+    """Lowers a fused graph; ``spec_of(constant, role)`` is the plan's kernel for a matrix."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        memory: MemoryPlan,
+        spec_of: Callable[[str, str], MatmulSpec],
+        *,
+        max_batch: int,
+        max_seq: int,
+    ) -> None:
+        self.graph = graph
+        self.memory = memory
+        self.spec_of = spec_of
+        self.max_seq = max_seq
+        self.max_batch = max_batch
+        self.tensors: dict[str, PackedTensor] = {}
+        self.kernels: dict[MatmulSpec, tuple[set[str], bool]] = {}
+        self.rope: dict[tuple[Any, ...], RopeTable] = {}
+        self.rows_bytes = 0
+        self.single_rows_bytes = 64
+        self.chunk, self.chunks = attention_chunk(max_seq)
+        self.partial_floats = 0
+        self.barriers = 0
+        self.rope_bytes = 0
+
+    # -- names and places -------------------------------------------------------------------------
+
+    def buffer(self, name: str) -> Buffer:
+        return Buffer(self.memory.offsets[name], self.memory.row_floats[name])
+
+    def rows(self, name: str) -> str:
+        """C++ expression of the number of rows of a value."""
+        return "c.step.n_logits" if self.graph.values[name].shape[0] == "R" else "c.step.n_tokens"
+
+    def vector(self, name: str) -> str:
+        self.tensors.setdefault(name, PackedTensor(name, (name,), None))
+        return name
+
+    def matrix(self, parts: tuple[str, ...], spec: MatmulSpec) -> str:
+        """Packed tensor of one matrix, or of a gate and up pair interleaved by row-block."""
+        name = "+".join(parts)
+        known = self.tensors.setdefault(name, PackedTensor(name, parts, spec))
+        assert known.spec is not None and known.spec.layout == spec.layout, name
+        return name
+
+    def use(self, spec: MatmulSpec, epilogue: str | None = None, lookup: bool = False) -> None:
+        epilogues, rows = self.kernels.get(spec, (set(), False))
+        self.kernels[spec] = (epilogues | ({epilogue} if epilogue else set()), rows or lookup)
+
+    # -- nodes ------------------------------------------------------------------------------------
+
+    def lower(self, node: Node) -> list[Any]:
+        """The steps of a node. Weights are named by constants; offsets come later."""
+        steps: list[Any] = {
+            "Embedding": self._embedding,
+            "SelectRows": self._select,
+            "MatMulGroup": self._matmul,
+            "RopeAttention": self._attention,
+            "NormAdd": self._norm_add,
+            "GatedAct": self._gated,
+        }[node.op](node)
+        return steps
+
+    def _embedding(self, node: Node) -> list[Any]:
+        table = node.inputs[1]
+        spec = replace(self.spec_of(table, "embedding"), activations="f32")
+        self.use(spec, lookup=True)
+        shape = constant_shape(self.graph.constants[table])
+        _, kblocks, size = packed_shape(spec.format, (shape[0], shape[1]), spec.layout)
+        self.barriers += 1
+        return [
+            Step(
+                "embedding",
+                f"{table} [{shape[0]}, {shape[1]}] ({spec.format.name}): rows of the tokens",
+                {
+                    "kernel": f"{spec.name}__rows",
+                    "weight": self.matrix((table,), spec),
+                    "row_block": kblocks * size,
+                    "kblocks": kblocks,
+                    "scale": float(node.attrs["scale"]),
+                    "y": self.buffer(node.output),
+                },
+            )
+        ]
+
+    def _select(self, node: Node) -> list[Any]:
+        self.barriers += 1
+        fields = {"x": self.buffer(node.inputs[0]), "y": self.buffer(node.output)}
+        return [Step("select", "the rows whose logits are wanted", fields)]
+
+    def _matmul(self, node: Node) -> list[Any]:
+        a, parts = node.attrs, group_parts(node)
+        gated = a["epilogue"] == "gated"
+        epilogue = a["act"] if gated else a["epilogue"]
+        specs = [self.spec_of(w, "matmul") for w in parts.weights]
+        steps: list[Any] = []
+        for activations in dict.fromkeys(s.activations for s in specs):
+            chosen = [i for i, s in enumerate(specs) if s.activations == activations]
+            steps.append(self._product(node, parts, specs, chosen, epilogue, gated))
+        if a["softcap"]:
+            n = constant_shape(self.graph.constants[parts.weights[0]])[0]
+            steps.append(Step("softcap", "soft cap of the logits", {"cap": a["softcap"], "n": n}))
+        return steps
+
+    def _product(
+        self,
+        node: Node,
+        parts: Any,
+        specs: list[MatmulSpec],
+        chosen: list[int],
+        epilogue: str,
+        gated: bool,
+    ) -> MatmulStep:
+        """Segments of a group that read the same form of the activations."""
+        graph, a = self.graph, node.attrs
+        k = int(graph.values[parts.x].shape[1])
+        blocks = [specs[i].format.block * specs[i].layout.blocks for i in chosen]
+        int8 = specs[chosen[0]].activations != "f32"
+        token_scale = specs[chosen[0]].activations == "int8-token"
+        x = self.buffer(parts.x)
+        if int8:
+            needs = [activation_needs(specs[i]) for i in chosen]
+            record = ActivationRecord(
+                max(align(k, max(b, 32)) for b in blocks),
+                token_scale,
+                tuple(sorted({z for zeros, _ in needs for z in zeros})),
+                tuple(sorted({n for _, sums in needs for n in sums})),
+            )
+            stride, k_padded, scale_offset = record.nbytes, record.k, record.scale_offset
+            corrections = tuple(
+                {"offset": record.offset("zero", n, z), "segment": n, "zero": z}
+                for n, z in record.zeros
+            ) + tuple(
+                {"offset": record.offset("sum", n), "segment": n, "zero": 0} for n in record.sums
+            )
+            rows_kernel = "rows_int8"
+        else:
+            k_padded = max(align(k, b) for b in blocks)
+            scale_offset, corrections = 0, ()
+            if parts.norm is None and k_padded == k:
+                stride, rows_kernel = 4 * x.stride, ""
+            else:
+                k_padded = align(k_padded, 16)
+                stride, rows_kernel = 4 * k_padded + 64 * (k_padded % 256 == 0), "rows_f32"
+        if rows_kernel:
+            self.rows_bytes = max(self.rows_bytes, stride * self.memory.max_tokens)
+            self.single_rows_bytes = max(self.single_rows_bytes, stride)
+        segments = []
+        groups = [tuple(chosen)] if gated else [(i,) for i in chosen]
+        for group in groups:
+            i = group[0]
+            spec = specs[i]
+            names = tuple(parts.weights[j] for j in group)
+            n = constant_shape(graph.constants[names[0]])[0]
+            row_blocks, kblocks, size = packed_shape(spec.format, (n, k), spec.layout)
+            self.use(spec, epilogue)
+            zeros, sums = activation_needs(spec) if int8 else ((), ())
+            output = node.outputs[i if a["epilogue"] == "store" else 0]
+            bias = parts.biases[i]
+            if output in graph.outputs:
+                y, y_stride = "c.step.logits", "c.step.logits_stride"
+            else:
+                target = self.buffer(output)
+                y, y_stride = f"c.arena<float>({target.offset})", str(target.stride)
+            segments.append(
+                Segment(
+                    kernel=spec.entry(epilogue),
+                    weight=self.matrix(names, spec),
+                    blocks=row_blocks,
+                    cost=kblocks * size * len(group),
+                    row_block=kblocks * size,
+                    kblocks=kblocks,
+                    n=n,
+                    zero_offset=record.offset("zero", *zeros[0]) if zeros else 0,
+                    sum_offset=record.offset("sum", sums[0]) if sums else 0,
+                    y=y,
+                    y_stride=y_stride,
+                    bias=self.vector(bias) if bias else "",
+                )
+            )
+        self.barriers += 1
+        return MatmulStep(
+            comment=self._describe(node, parts, [parts.weights[i] for i in chosen]),
+            rows=self.rows(node.outputs[0]),
+            x=x,
+            k=k,
+            k_padded=k_padded,
+            norm=self.vector(parts.norm) if parts.norm else "",
+            eps=float(a["eps"]),
+            rows_kernel=rows_kernel,
+            stride=stride,
+            scale_offset=scale_offset,
+            token_scale=token_scale,
+            corrections=corrections,
+            segments=tuple(segments),
+        )
+
+    def _describe(self, node: Node, parts: Any, weights: list[str]) -> str:
+        """E.g. ``rmsnorm, then attn_q [576, 576] q4_1 + attn_k ...; added to the residual``."""
+        graph = self.graph
+        shown = []
+        for w in weights:
+            shape = constant_shape(graph.constants[w])
+            shown.append(f"{_stem(w)} [{shape[0]}, {shape[1]}] {graph.values[w].dtype}")
+        text = ", ".join(shown)
+        if parts.norm:
+            text = f"{_stem(parts.norm)}, then {text}"
+        ending = {"add": "; added to the residual", "gated": f"; {node.attrs['act']}(gate) * up"}
+        return text + ending.get(node.attrs["epilogue"], "")
+
+    def _attention(self, node: Node) -> list[Any]:
+        a, parts = node.attrs, attention_parts(node)
+        self.partial_floats = max(
+            self.partial_floats,
+            self.max_batch * a["n_heads"] * self.chunks * (align(a["head_dim"], 16) + 16),
+        )
+        self.barriers += 2
+        rope = self._rope(a, parts.freq_factors) if a["rotary_dim"] else None
+        window = f", window {a['window']}" if a["window"] else ""
+        fields = {
+            "head_dim": a["head_dim"],
+            "q": self.buffer(parts.q),
+            "k": self.buffer(parts.k),
+            "v": self.buffer(parts.v),
+            "y": self.buffer(node.output),
+            "rope": rope,
+            "interleaved": a["style"] == "interleaved",
+            "q_norm": self.vector(parts.q_norm) if parts.q_norm else "",
+            "k_norm": self.vector(parts.k_norm) if parts.k_norm else "",
+            "eps": float(a["eps"]),
+            "scale": float(a["scale"]),
+            "softcap": float(a["softcap"]),
+            "window": a["window"],
+            "heads": a["n_heads"],
+            "kv_heads": a["n_kv_heads"],
+        }
+        comment = (
+            f"attention: {a['n_heads']} heads of {a['head_dim']} over {a['n_kv_heads']} "
+            f"key/value heads{window}"
+        )
+        return [Step("attention", comment, fields)]
+
+    def _rope(self, a: dict[str, Any], factors: str | None) -> RopeTable:
+        pairs = a["rotary_dim"] // 2
+        key = (a["base"], a["rotary_dim"], a["position_scale"], a["attn_factor"], factors)
+        if key not in self.rope:
+            frequencies = [float(a["base"]) ** (-2.0 * i / a["rotary_dim"]) for i in range(pairs)]
+            if factors is not None:
+                divisors = self.graph.constants[factors]
+                frequencies = [f / float(d) for f, d in zip(frequencies, divisors, strict=True)]  # type: ignore[arg-type]
+            self.rope[key] = RopeTable(
+                f"kRope{len(self.rope)}",
+                float(a["base"]),
+                pairs,
+                tuple(frequencies),
+                float(a["position_scale"]),
+                float(a["attn_factor"]),
+                align(self.memory.arena_bytes) + self.rope_bytes,
+            )
+            self.rope_bytes += align(8 * pairs * self.memory.max_tokens)
+        return self.rope[key]
+
+    def _norm_add(self, node: Node) -> list[Any]:
+        x, t, w = node.inputs
+        self.barriers += 1
+        assert self.memory.offsets[x] == self.memory.offsets[node.output], "norm_add is in place"
+        fields = {
+            "x": self.buffer(x),
+            "t": self.buffer(t),
+            "weight": self.vector(w),
+            "n": int(self.graph.values[x].shape[1]),
+            "eps": float(node.attrs["eps"]),
+            "rows": self.rows(node.output),
+        }
+        return [Step("norm_add", f"residual + {_stem(w)}", fields)]
+
+    def _gated(self, node: Node) -> list[Any]:
+        gate, up = node.inputs
+        self.barriers += 1
+        fields = {
+            "gate": self.buffer(gate),
+            "up": self.buffer(up),
+            "y": self.buffer(node.output),
+            "n": int(self.graph.values[gate].shape[1]),
+            "activation": _ACTIVATIONS[node.attrs["kind"]],
+            "rows": self.rows(node.output),
+        }
+        return [Step("gated", f"{node.attrs['kind']}(gate) * up", fields)]
+
+
+def _stem(name: str) -> str:
+    """A constant's name without its layer: ``blk.3.attn_q.weight`` -> ``attn_q``."""
+    return re.sub(r"^blk\.\d+\.", "", name).removesuffix(".weight")
+
+
+def _field(name: str) -> str:
+    """A constant's (or interleaved pair's) name as a C++ field."""
+    return re.sub(r"\W+", "_", "_".join(_stem(part) for part in name.split("+")))
+
+
+def _layers(graph: Graph) -> list[tuple[int | None, list[Node]]]:
+    """Nodes in runs of one layer; a selection of rows inside a layer belongs to it."""
+    runs: list[tuple[int | None, list[Node]]] = []
+    later = [node.layer for node in graph.nodes]
+    for i, node in enumerate(graph.nodes):
+        layer = node.layer
+        if layer is None and runs and runs[-1][0] is not None and runs[-1][0] in later[i:]:
+            layer = runs[-1][0]
+        if not runs or runs[-1][0] != layer:
+            runs.append((layer, []))
+        runs[-1][1].append(node)
+    return runs
+
+
+def lower_program(
+    lowering: Lowering,
+    offsets_of: Callable[[list[PackedTensor]], dict[str, int]],
+    **about: Any,
+) -> Program:
+    """Lower all nodes. ``offsets_of`` lays out the packed tensors in weights.bin.
+
+    ``about`` are the fields of :class:`Program` that the graph does not say: name, isa, kv, abi,
+    cpu_features, vocab, max_tokens, d_model, n_layers.
+    """
+    graph = lowering.graph
+    runs = [(layer, [s for node in nodes for s in lowering.lower(node)])
+            for layer, nodes in _layers(graph)]
+    offsets = offsets_of(list(lowering.tensors.values()))
+    states = {name: i for i, name in enumerate(graph.states)}
+    layer_state = {n.layer: states[n.attrs["state"]] for n in graph.nodes if n.op == "RopeAttention"}
+    parts: dict[Any, Part] = {}
+    calls: list[Call] = []
+    for layer, steps in runs:
+        names: dict[str, str] = {}
+        renamed = tuple(_rename(step, names) for step in steps)
+        key = (layer is not None, repr(renamed))
+        if key not in parts:
+            letter = chr(ord("A") + sum(p.layered for p in parts.values()))
+            first = not parts
+            if layer is None:
+                stem, title = ("Begin", "the start of a step") if first else ("End", "the end")
+                table = f"k{stem}"
+            else:
+                stem, title, table = f"Layer{letter}", f"layers of kind {letter}", f"kLayers{letter}"
+            function = f"run_{stem.lower()}" if layer is None else f"layer_{letter.lower()}"
+            parts[key] = Part(title, stem, table, function, layer is not None,
+                              tuple(names.values()), renamed)
+        part = parts[key]
+        row = tuple(offsets[name] for name in names)
+        part.rows.append(((layer_state[layer],) if layer is not None else ()) + row)
+        last = calls[-1] if calls else None
+        if last is not None and last.function == part.function:
+            calls[-1] = replace(last, count=last.count + 1)
+        else:
+            calls.append(Call(part.function, part.table, part.struct, len(part.rows) - 1, 1, False))
+    calls = [replace(c, whole=c.count == len(next(p for p in parts.values()
+                                                  if p.function == c.function).rows))
+             for c in calls]
+    base = align(lowering.memory.arena_bytes)
+    shared = base + lowering.rope_bytes
+    scratch = max(align(lowering.rows_bytes), align(4 * lowering.partial_floats))
+    heads = [n.attrs for n in graph.nodes if n.op == "RopeAttention"]
+    return Program(
+        max_seq=lowering.max_seq,
+        max_batch=lowering.max_batch,
+        arena_bytes=shared + scratch,
+        thread_bytes=align(lowering.single_rows_bytes),
+        kv_bytes=sum(kv_position_bytes(about["kv"], a["n_kv_heads"], a["head_dim"]) for a in heads),
+        shared_rows=shared,
+        partials=shared,
+        chunk=lowering.chunk,
+        chunks=lowering.chunks,
+        head_dims=tuple(sorted({a["head_dim"] for a in heads})),
+        rope_tables=tuple(lowering.rope.values()),
+        parts=list(parts.values()),
+        calls=calls,
+        tensors=list(lowering.tensors.values()),
+        kernels={s: (tuple(sorted(e)), r) for s, (e, r) in lowering.kernels.items()},
+        barriers=lowering.barriers,
+        **about,
+    )
+
+
+_WEIGHT_FIELDS = ("weight", "norm", "bias", "q_norm", "k_norm")
+
+
+def _rename(step: Any, names: dict[str, str]) -> Any:
+    """The step with constants replaced by field names, which ``names`` collects."""
+
+    def field_of(constant: str) -> str:
+        return names.setdefault(constant, _field(constant)) if constant else ""
+
+    if isinstance(step, MatmulStep):
+        return replace(
+            step,
+            norm=field_of(step.norm),
+            segments=tuple(
+                replace(s, weight=field_of(s.weight), bias=field_of(s.bias)) for s in step.segments
+            ),
+        )
+    fields = {
+        k: field_of(v) if k in _WEIGHT_FIELDS and isinstance(v, str) else v
+        for k, v in step.fields.items()
+    }
+    # an only row of the model's end may have names with layers in them: keep comments equal
+    return replace(step, fields=fields)

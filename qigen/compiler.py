@@ -1,0 +1,441 @@
+"""From a model file to an artifact: the one way through.
+
+read -> graph -> passes -> plan -> lower -> render -> compile and pack -> link -> manifest. The
+output folder appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from qigen import targets, toolchain
+from qigen.artifact import (
+    ABI_VERSION,
+    MANIFEST_VERSION,
+    Artifact,
+    describe_tensors,
+    file_entry,
+    place_tensors,
+    write_header,
+    write_weights,
+)
+from qigen.backends.base import Isa, KernelSource
+from qigen.backends.cpu.isa import by_name as isa_by_name
+from qigen.backends.cpu.matmul import MatmulSpec, render_matmul
+from qigen.backends.cpu.ops import render_ops
+from qigen.codegen.lower import Lowering, PackedTensor, Program, lower_program
+from qigen.codegen.render import render
+from qigen.errors import QigenError, Unsupported, UsageError
+from qigen.formats import catalog
+from qigen.frontends import build_graph, load_model
+from qigen.frontends.model import LanguageModel
+from qigen.frontends.tokenizer import Tokenizer
+from qigen.ir.graph import Constant, Graph, constant_shape
+from qigen.ir.plan import Plan
+from qigen.passes.memory import MemoryPlan, plan_memory
+from qigen.passes.pipeline import optimize
+from qigen.paths import resource_folder
+from qigen.planner import isa_candidates, plan_model, spec_for
+from qigen.quantize.weights import requantized
+
+Progress = Callable[[str, int, int], None]
+
+DEFAULT_MAX_SEQ = 4096
+"""Positions of a session when the user does not say: what the model was made for, up to this."""
+
+ACTIVATIONS = ("f32", "bf16", "int8", "int8-token")
+KV_FORMATS = ("f16", "int8", "int4")
+
+_COMMON_FLAGS = (
+    "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden",
+    "-ffunction-sections", "-fdata-sections", "-fno-math-errno", "-ffp-contract=off",
+)  # fmt: skip
+# Generated code: no exceptions, and nothing the linker could merge with the runtime's copies.
+_KERNEL_FLAGS = (
+    *_COMMON_FLAGS, "-O3", "-fno-exceptions", "-fno-rtti", "-fno-threadsafe-statics", "-Wno-psabi",
+)  # fmt: skip
+_RUNTIME_FLAGS = (*_COMMON_FLAGS, "-O2", "-pthread")
+
+
+def compile(
+    model: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    target: str = "native",
+    weights: str = "keep",
+    activations: str | None = None,
+    kv: str = "f16",
+    max_seq: int | None = None,
+    max_batch: int = 8,
+    tune: str = "model",
+    jobs: int | None = None,
+    keep_sources: str | os.PathLike[str] | None = None,
+    isa: str | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Artifact:
+    """Compile a model file (GGUF) or folder (Hugging Face) into the artifact folder ``output``.
+
+    ``target`` is "native" or a name from :mod:`qigen.targets`; ``isa`` forces an ISA row.
+    ``weights`` is "keep" (the file's own codes) or a format name that every matrix is rounded to.
+    ``activations``: "f32", "int8" (a scale for 32 values), "int8-token"; None lets the planner
+    choose. ``kv`` is "f16" or "int8". ``max_seq`` bounds the positions of a session (default: the
+    model's own, up to 4096), ``max_batch`` the sessions of one batched step.
+
+    Raises BadInput (damaged model), Unsupported, UsageError, ToolchainError. An artifact that
+    exists at ``output`` is replaced when all is done; on failure nothing is left behind.
+    """
+    _check_options(activations, kv, max_batch, tune, weights)
+    report = progress or (lambda stage, done, total: None)
+    out = Path(output)
+    _check_output(out)
+    compiler = toolchain.find_compiler()
+    machine = targets.native() if target == "native" else targets.by_name(target)
+    row = isa_by_name(isa) if isa else isa_candidates(machine)[0]
+
+    report("read", 0, 1)
+    source = load_model(model)
+    limit = source.config.max_position
+    max_seq = min(limit, DEFAULT_MAX_SEQ) if max_seq is None else max_seq
+    graph = optimize(build_graph(source, max_seq))
+    if weights != "keep":
+        graph = requantized(graph, catalog.by_name(weights))
+    tokenizer = _tokenizer(source)
+    report("read", 1, 1)
+
+    plan = plan_model(
+        graph,
+        isa=row,
+        machine=machine,
+        activations=activations or "auto",
+        kv=kv,
+        threads=threads or machine.cores,
+        max_seq=max_seq,
+        max_batch=max_batch,
+    )
+    memory = plan_memory(graph, plan.max_tokens)
+    program = _lower(graph, source, plan, memory, row, max_seq, max_batch)
+    with _staging(out) as staging, toolchain.ObjectCache(
+        compiler, jobs or os.cpu_count() or 1
+    ) as cache:
+        _build(graph, source, plan, memory, program, row, machine, tokenizer, compiler, cache,
+               staging, Path(keep_sources) if keep_sources else None, report)
+    return Artifact(out)
+
+
+def _check_options(
+    activations: str | None, kv: str, max_batch: int, tune: str, weights: str
+) -> None:
+    if activations is not None and activations not in ACTIVATIONS:
+        raise UsageError(f"activations {activations}: choose one of {', '.join(ACTIVATIONS)}")
+    if activations == "bf16":
+        raise Unsupported("bf16 activations have no kernels yet; choose f32 or int8")
+    if kv not in KV_FORMATS:
+        raise UsageError(f"KV cache {kv}: choose one of {', '.join(KV_FORMATS)}")
+    if kv == "int4":
+        raise Unsupported("an int4 KV cache has no kernels yet; choose f16 or int8")
+    if max_batch < 1:
+        raise UsageError("max_batch must be at least 1")
+    if tune not in ("model", "off"):
+        raise Unsupported(f"tuning '{tune}' is not built yet; choose model or off")
+    if weights == "auto":
+        raise Unsupported("choosing formats by budget is not built yet; name a format")
+    if weights != "keep":
+        catalog.by_name(weights)
+
+
+def _check_output(out: Path) -> None:
+    if out.exists() and not (out / "manifest.json").is_file():
+        raise UsageError("it exists and is no artifact; choose another output", str(out))
+    if not out.absolute().parent.is_dir():
+        raise UsageError("its parent folder does not exist", str(out))
+
+
+@contextmanager
+def _staging(out: Path) -> Iterator[Path]:
+    """A folder beside ``out`` that takes its place if the block succeeds and vanishes if not."""
+    try:
+        name = tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.absolute().parent)
+    except OSError as error:
+        raise UsageError(f"cannot write there: {error.strerror}", str(out)) from None
+    staging = Path(name)
+    staging.chmod(0o755)
+    try:
+        yield staging
+        if out.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.absolute().parent))
+            out.replace(old / out.name)
+            staging.replace(out)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            staging.replace(out)
+    except OSError as error:
+        shutil.rmtree(staging, ignore_errors=True)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise UsageError(
+                "the disk is full; free some space or choose another output", str(out)
+            ) from None
+        raise
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def _tokenizer(source: LanguageModel) -> Tokenizer | None:
+    """The checkpoint's tokenizer; None if it has none."""
+    origin = source.tokenizer_source
+    if origin.container == "gguf":
+        if not any(key.startswith("tokenizer.ggml.") for key in origin.fields):
+            return None
+        return Tokenizer.from_gguf(origin.fields, where=str(origin.path))
+    if not (origin.path / "tokenizer.json").is_file():
+        return None
+    return Tokenizer.from_huggingface(origin.path)
+
+
+def _lower(
+    graph: Graph,
+    source: LanguageModel,
+    plan: Plan,
+    memory: MemoryPlan,
+    isa: Isa,
+    max_seq: int,
+    max_batch: int,
+) -> Program:
+    def spec_of(constant: str, role: str) -> MatmulSpec:
+        data = graph.constants[constant]
+        n, k = constant_shape(data)
+        return spec_for(plan, graph.values[constant].dtype, n, k)
+
+    lowering = Lowering(graph, memory, spec_of, max_batch=max_batch, max_seq=max_seq)
+    sizes: list[int] = []
+
+    def offsets_of(tensors: list[PackedTensor]) -> dict[str, int]:
+        offsets, size = place_tensors(tensors, graph.constants)
+        sizes.append(size)
+        return offsets
+
+    features = " | ".join(f"CpuFeature::{name}" for name in isa.features) or "0"
+    program = lower_program(
+        lowering,
+        offsets_of,
+        name=re.sub(r"[^\w.+ -]", "_", source.metadata.name) or "model",
+        isa=isa.name,
+        kv=plan.kv,
+        abi=ABI_VERSION,
+        cpu_features=features,
+        vocab=source.config.vocab_size,
+        max_tokens=plan.max_tokens,
+        d_model=source.config.d_model,
+        n_layers=source.config.n_layers,
+    )
+    program.weights_bytes = sizes[-1]
+    return program
+
+
+def _build(
+    graph: Graph,
+    source: LanguageModel,
+    plan: Plan,
+    memory: MemoryPlan,
+    program: Program,
+    isa: Isa,
+    machine: targets.Machine,
+    tokenizer: Tokenizer | None,
+    compiler: toolchain.Compiler,
+    cache: toolchain.ObjectCache,
+    staging: Path,
+    keep_sources: Path | None,
+    report: Progress,
+) -> None:
+    """Fill the staging folder."""
+    runtime = resource_folder("runtime")
+    headers = {
+        isa.header: render(isa.template),
+        "kernels.h": render("cpu/kernels.h.j2"),
+        "epilogue.h": render("cpu/epilogue.h.j2"),
+        "ops.h": render("cpu/ops.h.j2", head_dims=program.head_dims),
+    }
+    kernels = _kernels(program, plan)
+    ops = render_ops(isa, program.head_dims, program.kv)
+    sources = sorted((runtime / "src").glob("*.cpp"))
+    total = len(kernels) + len(sources) + 2
+    compiled: list[str] = []
+
+    def done(name: str) -> None:
+        compiled.append(name)
+        report("compile", len(compiled), total)
+
+    include = (runtime / "include",)
+    flags = (*_KERNEL_FLAGS, *isa.flags)
+    futures = [
+        cache.compile(
+            toolchain.Unit(
+                file.stem, file.read_text(), _RUNTIME_FLAGS, {}, (*include, runtime / "src")
+            ),
+            done,
+        )
+        for file in sources
+    ]
+    units = [
+        toolchain.Unit(k.name, k.text, flags, _included(k.text, headers)) for k in kernels
+    ]
+    units.append(toolchain.Unit(ops.name, ops.text, flags, headers, include))
+    futures += [cache.compile(unit, done) for unit in units]
+
+    with (staging / "weights.bin").open("wb") as stream:
+        hashes = write_weights(stream, program.tensors, graph.constants, report)
+        program.uid = _uid(plan, program, hashes)
+        write_header(stream, program.weights_bytes, program.uid)
+
+    headers["kernel_list.h"] = render(
+        "model/kernel_list.h.j2",
+        matmuls=sorted(s.entry(e) for s, (es, _) in program.kernels.items() for e in es),
+        row_lookups=sorted(f"{s.name}__rows" for s, (_, rows) in program.kernels.items() if rows),
+    )
+    headers["support.h"] = render("model/support.h.j2")
+    text = render("model/model.cpp.j2", model=program, banner=_banner(program, plan, memory))
+    model_unit = toolchain.Unit("model", text, flags, headers, include)
+    futures.append(cache.compile(model_unit, done))
+    if keep_sources is not None:
+        _keep(keep_sources, headers, [*units, model_unit])
+    # the runtime's objects come first: what both define is taken from the one without ISA flags
+    objects = [future.result() for future in futures]
+    report("link", 0, 1)
+    toolchain.link_shared(compiler, objects, runtime / "qigen.map", staging / "model.so")
+    if tokenizer is not None:
+        tokenizer.save(staging)
+    (staging / "model.h").write_text(
+        render("model/model.h.j2", model=program, stem=_identifier(program.name))
+    )
+    shutil.copyfile(runtime / "include" / "qigen.h", staging / "qigen.h")
+    cmake = staging / "cmake"
+    cmake.mkdir()
+    (cmake / "qigen_model-config.cmake").write_text(
+        render("model/config.cmake.j2", stem=_identifier(program.name))
+    )
+    manifest = {
+        "manifest_version": MANIFEST_VERSION,
+        "abi": ABI_VERSION,
+        "name": program.name,
+        "model_uid": program.uid.hex(),
+        "target": {"machine": machine.name, "isa": isa.name, "features": list(isa.features)},
+        "source": {
+            "path": str(source.metadata.path),
+            "container": source.metadata.container,
+            "licence": source.metadata.licence,
+            "sha256": source.metadata.sha256(),
+            "notes": list(source.metadata.notes),
+        },
+        "config": source.config.to_json(),
+        "plan": plan.to_json(),
+        "memory": {
+            "activations_bytes": memory.arena_bytes,
+            "activations_lower_bound_bytes": memory.lower_bound_bytes,
+            "peak_node": memory.peak_node,
+            "arena_bytes": program.arena_bytes,
+            "arena_bytes_per_thread": program.thread_bytes,
+            "kv_bytes_per_position": program.kv_bytes,
+        },
+        "weights_read_per_token": weights_read_per_token(graph, program),
+        "barriers_per_step": program.barriers,
+        "limits": {
+            "max_seq": program.max_seq,
+            "max_batch": program.max_batch,
+            "max_tokens": program.max_tokens,
+        },
+        "compiler": {
+            "version": compiler.version,
+            "flags": list(flags),
+            "objects_cached": cache.hits,
+            "objects_compiled": cache.misses,
+        },
+        "tensors": describe_tensors(program.tensors, graph.constants, hashes),
+        "files": {
+            str(f.relative_to(staging)): file_entry(f)
+            for f in sorted(staging.rglob("*"))
+            if f.is_file()
+        },
+    }
+    (staging / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+    report("link", 1, 1)
+
+
+def weights_read_per_token(graph: Graph, program: Program) -> int:
+    """Bytes of packed matrices that a decode step streams: all but tables only looked up in."""
+    streamed = {name for node in graph.nodes if node.op == "MatMulGroup" for name in node.inputs}
+    return sum(
+        graph.constant_bytes(part)
+        for tensor in program.tensors
+        if tensor.spec is not None
+        for part in tensor.parts
+        if part in streamed
+    )
+
+
+def _kernels(program: Program, plan: Plan) -> list[KernelSource]:
+    """The kernels that the model uses, with what was predicted for each in its first lines."""
+    notes: dict[str, list[str]] = {}
+    for choice in plan.kernels:
+        notes.setdefault(choice.name, []).append(
+            f"Predicted for {choice.n}x{choice.k}, M = {choice.m_bucket}: "
+            f"{choice.predicted_us:.1f} us, {choice.predicted_bytes} bytes, bound by {choice.bound}."
+        )
+    kernels = []
+    for spec, (epilogues, rows) in program.kernels.items():
+        if spec.activations != "f32" or not rows or epilogues:
+            kernels.append(render_matmul(spec, epilogues, rows, tuple(notes.get(spec.name, ()))))
+        else:
+            kernels.append(render_matmul(spec, (), True))
+    return kernels
+
+
+def _included(text: str, headers: dict[str, str]) -> dict[str, str]:
+    """The headers that a kernel includes, so that its cache key holds nothing else."""
+    return {name: body for name, body in headers.items() if f'"{name}"' in text}
+
+
+def _keep(folder: Path, headers: dict[str, str], units: list[toolchain.Unit]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in headers.items():
+        (folder / name).write_text(text)
+    for unit in units:
+        (folder / f"{unit.name}.cpp").write_text(unit.text)
+
+
+def _uid(plan: Plan, program: Program, hashes: dict[str, str]) -> bytes:
+    """What ties model.so to its weights: a hash of the program and of every tensor."""
+    about = dataclasses.replace(program, uid=b"")
+    text = json.dumps([plan.to_json(), hashes, repr(about.parts), repr(about.calls)])
+    return hashlib.blake2b(text.encode(), digest_size=32).digest()
+
+
+def _identifier(name: str) -> str:
+    return re.sub(r"\W", "_", name)
+
+
+def _banner(program: Program, plan: Plan, memory: MemoryPlan) -> str:
+    arena = f"{program.arena_bytes:,} bytes ({memory.lower_bound_bytes:,} live at the most)"
+    return "\n".join(
+        f"// {line}"
+        for line in (
+            f"{program.name}: one step of the model. Template: model/model.cpp.j2.",
+            f"ISA {program.isa}, activations {plan.activations}, KV cache {program.kv}; "
+            f"{program.barriers} barriers a step.",
+            f"Arena {arena}, {program.max_tokens} tokens a step, {program.max_seq} positions.",
+        )
+    )
+
+
+__all__ = ["compile", "QigenError"]

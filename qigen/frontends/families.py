@@ -1,0 +1,400 @@
+"""The table of model families, and what both containers share because of it.
+
+A family is one row: what its layers hold, what its tensors are called, and the defaults that its
+files leave out. A decoder layer is always
+
+    x += [post_norm] attn_output(attention(rope([qk_norm] attn_{q,k,v}(norm(x)))))
+    x += [post_norm] ffn_down(act(ffn_gate(norm(x))) * ffn_up(norm(x)))
+
+Sources: ``gguf.constants`` (names of keys and tensors), the model code of the Hugging Face
+transformers library (configuration defaults, arithmetic), and llama.cpp (which rope a GGUF needs:
+its converter permutes the query and key rows of llama models, so they rotate neighbouring pairs).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from qigen.errors import BadInput, Unsupported
+from qigen.frontends.model import ModelConfig, SourceTensor, TensorHandle
+from qigen.frontends.settings import shown
+
+
+@dataclass(frozen=True)
+class TensorRow:
+    """A tensor of a layer (or of the model). ``shape`` is in the symbols of :func:`sizes`."""
+
+    stem: str
+    shape: tuple[str, ...]
+    when: str = ""  # the flag of ModelConfig that asks for it; '': always there
+    may_have_bias: bool = False
+
+
+LAYER_TENSORS = (
+    TensorRow("attn_norm", ("d",)),
+    TensorRow("attn_q", ("q", "d"), may_have_bias=True),
+    TensorRow("attn_k", ("kv", "d"), may_have_bias=True),
+    TensorRow("attn_v", ("kv", "d"), may_have_bias=True),
+    TensorRow("attn_q_norm", ("head",), when="qk_norm"),
+    TensorRow("attn_k_norm", ("head",), when="qk_norm"),
+    TensorRow("attn_output", ("d", "q"), may_have_bias=True),
+    TensorRow("post_attention_norm", ("d",), when="post_norms"),
+    TensorRow("ffn_norm", ("d",)),
+    TensorRow("ffn_gate", ("ff", "d"), may_have_bias=True),
+    TensorRow("ffn_up", ("ff", "d"), may_have_bias=True),
+    TensorRow("ffn_down", ("d", "ff"), may_have_bias=True),
+    TensorRow("post_ffw_norm", ("d",), when="post_norms"),
+)
+MODEL_TENSORS = (
+    TensorRow("token_embd", ("vocab", "d")),
+    TensorRow("output_norm", ("d",)),
+    TensorRow("output", ("vocab", "d"), when="untied_embeddings"),
+)
+
+FUSED = {"attn_qkv": ("attn_q", "attn_k", "attn_v"), "ffn_gate_up": ("ffn_gate", "ffn_up")}
+"""Tensors that hold the rows of several, one after the other."""
+
+_GGUF_NAMES = {row.stem: f"blk.{{}}.{row.stem}" for row in LAYER_TENSORS} | {
+    "attn_qkv": "blk.{}.attn_qkv",
+    "token_embd": "token_embd",
+    "output_norm": "output_norm",
+    "output": "output",
+}
+_LLAMA_NAMES = {
+    "attn_norm": "model.layers.{}.input_layernorm",
+    "attn_q": "model.layers.{}.self_attn.q_proj",
+    "attn_k": "model.layers.{}.self_attn.k_proj",
+    "attn_v": "model.layers.{}.self_attn.v_proj",
+    "attn_q_norm": "model.layers.{}.self_attn.q_norm",
+    "attn_k_norm": "model.layers.{}.self_attn.k_norm",
+    "attn_output": "model.layers.{}.self_attn.o_proj",
+    "ffn_norm": "model.layers.{}.post_attention_layernorm",
+    "ffn_gate": "model.layers.{}.mlp.gate_proj",
+    "ffn_up": "model.layers.{}.mlp.up_proj",
+    "ffn_down": "model.layers.{}.mlp.down_proj",
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+}
+_GEMMA_NAMES = _LLAMA_NAMES | {
+    "post_attention_norm": "model.layers.{}.post_attention_layernorm",
+    "ffn_norm": "model.layers.{}.pre_feedforward_layernorm",
+    "post_ffw_norm": "model.layers.{}.post_feedforward_layernorm",
+}
+_PHI3_NAMES = _LLAMA_NAMES | {
+    "attn_qkv": "model.layers.{}.self_attn.qkv_proj",
+    "ffn_gate_up": "model.layers.{}.mlp.gate_up_proj",
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A row of the table.
+
+    ``gguf_defaults`` are metadata keys without the architecture prefix, ``hf_defaults`` keys of
+    config.json; both are what the family's reference implementation assumes where a file is silent.
+    ``window_period``: of so many layers the last attends globally and the others through the
+    window; 1: all layers use the window (where the file gives one).
+    ``wide_query_layers``: numbers of layers of the released models that scale queries by
+    ``(d_model/n_heads)^-0.5`` instead of ``head_dim^-0.5``; GGUF has no key for it.
+    """
+
+    name: str
+    gguf: tuple[str, ...]  # values of general.architecture
+    model_types: tuple[str, ...]  # values of model_type
+    classes: tuple[str, ...]  # values of architectures
+    activation: str = "silu"
+    gguf_rope: str = "half"
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    post_norms: bool = False
+    embedding_scaled: bool = False  # by sqrt(d_model)
+    hf_norm_offset: float = 0.0
+    local_rope_base: float | None = None
+    window_period: int = 1
+    wide_query_layers: tuple[int, ...] = ()
+    gguf_names: Mapping[str, str] = field(default_factory=lambda: _GGUF_NAMES)
+    hf_names: Mapping[str, str] = field(default_factory=lambda: _LLAMA_NAMES)
+    gguf_defaults: Mapping[str, Any] = field(default_factory=dict)
+    hf_defaults: Mapping[str, Any] = field(default_factory=dict)
+
+
+_LLAMA = Family(
+    name="llama",
+    gguf=("llama",),
+    model_types=("llama",),
+    classes=("LlamaForCausalLM",),
+    gguf_rope="interleaved",
+)
+_GEMMA2 = Family(
+    name="gemma2",
+    gguf=("gemma2",),
+    model_types=("gemma2",),
+    classes=("Gemma2ForCausalLM",),
+    activation="gelu_tanh",
+    post_norms=True,
+    embedding_scaled=True,
+    hf_norm_offset=1.0,
+    window_period=2,
+    wide_query_layers=(46,),
+    hf_names=_GEMMA_NAMES,
+    gguf_defaults={
+        "attention.sliding_window": 4096,
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+    },
+    hf_defaults={
+        "head_dim": 256,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 4096,
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+        "tie_word_embeddings": True,
+    },
+)
+
+FAMILIES: tuple[Family, ...] = (
+    _LLAMA,
+    # Converters write Mistral as architecture llama; only its configuration has other defaults.
+    replace(
+        _LLAMA,
+        name="mistral",
+        gguf=(),
+        model_types=("mistral",),
+        classes=("MistralForCausalLM",),
+        hf_defaults={"num_key_value_heads": 8, "sliding_window": 4096},
+    ),
+    Family(
+        name="qwen2",
+        gguf=("qwen2",),
+        model_types=("qwen2",),
+        classes=("Qwen2ForCausalLM",),
+        qkv_bias=True,
+        hf_defaults={"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28},
+    ),
+    Family(
+        name="qwen3",
+        gguf=("qwen3",),
+        model_types=("qwen3",),
+        classes=("Qwen3ForCausalLM",),
+        qk_norm=True,
+        hf_defaults={
+            "head_dim": 128,
+            "use_sliding_window": False,
+            "sliding_window": 4096,
+            "max_window_layers": 28,
+        },
+    ),
+    _GEMMA2,
+    replace(
+        _GEMMA2,
+        name="gemma3",
+        gguf=("gemma3",),
+        model_types=("gemma3_text", "gemma3"),
+        classes=("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"),
+        qk_norm=True,
+        local_rope_base=10000.0,
+        window_period=6,
+        wide_query_layers=(62,),
+        gguf_defaults={"rope.freq_base": 1e6},
+        hf_defaults={
+            "vocab_size": 262208,
+            "hidden_size": 2304,
+            "intermediate_size": 9216,
+            "num_hidden_layers": 26,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+            "hidden_activation": "gelu_pytorch_tanh",
+            "max_position_embeddings": 131072,
+            "query_pre_attn_scalar": 256,
+            "rope_theta": 1e6,
+            "rope_local_base_freq": 10000.0,
+            "sliding_window": 4096,
+            "tie_word_embeddings": True,
+            "bos_token_id": 2,
+            "eos_token_id": 1,
+        },
+    ),
+    Family(
+        name="phi3",
+        gguf=("phi3",),
+        model_types=("phi3",),
+        classes=("Phi3ForCausalLM",),
+        gguf_names=_GGUF_NAMES | {"ffn_gate_up": "blk.{}.ffn_up"},
+        hf_names=_PHI3_NAMES,
+        hf_defaults={"rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096},
+    ),
+)
+
+
+def family_of_gguf(architecture: str, where: str) -> Family:
+    """The row of a GGUF architecture; Unsupported listing the known ones."""
+    for family in FAMILIES:
+        if architecture in family.gguf:
+            return family
+    known = ", ".join(name for family in FAMILIES for name in family.gguf)
+    raise Unsupported(
+        f"architecture '{shown(architecture)}' is not supported; known are {known}", where
+    )
+
+
+def family_of_model_type(model_type: str, where: str) -> Family:
+    """The row of a Hugging Face ``model_type``; Unsupported listing the known ones."""
+    for family in FAMILIES:
+        if model_type in family.model_types:
+            return family
+    known = ", ".join(name for family in FAMILIES for name in family.model_types)
+    raise Unsupported(
+        f"model type '{shown(model_type)}' is not supported; known are {known}", where
+    )
+
+
+def sliding_layers(n_layers: int, period: int) -> tuple[bool, ...]:
+    """Which layers use the window: all but every ``period``-th, or all for 1."""
+    return tuple(period == 1 or (i + 1) % period != 0 for i in range(n_layers))
+
+
+def sizes(config: ModelConfig) -> dict[str, int]:
+    """The symbols of the tensor rows."""
+    return {
+        "vocab": config.vocab_size,
+        "d": config.d_model,
+        "q": config.n_heads * config.head_dim,
+        "kv": config.n_kv_heads * config.head_dim,
+        "head": config.head_dim,
+        "ff": config.d_ff,
+    }
+
+
+def bind(
+    config: ModelConfig,
+    names: Mapping[str, str],
+    sources: Mapping[str, SourceTensor],
+    where: str,
+    *,
+    norm_offset: float = 0.0,
+    required_biases: Collection[str] = (),
+    optional_biases: bool = True,
+    ignored: Collection[str] = (),
+) -> tuple[dict[str, TensorHandle], tuple[str, ...]]:
+    """Give every tensor of the model its place in the file.
+
+    Args:
+        names: stem -> the container's name (without ``.weight``), ``{}`` for the layer.
+        sources: the container's tensors.
+        norm_offset: what is added to stored norm weights.
+        required_biases: stems whose bias must be there.
+        optional_biases: whether other biases are used if layer 0 has them.
+        ignored: source tensors that the model does not need.
+
+    Returns the handles by canonical name, and the stems that have a bias. Raises BadInput naming
+    the tensor that is missing, left over or of the wrong shape.
+    """
+    if config.n_layers > len(sources):
+        raise BadInput(
+            f"{config.n_layers} layers are announced but the file holds {len(sources)} tensors",
+            where,
+        )
+    binder = _Binder(names, sources, where, sizes(config), norm_offset)
+    present = [
+        row for row in (*MODEL_TENSORS, *LAYER_TENSORS) if not row.when or getattr(config, row.when)
+    ]
+    layer_rows = [row for row in present if row in LAYER_TENSORS]
+    biases = tuple(
+        row.stem
+        for row in layer_rows
+        if row.may_have_bias
+        and (row.stem in required_biases or (optional_biases and binder.has(row, 0, "bias")))
+    )
+    for row in present:
+        if row in MODEL_TENSORS:
+            binder.take(row, None, "weight")
+    for layer in range(config.n_layers):
+        for row in layer_rows:
+            binder.take(row, layer, "weight")
+            if row.stem in biases:
+                binder.take(row, layer, "bias")
+    left = sorted(set(sources) - binder.used - set(ignored))
+    if left:
+        more = f" (and {len(left) - 1} more)" if len(left) > 1 else ""
+        raise BadInput(
+            f"tensor '{shown(left[0])}'{more} does not belong to a {config.family} model of "
+            f"{config.n_layers} layers",
+            where,
+        )
+    return binder.handles, biases
+
+
+_FUSED_OF = {part: whole for whole, parts in FUSED.items() for part in parts}
+
+
+@dataclass
+class _Binder:
+    names: Mapping[str, str]
+    sources: Mapping[str, SourceTensor]
+    where: str
+    sizes: Mapping[str, int]
+    norm_offset: float
+    handles: dict[str, TensorHandle] = field(default_factory=dict)
+    used: set[str] = field(default_factory=set)
+
+    def _name(self, stem: str, layer: int | None, kind: str) -> str:
+        return f"{self.names[stem].format(layer)}.{kind}" if stem in self.names else ""
+
+    def _whole(self, row: TensorRow, layer: int | None, kind: str) -> str:
+        """Stem of the fused tensor that holds the row, '' if it stands alone.
+
+        Where the first part stands alone all parts do: phi3's GGUF calls the fused tensor ffn_up.
+        """
+        whole = _FUSED_OF.get(row.stem, "")
+        if whole not in self.names or self._name(FUSED[whole][0], layer, kind) in self.sources:
+            return ""
+        return whole if self._name(whole, layer, kind) in self.sources else ""
+
+    def has(self, row: TensorRow, layer: int | None, kind: str) -> bool:
+        return bool(
+            self._whole(row, layer, kind) or self._name(row.stem, layer, kind) in self.sources
+        )
+
+    def _rows(self, stem: str) -> int:
+        row = next(r for r in LAYER_TENSORS if r.stem == stem)
+        return self.sizes[row.shape[0]]
+
+    def take(self, row: TensorRow, layer: int | None, kind: str) -> None:
+        whole = self._whole(row, layer, kind)
+        name = self._name(whole or row.stem, layer, kind)
+        if name not in self.sources:
+            fused = self._name(_FUSED_OF.get(row.stem, ""), layer, kind)
+            other = f", and so is '{fused}' that could hold it" if fused not in ("", name) else ""
+            raise BadInput(f"tensor '{name}' is missing{other}", self.where)
+        source = self.sources[name]
+        parts = FUSED[whole] if whole else (row.stem,)
+        columns = tuple(self.sizes[s] for s in row.shape[1:]) if kind == "weight" else ()
+        count = self.sizes[row.shape[0]]
+        total = sum(self._rows(part) for part in parts) if whole else count
+        if source.shape != (total, *columns):
+            if row.stem == "token_embd" and source.shape[1:] == columns:
+                raise BadInput(
+                    f"the vocabulary has {count} tokens but the embedding '{name}' has "
+                    f"{source.shape[0]} rows",
+                    self.where,
+                )
+            raise BadInput(
+                f"tensor '{name}' has the shape {list(source.shape)}, but the configuration asks "
+                f"for {[total, *columns]}",
+                self.where,
+            )
+        first = sum(self._rows(part) for part in parts[: parts.index(row.stem)])
+        canonical = row.stem if layer is None else f"blk.{layer}.{row.stem}"
+        is_norm = len(row.shape) == 1
+        self.handles[f"{canonical}.{kind}"] = TensorHandle(
+            f"{canonical}.{kind}",
+            source,
+            (first, first + count),
+            self.norm_offset if is_norm else 0.0,
+        )
+        self.used.add(name)

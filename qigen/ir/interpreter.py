@@ -1,0 +1,231 @@
+"""Runs a graph with numpy: the reference that every kernel is compared with.
+
+It is slow on purpose where that makes it plain. The options mimic, one by one, the roundings that
+generated code makes: int8 activations, and a key/value cache of fewer bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qigen.errors import BadInput, UsageError
+from qigen.formats.algebra import QuantizedTensor
+from qigen.ir import schema
+from qigen.ir.graph import Array, Graph, State, constant_shape, load_constant
+
+ACTIVATION_GROUP = 32
+"""Numbers along K that share one scale in the int8 mode."""
+
+_CHUNK_FLOATS = 1 << 22
+
+
+def round_to_int8(x: Array, group: int = ACTIVATION_GROUP) -> Array:
+    """``x [M,K]`` rounded as the integer kernels round activations, in the type of ``x``.
+
+    Per row and ``group`` columns (the last group may be shorter): s = absmax/127 in float32,
+    q = rint(x/s), result s*q; a group of zeros stays zero.
+    """
+    rows, k = x.shape
+    groups = -(-k // group)
+    padded = np.zeros((rows, groups * group), dtype=np.float32)
+    padded[:, :k] = x
+    parts = padded.reshape(rows, groups, group)
+    scale = np.abs(parts).max(axis=-1, keepdims=True) / np.float32(127)
+    codes = np.rint(np.divide(parts, scale, out=np.zeros_like(parts), where=scale > 0))
+    exact = scale.astype(x.dtype) * codes.astype(x.dtype)
+    result: Array = exact.reshape(padded.shape)[:, :k]
+    return result
+
+
+class KvCache:
+    """Keys and values of one attention layer, for one sequence.
+
+    ``kind``: ``f32`` keeps the arithmetic's type, ``f16`` rounds to half precision, ``int8`` rounds
+    each head of each position to 8 bits with one float32 scale absmax/127.
+    """
+
+    def __init__(self, state: State, kind: str, dtype: np.dtype[Any]) -> None:
+        self._state, self._kind, self._dtype = state, kind, dtype
+        self._data = np.zeros((2, 0, state.n_kv_heads, state.head_dim), dtype=dtype)
+
+    def _rounded(self, x: Array) -> Array:
+        heads = x.reshape(len(x), self._state.n_kv_heads, self._state.head_dim)
+        if self._kind == "f16":
+            return heads.astype(np.float16).astype(self._dtype)
+        if self._kind == "int8":
+            head_dim = self._state.head_dim
+            rounded = round_to_int8(heads.reshape(-1, head_dim), head_dim)
+            return rounded.reshape(heads.shape)
+        return heads
+
+    def append(self, positions: Array, k: Array, v: Array) -> None:
+        """Store ``k, v [T, n_kv_heads*head_dim]`` at ``positions [T]``."""
+        stop = int(positions.max(initial=-1)) + 1
+        if stop > self._data.shape[1]:
+            grown = np.zeros((2, max(64, 2 * stop), *self._data.shape[2:]), dtype=self._dtype)
+            grown[:, : self._data.shape[1]] = self._data
+            self._data = grown
+        self._data[0, positions] = self._rounded(k)
+        self._data[1, positions] = self._rounded(v)
+
+    def read(self, stop: int) -> tuple[Array, Array]:
+        """Keys and values ``[stop, n_kv_heads, head_dim]``."""
+        return self._data[0, :stop], self._data[1, :stop]
+
+
+class Interpreter:
+    """Runs the steps of one sequence.
+
+    ``dtype``: float32, or float64 for an exact reference. ``activations``: ``f32``, or ``int8``,
+    which rounds the x of every product with a quantized weight (not with f32, f16 or bf16 ones)
+    as :func:`round_to_int8` does. ``kv``: see :class:`KvCache`. ``cache_bytes`` bounds the float32
+    matrices that are kept; others are dequantized in chunks of rows at every use.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        *,
+        dtype: npt.DTypeLike = np.float32,
+        activations: str = "f32",
+        kv: str = "f32",
+        cache_bytes: int = 1 << 30,
+    ) -> None:
+        self.dtype: np.dtype[Any] = np.dtype(dtype)
+        if self.dtype.name not in ("float32", "float64"):
+            raise UsageError(f"dtype must be float32 or float64, not {self.dtype.name}")
+        if activations not in ("f32", "int8"):
+            raise UsageError(f"activations must be f32 or int8, not {activations}")
+        if kv not in ("f32", "f16", "int8"):
+            raise UsageError(f"kv must be f32, f16 or int8, not {kv}")
+        self.graph = graph
+        self.position = 0
+        self._int8 = activations == "int8"
+        self._kv_kind = kv
+        self._room = cache_bytes
+        self._dense: dict[str, Array] = {}
+        self._loaded: dict[str, Array | QuantizedTensor] = {}
+        self._kv: dict[str, KvCache] = {}
+        self._tables = {node.inputs[1] for node in graph.nodes if node.op == "Embedding"}
+        self._last_use = {n: i for i, node in enumerate(graph.nodes) for n in node.inputs}
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the sequence: empty caches, position 0."""
+        self.position = 0
+        self._kv = {
+            s.name: KvCache(s, self._kv_kind, self.dtype) for s in self.graph.states.values()
+        }
+
+    def rewind(self, position: int) -> None:
+        """Go on from an earlier position; what was cached from there on is overwritten."""
+        if not 0 <= position <= self.position:
+            raise UsageError(f"cannot rewind to {position}; the position is {self.position}")
+        self.position = position
+
+    def step(self, inputs: Mapping[str, npt.ArrayLike]) -> dict[str, Array]:
+        """Run one step.
+
+        ``inputs``: ``input_ids [T]`` and, where the graph has it, ``rows [R]`` (default: the last
+        token's row). ``positions`` is filled in from the sequence's position. Returns every graph
+        output by name, for a language model ``{'logits': [R,V]}``. BadInput for names, shapes, ids
+        or rows that do not fit.
+        """
+        graph = self.graph
+        given = {name: _integers(name, x) for name, x in inputs.items()}
+        if "input_ids" not in given or given["input_ids"].ndim != 1 or not len(given["input_ids"]):
+            raise BadInput("a step needs input_ids, a vector of at least one token", graph.name)
+        tokens = len(given["input_ids"])
+        positions = np.arange(self.position, self.position + tokens, dtype=np.int32)
+        values: dict[str, Array] = {
+            "positions": positions,
+            "rows": np.array([tokens - 1], dtype=np.int32),
+            **given,
+        }
+        unknown = set(given) - set(graph.inputs)
+        missing = set(graph.inputs) - set(values)
+        if unknown or missing:
+            raise BadInput(f"inputs must be {graph.inputs}, got {sorted(given)}", graph.name)
+        if "positions" in given:
+            raise BadInput("positions come from the sequence; leave them out", graph.name)
+        rows = values["rows"]
+        if rows.ndim != 1 or (rows.size and not 0 <= rows.min() <= rows.max() < tokens):
+            raise BadInput(f"rows must be a vector of numbers from 0 to {tokens - 1}", graph.name)
+        empty = np.empty(0, dtype=self.dtype)
+        for index, node in enumerate(graph.nodes):
+            arrays = [empty if graph.is_constant(n) else values[n] for n in node.inputs]
+            results = schema.operator(node.op, node.name).reference(node, arrays, self)
+            values.update(zip(node.outputs, results, strict=True))
+            for name in node.inputs:
+                if self._last_use[name] == index and name not in graph.outputs:
+                    values.pop(name, None)
+        self.position += tokens
+        return {name: values[name] for name in graph.outputs}
+
+    # -- what the operators ask for (schema.Evaluation) -------------------------------------------
+
+    def kv(self, state: str) -> KvCache:
+        """The cache of ``state``."""
+        return self._kv[state]
+
+    def _data(self, name: str) -> Array | QuantizedTensor:
+        data = self._loaded.get(name)
+        if data is None:
+            data = self._loaded[name] = load_constant(self.graph.constants[name])
+        return data
+
+    def vector(self, name: str) -> Array:
+        """The constant ``name`` in the arithmetic's type, in its own shape."""
+        data = self._data(name)
+        dense = data.dequantize() if isinstance(data, QuantizedTensor) else data
+        return dense.reshape(constant_shape(self.graph.constants[name])).astype(self.dtype)
+
+    def gather(self, table: str, rows: Array) -> Array:
+        """Rows ``[len(rows), d]`` of a table; only these are dequantized."""
+        data = self._data(table)
+        n = constant_shape(data)[0]
+        if rows.size and not 0 <= rows.min() <= rows.max() < n:
+            raise BadInput(f"a token id is outside of 0..{n - 1}", table)
+        if isinstance(data, np.ndarray):
+            return data[rows].astype(self.dtype)
+        fields = {name: codes[rows] for name, codes in data.fields.items()}
+        picked = QuantizedTensor(data.format, (len(rows), data.shape[1]), fields)
+        return picked.dequantize().astype(self.dtype)
+
+    def matmul(self, x: Array, weight: str) -> Array:
+        """``x [M,K]`` times the transpose of the dequantized ``weight [N,K]``."""
+        constant = self.graph.constants[weight]
+        n, k = constant_shape(constant)
+        if self._int8 and not isinstance(constant, np.ndarray) and not constant.format.float_kind:
+            x = round_to_int8(x)
+        data: Array | QuantizedTensor | None = self._dense.get(weight)
+        if data is None:
+            data = self._data(weight)
+            if isinstance(data, QuantizedTensor) and 4 * n * k <= self._room:
+                self._room -= 4 * n * k
+                data = self._dense[weight] = data.dequantize()
+                if weight not in self._tables:
+                    del self._loaded[weight]
+        out = np.empty((len(x), n), dtype=self.dtype)
+        step = max(1, _CHUNK_FLOATS // k)
+        for start in range(0, n, step):
+            part = slice(start, min(n, start + step))
+            chunk = (
+                data.rows(part.start, part.stop).dequantize()
+                if isinstance(data, QuantizedTensor)
+                else data[part]
+            )
+            out[:, part] = x @ chunk.astype(self.dtype, copy=False).T
+        return out
+
+
+def _integers(name: str, x: npt.ArrayLike) -> Array:
+    """An input as int32; BadInput if it is none (an empty list counts as integers)."""
+    array = np.asarray(x)
+    if array.size and array.dtype.kind not in "iu":
+        raise BadInput(f"the input must be integers, not {array.dtype}", name)
+    return array.astype(np.int32)

@@ -1,0 +1,141 @@
+"""Causal attention over the key/value cache."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from qigen.errors import BadInput
+from qigen.ir.graph import Graph, Node, Shape, State
+from qigen.ir.ops.elementwise import softcap
+from qigen.ir.schema import (
+    Array,
+    Attr,
+    Evaluation,
+    Operator,
+    activation,
+    arity,
+    register,
+    width,
+)
+
+_ROWS = 128  # query rows at a time, so that the scores stay small
+
+ATTENTION_ATTRS = (
+    Attr("state", str, doc="the cache"),
+    Attr("n_heads", int, minimum=1, doc="query heads"),
+    Attr("n_kv_heads", int, minimum=1, doc="key and value heads; divides n_heads"),
+    Attr("head_dim", int, minimum=1, doc="columns of a head"),
+    Attr("scale", float, doc="multiplies the scores, usually head_dim^-0.5"),
+    Attr("window", int, 0, minimum=0, doc="position p sees p-window < j <= p; 0: all j <= p"),
+    Attr("softcap", float, 0.0, minimum=0.0, doc="soft cap of the scaled scores; 0: none"),
+)
+
+
+def state_of(node: Node, graph: Graph) -> State:
+    """The state that the node names; BadInput if there is none."""
+    state = graph.states.get(node.attrs["state"])
+    if state is None:
+        raise BadInput(f"state '{node.attrs['state']}' does not exist", node.name)
+    return state
+
+
+def check_heads(node: Node, graph: Graph) -> tuple[int, int]:
+    """Columns of a query row and of a key row; BadInput unless they and the state agree."""
+    a, state = node.attrs, state_of(node, graph)
+    if a["n_heads"] % a["n_kv_heads"]:
+        raise BadInput(
+            f"{a['n_heads']} heads cannot share {a['n_kv_heads']} key heads evenly", node.name
+        )
+    if (state.n_kv_heads, state.head_dim) != (a["n_kv_heads"], a["head_dim"]):
+        raise BadInput(
+            f"state '{state.name}' holds {state.n_kv_heads} heads of {state.head_dim}, "
+            f"not {a['n_kv_heads']} of {a['head_dim']}",
+            node.name,
+        )
+    return a["n_heads"] * a["head_dim"], a["n_kv_heads"] * a["head_dim"]
+
+
+def attend(q: Array, positions: Array, attrs: Mapping[str, Any], ev: Evaluation) -> Array:
+    """Softmax attention of ``q [T, n_heads*head_dim]`` over the cached positions.
+
+    The row at position p sees the keys j <= p, with a window only those j > p - window.
+    """
+    if not len(positions):
+        return q
+    n_kv, hd = attrs["n_kv_heads"], attrs["head_dim"]
+    shared = attrs["n_heads"] // n_kv
+    stop = int(positions.max()) + 1
+    keys, values = ev.kv(attrs["state"]).read(stop)
+    keys_t = keys.transpose(1, 2, 0)[:, None]  # [n_kv, 1, hd, stop]
+    values_t = values.transpose(1, 0, 2)[:, None]  # [n_kv, 1, stop, hd]
+    j = np.arange(stop)
+    out = np.empty_like(q)
+    for start in range(0, len(positions), _ROWS):
+        p = positions[start : start + _ROWS, None]
+        rows = q[start : start + _ROWS].reshape(-1, n_kv, shared, hd).transpose(1, 2, 0, 3)
+        scores = (rows @ keys_t) * q.dtype.type(attrs["scale"])
+        if attrs["softcap"]:
+            scores = softcap(scores, attrs["softcap"])
+        seen = j <= p
+        if attrs["window"]:
+            seen &= j > p - attrs["window"]
+        scores = np.where(seen, scores, -np.inf)
+        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        weights /= weights.sum(axis=-1, keepdims=True)
+        mixed = (weights @ values_t).transpose(2, 0, 1, 3)
+        out[start : start + _ROWS] = mixed.reshape(-1, q.shape[1])
+    return out
+
+
+@register
+class KVAppend(Operator):
+    """Write keys and values into the cache; the result only orders the attention behind it."""
+
+    name = "KVAppend"
+    inputs = "k[T,n_kv*head_dim], v[T,n_kv*head_dim], positions[T] i32"
+    attrs = (Attr("state", str, doc="the cache"),)
+    effect = True
+
+    def infer(self, node: Node, graph: Graph) -> list[tuple[Shape, str]]:
+        arity(node, 3)
+        state = state_of(node, graph)
+        for i in range(2):
+            columns = width(node, activation(node, graph, i, rank=2))
+            if columns != state.n_kv_heads * state.head_dim:
+                raise BadInput(
+                    f"row of {columns} for state '{state.name}' of "
+                    f"{state.n_kv_heads} heads of {state.head_dim}",
+                    node.name,
+                )
+        activation(node, graph, 2, rank=1, dtype="i32")
+        return [((), "kv")]
+
+    def reference(self, node: Node, inputs: Sequence[Array], ev: Evaluation) -> list[Array]:
+        k, v, positions = inputs
+        ev.kv(node.attrs["state"]).append(positions, k, v)
+        return [np.zeros((), dtype=np.int32)]
+
+
+@register
+class Attention(Operator):
+    """Causal, grouped-query, optionally windowed and soft-capped attention over a cache."""
+
+    name = "Attention"
+    inputs = "q[T,n_heads*head_dim], kv, positions[T] i32"
+    attrs = ATTENTION_ATTRS
+
+    def infer(self, node: Node, graph: Graph) -> list[tuple[Shape, str]]:
+        arity(node, 3)
+        q = activation(node, graph, 0, rank=2)
+        activation(node, graph, 1, rank=0, dtype="kv")
+        activation(node, graph, 2, rank=1, dtype="i32")
+        wanted, _ = check_heads(node, graph)
+        if width(node, q) != wanted:
+            raise BadInput(f"the query row has {q[1]} columns, not {wanted}", node.name)
+        return [(q, "f32")]
+
+    def reference(self, node: Node, inputs: Sequence[Array], ev: Evaluation) -> list[Array]:
+        return [attend(inputs[0], inputs[2], node.attrs, ev)]

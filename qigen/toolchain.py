@@ -1,0 +1,169 @@
+"""The C++ compiler: found, probed, and asked in parallel; objects are cached by content.
+
+An object's key is the hash of its text, of the headers it includes, of the flags and of the
+compiler's version, so a kernel is compiled once per machine, whichever model asks for it.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import platformdirs
+
+from qigen.errors import ToolchainError
+
+_CANDIDATES = ("g++", "clang++", "c++")
+_INSTALL = "install one (Debian: apt-get install g++) or set QIGEN_CXX to its path"
+
+
+@dataclass(frozen=True)
+class Compiler:
+    """A C++ compiler: its path and the first line of its version."""
+
+    path: str
+    version: str
+
+    def run(self, arguments: Sequence[str], what: str) -> None:
+        """Run the compiler; ToolchainError with the first lines of its complaint."""
+        try:
+            done = subprocess.run(
+                [self.path, *arguments], capture_output=True, text=True, errors="replace"
+            )
+        except OSError as error:
+            raise ToolchainError(f"{self.path} cannot be run ({error.strerror}); {_INSTALL}", what)
+        if done.returncode != 0:
+            lines = [line for line in done.stderr.splitlines() if "error" in line.lower()]
+            shown = " | ".join((lines or done.stderr.splitlines())[:3])
+            raise ToolchainError(f"{self.path} failed: {shown}", what)
+
+
+@functools.lru_cache(maxsize=8)
+def _probe(path: str) -> Compiler:
+    done = subprocess.run([path, "--version"], capture_output=True, text=True, errors="replace")
+    if done.returncode != 0 or not done.stdout:
+        raise ToolchainError(f"{path} is no working C++ compiler; {_INSTALL}")
+    return Compiler(path, done.stdout.splitlines()[0])
+
+
+def find_compiler() -> Compiler:
+    """The compiler named by QIGEN_CXX or CXX, else the first of g++, clang++, c++ on the PATH."""
+    for variable in ("QIGEN_CXX", "CXX"):
+        named = os.environ.get(variable)
+        if named:
+            found = shutil.which(named)
+            if found is None:
+                raise ToolchainError(f"{variable} names {named}, which does not exist; {_INSTALL}")
+            return _probe(found)
+    for name in _CANDIDATES:
+        found = shutil.which(name)
+        if found is not None:
+            return _probe(found)
+    raise ToolchainError(f"there is no C++ compiler on the PATH; {_INSTALL}")
+
+
+def cache_folder() -> Path:
+    """Where objects are cached: QIGEN_CACHE, else the user's cache folder."""
+    named = os.environ.get("QIGEN_CACHE")
+    return Path(named) if named else Path(platformdirs.user_cache_dir("qigen"))
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A translation unit. ``headers`` are the generated ones that it includes, by file name."""
+
+    name: str
+    text: str
+    flags: tuple[str, ...]
+    headers: Mapping[str, str]
+    include_folders: tuple[Path, ...] = ()
+
+
+class ObjectCache:
+    """Compiles units on a pool of threads; equal units are compiled once, ever.
+
+    Use as a context manager. ``hits`` and ``misses`` count what :meth:`compile` was asked for.
+    """
+
+    def __init__(self, compiler: Compiler, jobs: int, folder: Path | None = None) -> None:
+        self.compiler = compiler
+        self.folder = (folder or cache_folder()) / "objects"
+        self._pool = ThreadPoolExecutor(max_workers=max(1, jobs))
+        self.hits = 0
+        self.misses = 0
+
+    def __enter__(self) -> ObjectCache:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def key(self, unit: Unit) -> str:
+        """The content hash that names the unit's object."""
+        digest = hashlib.blake2b(digest_size=20)
+        for part in (self.compiler.version, *unit.flags, unit.text):
+            digest.update(part.encode() + b"\0")
+        for name in sorted(unit.headers):
+            digest.update(f"{name}\0{unit.headers[name]}\0".encode())
+        for folder in unit.include_folders:
+            for file in sorted(folder.rglob("*.h")):
+                digest.update(file.read_bytes())
+        return digest.hexdigest()
+
+    def compile(self, unit: Unit, done: Callable[[str], None] | None = None) -> Future[Path]:
+        """The object file of the unit, when it is there."""
+        target = self.folder / f"{unit.name[:80]}-{self.key(unit)}.o"
+        if target.exists():
+            self.hits += 1
+            os.utime(target)
+            ready: Future[Path] = Future()
+            ready.set_result(target)
+            if done:
+                done(unit.name)
+            return ready
+        self.misses += 1
+        return self._pool.submit(self._compile, unit, target, done)
+
+    def _compile(self, unit: Unit, target: Path, done: Callable[[str], None] | None) -> Path:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="qigen-", dir=target.parent) as name:
+            folder = Path(name)
+            for header, text in unit.headers.items():
+                (folder / header).write_text(text)
+            source = folder / f"{unit.name[:80]}.cpp"
+            source.write_text(unit.text)
+            includes = [f"-I{folder}", *(f"-I{f}" for f in unit.include_folders)]
+            out = folder / "out.o"
+            self.compiler.run([*unit.flags, *includes, "-c", str(source), "-o", str(out)], unit.name)
+            out.replace(target)
+        if done:
+            done(unit.name)
+        return target
+
+
+def link_shared(
+    compiler: Compiler, objects: Sequence[Path], version_script: Path, output: Path
+) -> None:
+    """Link ``model.so``: only the C interface is exported, unused sections are dropped."""
+    compiler.run(
+        [
+            "-shared",
+            "-pthread",
+            f"-Wl,--version-script={version_script}",
+            "-Wl,-z,defs",
+            "-Wl,--gc-sections",
+            "-Wl,--build-id=none",
+            *map(str, objects),
+            "-o",
+            str(output),
+        ],
+        output.name,
+    )

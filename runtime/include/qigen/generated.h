@@ -1,0 +1,153 @@
+// What generated code and the runtime say to each other. The generated model.cpp defines
+// qigen_model_description; the runtime (runtime/src) checks the machine and the weights against it
+// and then calls its step function on every thread of the pool.
+//
+// Generated files are compiled with instruction-set flags, the runtime isn't, and both end in one
+// library. A function that both emit (an inline function, a template of the standard library) would
+// be merged into one copy, perhaps the one with AVX-512 code, which then runs before the processor
+// was checked. So this header has only always-inlined functions, generated code keeps its helpers
+// static or in an anonymous namespace and has no dynamic initialisers, and runtime objects come
+// first on the link line.
+#pragma once
+
+#include <sched.h>
+
+#include <atomic>
+#include <cstdint>
+
+#define QIGEN_ALWAYS_INLINE inline __attribute__((always_inline))
+
+namespace qigen {
+
+// Instruction sets that a model can ask for, named as the compiler flag without -m. A bit never
+// changes its meaning.
+struct CpuFeature {
+  static constexpr uint64_t sse3 = 1ull << 0;
+  static constexpr uint64_t ssse3 = 1ull << 1;
+  static constexpr uint64_t sse4_1 = 1ull << 2;
+  static constexpr uint64_t sse4_2 = 1ull << 3;
+  static constexpr uint64_t popcnt = 1ull << 4;
+  static constexpr uint64_t avx = 1ull << 5;
+  static constexpr uint64_t f16c = 1ull << 6;
+  static constexpr uint64_t fma = 1ull << 7;
+  static constexpr uint64_t avx2 = 1ull << 8;
+  static constexpr uint64_t bmi = 1ull << 9;
+  static constexpr uint64_t bmi2 = 1ull << 10;
+  static constexpr uint64_t lzcnt = 1ull << 11;
+  static constexpr uint64_t movbe = 1ull << 12;
+  static constexpr uint64_t gfni = 1ull << 13;
+  static constexpr uint64_t avxvnni = 1ull << 14;
+  static constexpr uint64_t avxvnniint8 = 1ull << 15;
+  static constexpr uint64_t avxifma = 1ull << 16;
+  static constexpr uint64_t avx512f = 1ull << 20;
+  static constexpr uint64_t avx512bw = 1ull << 21;
+  static constexpr uint64_t avx512dq = 1ull << 22;
+  static constexpr uint64_t avx512vl = 1ull << 23;
+  static constexpr uint64_t avx512cd = 1ull << 24;
+  static constexpr uint64_t avx512vbmi = 1ull << 25;
+  static constexpr uint64_t avx512vbmi2 = 1ull << 26;
+  static constexpr uint64_t avx512vnni = 1ull << 27;
+  static constexpr uint64_t avx512bitalg = 1ull << 28;
+  static constexpr uint64_t avx512vpopcntdq = 1ull << 29;
+  static constexpr uint64_t avx512ifma = 1ull << 30;
+  static constexpr uint64_t avx512bf16 = 1ull << 31;
+  static constexpr uint64_t avx512fp16 = 1ull << 32;
+};
+
+// Keys and values of one session. The layout inside is the generated code's business.
+struct KvCache {
+  uint8_t* base;     // capacity * kv_bytes_per_position bytes, page aligned, zero at first
+  int64_t capacity;  // positions, a multiple of 64
+};
+
+// One step: n_tokens tokens go through the whole model together.
+// Tokens of one session are adjacent and their positions ascend by one; a step holds either tokens
+// of one session or one token each of several. 1 <= n_tokens <= max_tokens; ids and positions are
+// checked.
+struct Step {
+  const uint8_t* weights;  // weights.bin from its first byte, page aligned
+  uint8_t* arena;  // arena_bytes + n_threads * arena_bytes_per_thread bytes, 64-byte aligned
+  int32_t n_tokens;
+  const int32_t* tokens;      // [n_tokens]
+  const int32_t* positions;   // [n_tokens]
+  const KvCache* kv;          // [n_tokens], the cache of each token's session
+  int32_t n_logits;           // rows whose logits are wanted; may be 0
+  const int32_t* logit_rows;  // [n_logits], ascending indices of tokens
+  float* logits;              // [n_logits][logits_stride], of any alignment
+  int64_t logits_stride;      // in floats
+};
+
+QIGEN_ALWAYS_INLINE void cpu_relax() {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  __asm__ __volatile__("yield");
+#endif
+}
+
+// What a loop that waits for another thread does between looks. The other one most often comes
+// within microseconds, unless it lost its core: then this one's may be what it needs. 256 is a
+// compromise and not tuned: 64 to 8192 were tried on a busy machine, where the noise hid which is
+// best; 8192 had the longest delays.
+QIGEN_ALWAYS_INLINE void relax(uint32_t looks) {
+  if (looks < 256) {
+    cpu_relax();
+  } else {
+    sched_yield();
+  }
+}
+
+// All threads of a step meet here: what one wrote before wait(), all see after it.
+// The last thread to arrive opens the next round, the others look at the number of the round.
+class Barrier {
+ public:
+  explicit QIGEN_ALWAYS_INLINE Barrier(int threads) : threads_(threads) {}
+  Barrier(const Barrier&) = delete;
+  Barrier& operator=(const Barrier&) = delete;
+
+  QIGEN_ALWAYS_INLINE void wait(int /*thread*/) {
+    if (threads_ == 1) return;
+    const uint32_t round = round_.load(std::memory_order_relaxed);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) == threads_ - 1) {
+      arrived_.store(0, std::memory_order_relaxed);
+      round_.store(round + 1, std::memory_order_release);
+      return;
+    }
+    for (uint32_t looks = 0; round_.load(std::memory_order_acquire) == round; ++looks) relax(looks);
+  }
+
+ private:
+  // Two cache lines apart: arrivals don't disturb those who already spin, and the adjacent-line
+  // prefetcher doesn't bring one with the other.
+  alignas(128) std::atomic<int> arrived_{0};
+  alignas(128) std::atomic<uint32_t> round_{0};
+  const int threads_;
+};
+
+// What the runtime has to know about the generated code.
+struct ModelDescription {
+  uint32_t abi;  // QIGEN_ABI_VERSION of the headers that it was generated for
+  const char* name;
+  const char* isa;
+  const char* kv_format;
+  const uint8_t* model_uid;  // 32 bytes, the same as in weights.bin
+  uint64_t cpu_features;     // bits of CpuFeature
+  int32_t vocab;
+  int32_t max_seq;
+  int32_t max_batch;   // <= max_tokens
+  int32_t max_tokens;  // tokens of a step at most
+  int32_t d_model;
+  int32_t n_layers;
+  uint64_t weights_bytes;           // of the whole file
+  uint64_t arena_bytes;             // a multiple of 64
+  uint64_t arena_bytes_per_thread;  // a multiple of 64
+  uint64_t kv_bytes_per_position;
+  // Called once by every thread of the pool with its own `thread` in 0 … n_threads-1; must not
+  // throw. The logits are complete when all calls have returned.
+  void (*step)(const Step&, int thread, int n_threads, Barrier&);
+};
+
+// Hidden although its name begins like the exported ones.
+extern "C" __attribute__((visibility("hidden"))) const ModelDescription qigen_model_description;
+
+}  // namespace qigen

@@ -1,0 +1,271 @@
+// qigen._runtime: artifacts from Python. Logits and tensors aren't copied; the interpreter lock is
+// released while the model loads and computes.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "qigen.hpp"
+
+namespace py = pybind11;
+
+namespace {
+
+// Converted to a contiguous float32 array if it isn't one.
+using Logits = py::array_t<float, py::array::c_style | py::array::forcecast>;
+
+// Raises the class of qigen.errors whose exit code is the status.
+void translate(std::exception_ptr pointer) {
+  try {
+    if (pointer) std::rethrow_exception(pointer);
+  } catch (const qigen::Error& error) {
+    if (error.status() == QIGEN_NO_MEMORY) {
+      py::set_error(PyExc_MemoryError, error.what());
+      return;
+    }
+    const py::module_ errors = py::module_::import("qigen.errors");
+    const char* name = "QigenError";
+    switch (error.status()) {
+      case QIGEN_USAGE:
+        name = "UsageError";
+        break;
+      case QIGEN_BAD_INPUT:
+        name = "BadInput";
+        break;
+      case QIGEN_UNSUPPORTED:
+        name = "Unsupported";
+        break;
+      case QIGEN_MACHINE:
+        name = "MachineMismatch";
+        break;
+    }
+    py::set_error(errors.attr(name), error.what());
+  }
+}
+
+void require(bool good, const char* problem) {
+  if (!good) throw qigen::Error(QIGEN_USAGE, problem);
+}
+
+int32_t length(const Logits& logits) {
+  require(logits.ndim() == 1 && logits.size() <= INT32_MAX,
+          "logits must be a one-dimensional array");
+  return static_cast<int32_t>(logits.size());
+}
+
+// Token ids from a sequence of any integers. Those that don't fit into 32 bits become -1, which is
+// out of range for every model.
+std::vector<int32_t> token_ids(const py::object& object) {
+  const py::array array = py::array::ensure(object);
+  require(array && array.ndim() == 1, "tokens must be a one-dimensional array");
+  const char kind = array.dtype().kind();
+  require(kind == 'i' || kind == 'u' || array.size() == 0, "tokens must be integers");
+  const auto wide = py::array_t<int64_t, py::array::c_style | py::array::forcecast>::ensure(array);
+  require(wide && wide.size() <= INT32_MAX, "there are too many tokens");
+  std::vector<int32_t> ids;
+  ids.reserve(wide.size());
+  for (py::ssize_t i = 0; i < wide.size(); ++i) {
+    const int64_t id = wide.data()[i];
+    ids.push_back(id < 0 || id > INT32_MAX ? -1 : static_cast<int32_t>(id));
+  }
+  return ids;
+}
+
+const char* dtype_name(int32_t dtype) {
+  switch (dtype) {
+    case QIGEN_FLOAT32:
+      return "float32";
+    case QIGEN_INT32:
+      return "int32";
+    case QIGEN_INT64:
+      return "int64";
+  }
+  throw qigen::Error(QIGEN_INTERNAL, "the artifact has a tensor of unknown type");
+}
+
+std::vector<int64_t> shape_of(const qigen_tensor& tensor) {
+  return {tensor.shape, tensor.shape + tensor.rank};
+}
+
+py::list describe(const std::vector<qigen_tensor>& tensors) {
+  py::list list;
+  for (const qigen_tensor& tensor : tensors) {
+    py::dict row;
+    row["name"] = tensor.name;
+    row["dtype"] = dtype_name(tensor.dtype);
+    row["shape"] = py::tuple(py::cast(shape_of(tensor)));
+    list.append(row);
+  }
+  return list;
+}
+
+py::dict info(const qigen::Model& model) {
+  const qigen_model_info& info = model.info();
+  py::dict dict;
+  dict["name"] = info.name;
+  dict["isa"] = info.isa;
+  dict["kv_format"] = info.kv_format;
+  dict["vocab"] = info.vocab;
+  dict["max_seq"] = info.max_seq;
+  dict["max_batch"] = info.max_batch;
+  dict["max_tokens"] = info.max_tokens;
+  dict["d_model"] = info.d_model;
+  dict["n_layers"] = info.n_layers;
+  dict["threads"] = info.threads;
+  dict["eos"] = std::vector<int32_t>(info.eos, info.eos + info.n_eos);
+  dict["weights_bytes"] = info.weights_bytes;
+  dict["arena_bytes"] = info.arena_bytes;
+  dict["kv_bytes_per_position"] = info.kv_bytes_per_position;
+  return dict;
+}
+
+py::dict run(const qigen::Model& model, const py::dict& arrays) {
+  std::vector<py::array> keep;
+  std::vector<std::string> names;
+  names.reserve(arrays.size());  // tensors point into it
+  std::vector<qigen_tensor> inputs;
+  for (const auto& [key, value] : arrays) {
+    const py::array array = py::array::ensure(value, py::array::c_style);
+    require(static_cast<bool>(array), "inputs must be arrays");
+    require(array.ndim() <= QIGEN_MAX_RANK, "inputs may have at most 8 dimensions");
+    names.push_back(py::cast<std::string>(key));
+    qigen_tensor tensor{};
+    tensor.name = names.back().c_str();
+    for (int32_t dtype : {QIGEN_FLOAT32, QIGEN_INT32, QIGEN_INT64}) {
+      if (py::dtype(dtype_name(dtype)).equal(array.dtype())) tensor.dtype = dtype;
+    }
+    tensor.rank = static_cast<int32_t>(array.ndim());
+    std::copy_n(array.shape(), tensor.rank, tensor.shape);
+    tensor.data = const_cast<void*>(array.data());
+    tensor.bytes = static_cast<size_t>(array.nbytes());
+    inputs.push_back(tensor);
+    keep.push_back(array);
+  }
+  // Once for the shapes, once for the numbers.
+  std::vector<qigen_tensor> outputs = model.outputs();
+  model.run(inputs, &outputs);
+  py::dict results;
+  for (qigen_tensor& tensor : outputs) {
+    py::array array(py::dtype(dtype_name(tensor.dtype)), shape_of(tensor));
+    tensor.data = array.mutable_data();
+    tensor.bytes = static_cast<size_t>(array.nbytes());
+    results[tensor.name] = array;
+  }
+  py::gil_scoped_release unlocked;
+  model.run(inputs, &outputs);
+  return results;
+}
+
+// A session that knows the size of its results.
+struct PySession {
+  qigen::Session session;
+  int32_t vocab;
+};
+
+py::array_t<float> eval(PySession& self, const py::object& tokens, bool all) {
+  const std::vector<int32_t> ids = token_ids(tokens);
+  const auto n = static_cast<int32_t>(ids.size());
+  py::array_t<float> logits = all ? py::array_t<float>({py::ssize_t{n}, py::ssize_t{self.vocab}})
+                                  : py::array_t<float>(self.vocab);
+  float* target = logits.mutable_data();
+  py::gil_scoped_release unlocked;
+  if (all) {
+    self.session.eval_all(ids.data(), n, target);
+  } else {
+    self.session.eval(ids.data(), n, target);
+  }
+  return logits;
+}
+
+py::array_t<float> batch_eval(const qigen::Model& model, const std::vector<PySession*>& sessions,
+                              const py::object& tokens) {
+  const std::vector<int32_t> ids = token_ids(tokens);
+  require(ids.size() == sessions.size(), "a batch needs one token for each session");
+  std::vector<qigen::Session*> list;
+  for (PySession* session : sessions) {
+    require(session, "a batch holds sessions, not None");
+    list.push_back(&session->session);
+  }
+  py::array_t<float> logits({ids.size(), static_cast<size_t>(model.info().vocab)});
+  float* target = logits.mutable_data();
+  py::gil_scoped_release unlocked;
+  model.batch_eval(list, ids.data(), target);
+  return logits;
+}
+
+int32_t sample(qigen::Sampler& sampler, const Logits& logits, const py::object& history) {
+  const std::vector<int32_t> ids = token_ids(history);
+  return sampler.sample(logits.data(), length(logits), ids.data(),
+                        static_cast<int32_t>(ids.size()));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_runtime, module) {
+  module.doc() = "Artifacts of qigen: loading, evaluation and sampling.";
+  py::register_exception_translator(translate);
+
+  py::class_<PySession>(module, "Session", "A sequence of tokens with its KV cache.")
+      .def("eval", &eval, py::arg("tokens"), py::arg("all") = false,
+           "Append tokens, integers [n]; return the logits of the last, float32[vocab], or of all, "
+           "float32[n, vocab].")
+      .def(
+          "rewind", [](PySession& self, int32_t position) { self.session.rewind(position); },
+          py::arg("position"), "Forget all tokens from `position` on.")
+      .def_property_readonly(
+          "position", [](const PySession& self) { return self.session.position(); },
+          "Tokens evaluated so far.");
+
+  py::class_<qigen::Sampler>(module, "Sampler", "Draws tokens; keeps the state of its generator.")
+      .def("sample", &sample, py::arg("logits"), py::arg("history") = py::tuple(),
+           "Choose a token from float32[vocab]; `history`, tokens so far, is for the repetition "
+           "penalty.");
+
+  py::class_<qigen::Model>(module, "Model", "An open artifact.")
+      .def(py::init([](const std::string& folder, int threads, bool pin, int spin_us) {
+             py::gil_scoped_release unlocked;
+             return qigen::Model(folder, {threads, pin, spin_us});
+           }),
+           py::arg("folder"), py::arg("threads") = 0, py::arg("pin") = false,
+           py::arg("spin_us") = 0)
+      .def_property_readonly("info", &info, "What the artifact says about itself, as a dict.")
+      .def_property_readonly(
+          "inputs", [](const qigen::Model& model) { return describe(model.inputs()); },
+          "name, dtype and shape of each input of run(); -1 is any size.")
+      .def_property_readonly(
+          "outputs", [](const qigen::Model& model) { return describe(model.outputs()); },
+          "name, dtype and shape of each output of run().")
+      .def("run", &run, py::arg("inputs"), "Run once on named arrays, without state.")
+      .def(
+          "session",
+          [](const qigen::Model& model, int32_t max_seq) {
+            return PySession{model.session(max_seq), model.info().vocab};
+          },
+          py::arg("max_seq") = 0, "An empty session; 0: as many positions as the model has.")
+      .def("batch_eval", &batch_eval, py::arg("sessions"), py::arg("tokens"),
+           "Append one token to each session in one step; return float32[n, vocab].")
+      .def(
+          "sampler",
+          [](const qigen::Model& model, float temperature, int top_k, float top_p, float min_p,
+             float repetition_penalty, uint64_t seed) {
+            return model.sampler({temperature, top_k, top_p, min_p, repetition_penalty, seed});
+          },
+          py::kw_only(), py::arg("temperature") = 0.0f, py::arg("top_k") = 0,
+          py::arg("top_p") = 1.0f, py::arg("min_p") = 0.0f, py::arg("repetition_penalty") = 1.0f,
+          py::arg("seed") = 0, "Draws tokens; greedy at temperature 0.")
+      .def(
+          "argmax",
+          [](const qigen::Model& model, const Logits& logits) {
+            return model.argmax(logits.data(), length(logits));
+          },
+          py::arg("logits"), "Index of the greatest logit, the lowest of several.")
+      .def(
+          "token_text",
+          [](const qigen::Model& model, int32_t id) { return py::bytes(model.token_text(id)); },
+          py::arg("id"), "Raw bytes of a token's text.")
+      .def("is_eos", &qigen::Model::is_eos, py::arg("id"), "Whether the token ends a text.");
+}

@@ -1,0 +1,210 @@
+#include "cpu.h"
+
+#include <sched.h>
+
+#include <algorithm>
+#include <climits>
+#include <cstdlib>
+#include <fstream>
+#include <sstream>
+#include <thread>
+
+#if defined(__x86_64__) || defined(__i386__)
+#include <cpuid.h>
+#endif
+
+#include "error.h"
+#include "qigen/generated.h"
+
+namespace qigen::runtime {
+namespace {
+
+// Registers that an instruction set needs and that the operating system must save: bits of XCR0.
+enum State : uint64_t { kNoState = 0, kYmm = 0x6, kZmm = 0xe6 };
+
+// Results of cpuid in which features are looked up.
+enum Word { kLeaf1C, kLeaf7B, kLeaf7C, kLeaf7D, kLeaf7Sub1A, kLeaf7Sub1D, kExtendedC, kWords };
+
+struct Row {
+  uint64_t feature;
+  const char* name;
+  Word word;
+  int bit;
+  State state;
+};
+
+// Intel 64 and IA-32 Software Developer's Manual, volume 2A, CPUID; lzcnt: AMD64 manual, volume 3.
+constexpr Row kRows[] = {
+    {CpuFeature::sse3, "sse3", kLeaf1C, 0, kNoState},
+    {CpuFeature::ssse3, "ssse3", kLeaf1C, 9, kNoState},
+    {CpuFeature::sse4_1, "sse4.1", kLeaf1C, 19, kNoState},
+    {CpuFeature::sse4_2, "sse4.2", kLeaf1C, 20, kNoState},
+    {CpuFeature::popcnt, "popcnt", kLeaf1C, 23, kNoState},
+    {CpuFeature::avx, "avx", kLeaf1C, 28, kYmm},
+    {CpuFeature::f16c, "f16c", kLeaf1C, 29, kYmm},
+    {CpuFeature::fma, "fma", kLeaf1C, 12, kYmm},
+    {CpuFeature::avx2, "avx2", kLeaf7B, 5, kYmm},
+    {CpuFeature::bmi, "bmi", kLeaf7B, 3, kNoState},
+    {CpuFeature::bmi2, "bmi2", kLeaf7B, 8, kNoState},
+    {CpuFeature::lzcnt, "lzcnt", kExtendedC, 5, kNoState},
+    {CpuFeature::movbe, "movbe", kLeaf1C, 22, kNoState},
+    {CpuFeature::gfni, "gfni", kLeaf7C, 8, kNoState},
+    {CpuFeature::avxvnni, "avxvnni", kLeaf7Sub1A, 4, kYmm},
+    {CpuFeature::avxvnniint8, "avxvnniint8", kLeaf7Sub1D, 4, kYmm},
+    {CpuFeature::avxifma, "avxifma", kLeaf7Sub1A, 23, kYmm},
+    {CpuFeature::avx512f, "avx512f", kLeaf7B, 16, kZmm},
+    {CpuFeature::avx512bw, "avx512bw", kLeaf7B, 30, kZmm},
+    {CpuFeature::avx512dq, "avx512dq", kLeaf7B, 17, kZmm},
+    {CpuFeature::avx512vl, "avx512vl", kLeaf7B, 31, kZmm},
+    {CpuFeature::avx512cd, "avx512cd", kLeaf7B, 28, kZmm},
+    {CpuFeature::avx512vbmi, "avx512vbmi", kLeaf7C, 1, kZmm},
+    {CpuFeature::avx512vbmi2, "avx512vbmi2", kLeaf7C, 6, kZmm},
+    {CpuFeature::avx512vnni, "avx512vnni", kLeaf7C, 11, kZmm},
+    {CpuFeature::avx512bitalg, "avx512bitalg", kLeaf7C, 12, kZmm},
+    {CpuFeature::avx512vpopcntdq, "avx512vpopcntdq", kLeaf7C, 14, kZmm},
+    {CpuFeature::avx512ifma, "avx512ifma", kLeaf7B, 21, kZmm},
+    {CpuFeature::avx512bf16, "avx512bf16", kLeaf7Sub1A, 5, kZmm},
+    {CpuFeature::avx512fp16, "avx512fp16", kLeaf7D, 23, kZmm},
+};
+
+#if defined(__x86_64__) || defined(__i386__)
+
+// XCR0, read without the intrinsic because that would need -mxsave.
+uint64_t extended_control_register() {
+  uint32_t low, high;
+  __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return (uint64_t{high} << 32) | low;
+}
+
+uint64_t detect() {
+  uint32_t words[kWords] = {};
+  uint32_t a, b, c, d;
+  uint64_t saved = 0;
+  if (__get_cpuid(1, &a, &b, &c, &d)) {
+    words[kLeaf1C] = c;
+    constexpr uint32_t kOsxsave = 1u << 27;
+    if (c & kOsxsave) saved = extended_control_register();
+  }
+  if (__get_cpuid_count(7, 0, &a, &b, &c, &d)) {
+    words[kLeaf7B] = b;
+    words[kLeaf7C] = c;
+    words[kLeaf7D] = d;
+    if (a >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) {
+      words[kLeaf7Sub1A] = a;
+      words[kLeaf7Sub1D] = d;
+    }
+  }
+  if (__get_cpuid(0x80000001, &a, &b, &c, &d)) words[kExtendedC] = c;
+
+  uint64_t features = 0;
+  for (const Row& row : kRows) {
+    const bool present = (words[row.word] >> row.bit) & 1;
+    if (present && (saved & row.state) == row.state) features |= row.feature;
+  }
+  return features;
+}
+
+#else
+
+uint64_t detect() { return 0; }
+
+#endif
+
+// First number of "quota period" or of one number in a file; false if the file has none ("max").
+bool read_numbers(const std::string& path, std::vector<long long>* numbers) {
+  std::ifstream file(path);
+  long long number;
+  while (file >> number) numbers->push_back(number);
+  return !numbers->empty();
+}
+
+}  // namespace
+
+uint64_t cpu_features() {
+  static const uint64_t features = detect();
+  return features;
+}
+
+std::string cpu_feature_names(uint64_t bits) {
+  std::string names;
+  for (const Row& row : kRows) {
+    if (!(bits & row.feature)) continue;
+    if (!names.empty()) names += ' ';
+    names += row.name;
+    bits &= ~row.feature;
+  }
+  // Bits of a later version than this table.
+  if (bits) names += (names.empty() ? "bits " : " and bits ") + std::to_string(bits);
+  return names;
+}
+
+void require_cpu(uint64_t required, const char* isa) {
+  const uint64_t missing = required & ~cpu_features();
+  if (!missing) return;
+  throw Failure(
+      QIGEN_MACHINE,
+      "the artifact is compiled for %s, but this machine lacks %s; compile the model with "
+      "--target native on this machine",
+      isa, cpu_feature_names(missing).c_str());
+}
+
+std::vector<int> allowed_cores() {
+  // The mask of the kernel may be larger than cpu_set_t, so grow until it fits.
+  for (int size = 1024; size <= 1 << 20; size *= 2) {
+    cpu_set_t* set = CPU_ALLOC(size);
+    if (!set) break;
+    const size_t bytes = CPU_ALLOC_SIZE(size);
+    std::vector<int> cores;
+    const bool fits = sched_getaffinity(0, bytes, set) == 0;
+    if (fits) {
+      for (int core = 0; core < size; ++core) {
+        if (CPU_ISSET_S(core, bytes, set)) cores.push_back(core);
+      }
+    }
+    CPU_FREE(set);
+    if (fits && !cores.empty()) return cores;
+  }
+  return {0};
+}
+
+int cgroup_cores(const std::string& root) {
+  double cores = INT_MAX;
+  auto limit = [&cores](long long quota, long long period) {
+    if (quota > 0 && period > 0) cores = std::min(cores, double(quota) / double(period));
+  };
+
+  // Lines are "id:controllers:path"; version 2 has id 0 and no controllers.
+  std::ifstream groups(root + "/proc/self/cgroup");
+  for (std::string line; std::getline(groups, line);) {
+    const size_t first = line.find(':');
+    const size_t second = line.find(':', first + 1);
+    if (first == std::string::npos || second == std::string::npos) continue;
+    const std::string controllers = "," + line.substr(first + 1, second - first - 1) + ",";
+    const bool version2 = controllers == ",,";
+    if (!version2 && controllers.find(",cpu,") == std::string::npos) continue;
+    const std::string mount = root + "/sys/fs/cgroup" + (version2 ? "" : "/cpu");
+
+    // Every ancestor limits too. Inside a container the path can be that of the host: then only the
+    // mount point itself exists, which is the container's own group.
+    std::string path = line.substr(second + 1);
+    while (true) {
+      while (!path.empty() && path.back() == '/') path.pop_back();
+      std::vector<long long> quota, period;
+      if (version2) {
+        if (read_numbers(mount + path + "/cpu.max", &quota) && quota.size() == 2) {
+          limit(quota[0], quota[1]);
+        }
+      } else if (read_numbers(mount + path + "/cpu.cfs_quota_us", &quota) &&
+                 read_numbers(mount + path + "/cpu.cfs_period_us", &period)) {
+        limit(quota[0], period[0]);
+      }
+      if (path.empty()) break;
+      path.erase(path.rfind('/'));
+    }
+  }
+  return std::max(1, static_cast<int>(cores));
+}
+
+int usable_cores() { return std::min(static_cast<int>(allowed_cores().size()), cgroup_cores()); }
+
+}  // namespace qigen::runtime

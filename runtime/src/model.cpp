@@ -1,0 +1,99 @@
+#include "model.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+
+#include "cpu.h"
+#include "error.h"
+
+namespace qigen::runtime {
+namespace {
+
+constexpr int kMaxThreads = 1024;
+
+const ModelDescription& checked_description() {
+  const ModelDescription& description = qigen_model_description;
+  if (description.abi != QIGEN_ABI_VERSION) {
+    throw Failure(
+        QIGEN_MACHINE,
+        "the kernels of this artifact were generated for ABI version %u of qigen, its runtime "
+        "has version %u; compile the model again",
+        description.abi, QIGEN_ABI_VERSION);
+  }
+  require_cpu(description.cpu_features, description.isa);
+  return description;
+}
+
+Vocabulary open_vocabulary(const std::string& path, int32_t vocab) {
+  // Models that aren't language models have none.
+  if (access(path.c_str(), F_OK) != 0 && errno == ENOENT) return {};
+  return Vocabulary(path, vocab);
+}
+
+int thread_count(int32_t asked) {
+  if (asked < 0 || asked > kMaxThreads) {
+    throw Failure(QIGEN_USAGE, "%d threads are asked for; give 1 to %d, or 0 for all usable cores",
+                  asked, kMaxThreads);
+  }
+  return asked > 0 ? asked : std::min(usable_cores(), kMaxThreads);
+}
+
+int spin_time(int32_t asked) {
+  if (asked == 0) return ThreadPool::kDefaultSpinUs;
+  return std::max(asked, 0);
+}
+
+}  // namespace
+
+Model::Model(const std::string& folder, const qigen_load_options& options)
+    : description_(checked_description()),
+      weights_(open_weights(folder + "/weights.bin", description_)),
+      vocabulary_(open_vocabulary(folder + "/vocab.bin", description_.vocab)),
+      pool_(thread_count(options.threads), options.pin != 0, spin_time(options.spin_us)),
+      arena_(description_.arena_bytes + pool_.threads() * description_.arena_bytes_per_thread,
+             "arena") {}
+
+void Model::check_tokens(const int32_t* tokens, int32_t n) const {
+  for (int32_t i = 0; i < n; ++i) {
+    if (tokens[i] >= 0 && tokens[i] < description_.vocab) continue;
+    throw Failure(
+        QIGEN_BAD_INPUT,
+        "token %d has id %d, but ids of this model are 0 to %d; use the model's tokenizer", i,
+        tokens[i], description_.vocab - 1);
+  }
+}
+
+void Model::run(Step step) {
+  step.weights = weights_.data();
+  step.arena = arena_.data();
+  step.logits_stride = description_.vocab;
+  pool_.run(description_.step, step);
+}
+
+void Model::get_info(qigen_model_info* info) const {
+  qigen_model_info full{};
+  full.struct_size = info->struct_size;
+  full.name = description_.name;
+  full.isa = description_.isa;
+  full.kv_format = description_.kv_format;
+  full.vocab = description_.vocab;
+  full.max_seq = description_.max_seq;
+  full.max_batch = description_.max_batch;
+  full.max_tokens = description_.max_tokens;
+  full.d_model = description_.d_model;
+  full.n_layers = description_.n_layers;
+  full.threads = pool_.threads();
+  full.n_inputs = 1;
+  full.n_outputs = 1;
+  full.n_eos = vocabulary_.eos_count();
+  full.eos = vocabulary_.eos();
+  full.weights_bytes = description_.weights_bytes;
+  full.arena_bytes = arena_.size();
+  full.kv_bytes_per_position = description_.kv_bytes_per_position;
+  std::memcpy(info, &full, std::min(info->struct_size, sizeof full));
+}
+
+}  // namespace qigen::runtime

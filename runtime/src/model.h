@@ -1,0 +1,90 @@
+// An open artifact and its sessions.
+#pragma once
+
+#include <atomic>
+#include <memory>
+#include <string>
+
+#include "memory.h"
+#include "qigen.h"
+#include "thread_pool.h"
+#include "vocab.h"
+#include "weights.h"
+
+namespace qigen::runtime {
+
+class Model {
+ public:
+  // Checks the generated code and the machine, in this order: ABI, processor, files. Throws
+  // Failure.
+  Model(const std::string& folder, const qigen_load_options& options);
+
+  const ModelDescription& description() const { return description_; }
+  const Vocabulary& vocabulary() const { return vocabulary_; }
+  int threads() const { return pool_.threads(); }
+  uint64_t arena_bytes() const { return arena_.size(); }
+
+  // Throws QIGEN_BAD_INPUT if a token id is outside the vocabulary.
+  void check_tokens(const int32_t* tokens, int32_t n) const;
+
+  // Runs one step on all threads; weights and arena are filled in here.
+  void run(Step step);
+
+  void get_info(qigen_model_info* info) const;
+  void get_input(int32_t index, qigen_tensor* tensor) const;
+  void get_output(int32_t index, qigen_tensor* tensor) const;
+
+ private:
+  const ModelDescription& description_;
+  MappedFile weights_;
+  Vocabulary vocabulary_;
+  ThreadPool pool_;
+  LazyMemory arena_;
+};
+
+class Session {
+ public:
+  // max_seq positions; 0: as many as the model has. Throws QIGEN_BAD_INPUT if that is too many.
+  Session(std::shared_ptr<Model> model, int32_t max_seq);
+
+  const std::shared_ptr<Model>& model() const { return model_; }
+  int32_t position() const { return position_.load(std::memory_order_relaxed); }
+
+  // Appends tokens; see qigen_session_eval. Needs the session in use (below).
+  void eval(const int32_t* tokens, int32_t n, float* logits, bool all);
+  void rewind(int32_t position);
+
+  // Throws QIGEN_BAD_INPUT if n more tokens don't fit.
+  void check_room(int32_t n) const;
+
+  // Held during every change: a second thread gets QIGEN_USAGE instead of a torn KV cache.
+  class Use {
+   public:
+    explicit Use(Session& session);
+    ~Use() { session_.busy_.clear(std::memory_order_release); }
+    Use(const Use&) = delete;
+    Use& operator=(const Use&) = delete;
+
+   private:
+    Session& session_;
+  };
+
+ private:
+  friend void batch_eval(Session* const* sessions, const int32_t* tokens, int32_t n, float* logits);
+
+  std::shared_ptr<Model> model_;
+  int32_t max_seq_;
+  LazyMemory memory_;
+  KvCache kv_;
+  std::atomic<int32_t> position_{0};
+  std::atomic_flag busy_ = ATOMIC_FLAG_INIT;
+};
+
+// Appends one token to each of n different sessions in one step; logits: [n][vocab].
+void batch_eval(Session* const* sessions, const int32_t* tokens, int32_t n, float* logits);
+
+// See qigen_model_run.
+void run_tensors(const std::shared_ptr<Model>& model, const qigen_tensor* inputs, size_t n_inputs,
+                 qigen_tensor* outputs, size_t n_outputs);
+
+}  // namespace qigen::runtime

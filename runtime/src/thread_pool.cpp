@@ -1,0 +1,149 @@
+#include "thread_pool.h"
+
+#include <pthread.h>
+#include <signal.h>
+
+#include <chrono>
+
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
+
+#include "cpu.h"
+
+namespace qigen::runtime {
+namespace {
+
+// Rounding and denormals as IEEE 754 has them, whatever the application set: otherwise thread 0
+// could compute otherwise than the workers and results would depend on the thread count.
+class DefaultFloatingPoint {
+ public:
+#if defined(__x86_64__)
+  DefaultFloatingPoint() : saved_(_mm_getcsr()) { _mm_setcsr(0x1f80); }
+  ~DefaultFloatingPoint() { _mm_setcsr(saved_); }
+
+ private:
+  unsigned saved_;
+#endif
+};
+
+// Worker threads take no signals of the application: Ctrl-C belongs to its own threads.
+class SignalsBlocked {
+ public:
+  SignalsBlocked() {
+    sigset_t all;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &saved_);
+  }
+  ~SignalsBlocked() { pthread_sigmask(SIG_SETMASK, &saved_, nullptr); }
+
+ private:
+  sigset_t saved_;
+};
+
+// Only a preference: a core that was taken away meanwhile is no reason to fail.
+void pin_to_core(std::thread& thread, int core) {
+  const size_t bytes = CPU_ALLOC_SIZE(core + 1);
+  cpu_set_t* set = CPU_ALLOC(core + 1);
+  if (!set) return;
+  CPU_ZERO_S(bytes, set);
+  CPU_SET_S(core, bytes, set);
+  pthread_setaffinity_np(thread.native_handle(), bytes, set);
+  CPU_FREE(set);
+}
+
+}  // namespace
+
+Turnstile::Turn::Turn(Turnstile& turnstile) : turnstile_(turnstile) {
+  std::unique_lock lock(turnstile.mutex_);
+  const uint64_t ticket = turnstile.next_ticket_++;
+  turnstile.advanced_.wait(lock, [&] { return turnstile.serving_ == ticket; });
+}
+
+Turnstile::Turn::~Turn() {
+  bool others;
+  {
+    std::lock_guard lock(turnstile_.mutex_);
+    others = ++turnstile_.serving_ != turnstile_.next_ticket_;
+  }
+  if (others) turnstile_.advanced_.notify_all();
+}
+
+ThreadPool::ThreadPool(int threads, bool pin, int spin_us)
+    : threads_(threads), spin_us_(spin_us), barrier_(threads) {
+  try {
+    start_workers(pin);
+  } catch (...) {
+    stop_workers();
+    throw;
+  }
+}
+
+ThreadPool::~ThreadPool() { stop_workers(); }
+
+void ThreadPool::start_workers(bool pin) {
+  const std::vector<int> cores = allowed_cores();
+  SignalsBlocked blocked;
+  for (int thread = 1; thread < threads_; ++thread) {
+    workers_.emplace_back([this, thread] { work(thread); });
+    if (pin) pin_to_core(workers_.back(), cores[thread % cores.size()]);
+  }
+}
+
+void ThreadPool::stop_workers() {
+  {
+    std::lock_guard lock(sleep_mutex_);
+    stop_ = true;
+    jobs_.fetch_add(1);
+  }
+  wake_.notify_all();
+  for (std::thread& worker : workers_) worker.join();
+}
+
+void ThreadPool::run(Function function, const Step& step) {
+  Turnstile::Turn turn(turnstile_);
+  [[maybe_unused]] DefaultFloatingPoint floating_point;
+  if (threads_ == 1) return function(step, 0, 1, barrier_);
+
+  function_ = function;
+  step_ = &step;
+  unfinished_.store(threads_ - 1, std::memory_order_relaxed);
+  // In one order with sleepers_ below: either the worker sees the new job before it sleeps or we
+  // see the sleeper.
+  jobs_.fetch_add(1, std::memory_order_seq_cst);
+  if (sleepers_.load(std::memory_order_seq_cst) > 0) {
+    {
+      std::lock_guard lock(sleep_mutex_);
+    }
+    wake_.notify_all();
+  }
+  function(step, 0, threads_, barrier_);
+  for (uint32_t looks = 0; unfinished_.load(std::memory_order_acquire) > 0; ++looks) relax(looks);
+}
+
+void ThreadPool::work(int thread) {
+  [[maybe_unused]] DefaultFloatingPoint floating_point;
+  for (uint32_t seen = 0;; ++seen) {
+    if (!wait_for_job(seen)) return;
+    function_(*step_, thread, threads_, barrier_);
+    unfinished_.fetch_sub(1, std::memory_order_release);
+  }
+}
+
+// Waits until jobs_ differs from `seen`; false: the pool stops. Nobody starts a job before all
+// workers have finished the one before, so no job is missed.
+bool ThreadPool::wait_for_job(uint32_t seen) {
+  using Clock = std::chrono::steady_clock;
+  const Clock::time_point end = Clock::now() + std::chrono::microseconds(spin_us_);
+  while (jobs_.load(std::memory_order_acquire) == seen) {
+    for (int i = 0; i < 16; ++i) cpu_relax();
+    if (Clock::now() < end) continue;
+    std::unique_lock lock(sleep_mutex_);
+    sleepers_.fetch_add(1, std::memory_order_seq_cst);
+    wake_.wait(lock, [&] { return jobs_.load(std::memory_order_seq_cst) != seen; });
+    sleepers_.fetch_sub(1, std::memory_order_seq_cst);
+  }
+  return !stop_;
+}
+
+}  // namespace qigen::runtime

@@ -1,0 +1,186 @@
+"""Round to nearest: errors within half a step, tails, extremes and refusals."""
+
+from __future__ import annotations
+
+import gguf
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qigen.errors import BadInput, Unsupported
+from qigen.formats import CATALOG, Format, Layout, by_name, pack, to_blocks, unpack, validate
+from qigen.quantize import quantize_rtn
+
+GROUP_ROWS = [row for row in CATALOG.values() if row.ggml_type is None]
+LEGACY = [by_name(name) for name in ("q8_0", "q4_0", "q4_1", "q5_0", "q5_1")]
+SYMMETRIC = [row for row in (*GROUP_ROWS, *LEGACY) if not row.has("m")]
+ASYMMETRIC = [row for row in (*GROUP_ROWS, *LEGACY) if row.has("m")]
+
+
+def normal(n: int, k: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((n, k)).astype(np.float32)
+
+
+def half(bits: np.ndarray) -> np.ndarray:
+    return bits.view(np.float16).astype(np.float64)
+
+
+def ids(row: Format) -> str:
+    return row.name
+
+
+@pytest.mark.parametrize("row", GROUP_ROWS, ids=ids)
+@pytest.mark.parametrize("k", [7, 32, 100, 256])
+def test_any_column_count(row: Format, k: int) -> None:
+    w = normal(5, k)
+    tensor = quantize_rtn(w, row)
+    assert tensor.shape == (5, k) and tensor.nblocks == -(-k // row.block)
+    got = tensor.dequantize()
+    assert got.shape == (5, k)
+    tail = k % row.block
+    if tail:
+        assert (tensor.fields["codes"][:, -1, tail:] == row.zero).all()
+    again = unpack(row, (5, k), Layout(), pack(tensor, Layout()))
+    np.testing.assert_array_equal(again.dequantize(), got)
+    validate(tensor, "w")
+    rms = np.sqrt(np.mean((got - w) ** 2) / np.mean(w**2))
+    assert rms < {2: 0.7, 3: 0.3, 4: 0.15, 5: 0.08, 6: 0.04, 8: 0.012}[row.code_bits]
+
+
+@pytest.mark.parametrize("row", GROUP_ROWS, ids=ids)
+@pytest.mark.parametrize("shift", [-3.0, 3.0])
+def test_the_filling_of_the_tail_changes_nothing(row: Format, shift: float) -> None:
+    """A tail of 20 weights is quantized like a whole block that adds nothing to its range."""
+    tail = normal(3, 20) * np.float32(0.1) + np.float32(shift)
+    rest = ((0, 0), (0, row.block - 20))
+    whole = np.pad(tail, rest, "wrap") if row.has("m") else np.pad(tail, rest)
+    np.testing.assert_array_equal(quantize_rtn(tail, row).dequantize(),
+                                  quantize_rtn(whole, row).dequantize()[:, :20])
+
+
+@pytest.mark.parametrize("row", ASYMMETRIC, ids=ids)
+def test_asymmetric_codes_are_the_nearest(row: Format) -> None:
+    w = normal(9, 2 * row.block, 1) + 0.7
+    tensor = quantize_rtn(w, row)
+    x = w.reshape(9, 2, row.block).astype(np.float64)
+    d, m = half(tensor.fields["d"]), half(tensor.fields["m"])
+    top = (1 << row.code_bits) - 1
+    assert (tensor.fields["codes"] <= top).all()
+    levels = m[..., None] + d[..., None] * np.arange(top + 1)
+    nearest = np.abs(levels - x[..., None]).min(axis=-1)
+    miss = np.abs(tensor.dequantize().reshape(x.shape) - x)
+    assert (miss <= nearest + 1e-6).all()
+    # the ends are off by no more than the rounding of d and m to f16
+    np.testing.assert_allclose(d[..., 0] * top + m[..., 0], x.max(axis=2), rtol=0, atol=4e-3)
+
+
+@pytest.mark.parametrize("row", SYMMETRIC, ids=ids)
+def test_symmetric_takes_the_better_scale(row: Format) -> None:
+    w = normal(9, 2 * row.block, 2)
+    tensor = quantize_rtn(w, row)
+    x = w.reshape(9, 2, row.block).astype(np.float64)
+    top = (1 << row.code_bits) - 1
+    codes = np.arange(top + 1) - row.zero
+    got = ((tensor.dequantize().reshape(x.shape) - x) ** 2).sum(axis=2)
+    extreme = np.take_along_axis(x, np.abs(x).argmax(axis=2)[..., None], axis=2)
+    errors = []
+    for scale in (extreme / -row.zero, np.abs(extreme) / (top - row.zero)):
+        d = scale.astype(np.float16).astype(np.float64)
+        levels = d[..., None] * codes
+        errors.append((np.abs(levels - x[..., None]).min(axis=-1) ** 2).sum(axis=2))
+    np.testing.assert_allclose(got, np.minimum(*errors), rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("row", LEGACY, ids=ids)
+def test_no_worse_than_the_reference_quantizer(row: Format) -> None:
+    w = normal(64, 1024, 3)
+    kind = gguf.GGMLQuantizationType(row.ggml_type)
+    theirs = gguf.quants.dequantize(gguf.quants.quantize(w, kind), kind)
+    tensor = quantize_rtn(w, row)
+    ours = gguf.quants.dequantize(to_blocks(tensor), kind)
+    np.testing.assert_array_equal(ours, tensor.dequantize())
+    assert ((ours - w) ** 2).sum() <= ((theirs - w) ** 2).sum() * 1.0001
+
+
+@pytest.mark.parametrize("row", [*GROUP_ROWS, *LEGACY], ids=ids)
+def test_values_of_the_format_come_back(row: Format) -> None:
+    """A weight made of the format's own values, all codes in use, is kept exactly."""
+    top = (1 << row.code_bits) - 1
+    codes = np.random.default_rng(4).integers(0, top + 1, (6, 4, row.block))
+    codes[:, :, 0], codes[:, :, 1] = 0, top
+    w = (0.25 * (codes - row.zero)).astype(np.float32)
+    w += np.float32(-1.5) if row.has("m") else np.float32(0)
+    w = w.reshape(6, -1)
+    np.testing.assert_array_equal(quantize_rtn(w, row).dequantize(), w)
+
+
+@pytest.mark.parametrize("row", [*GROUP_ROWS, *LEGACY], ids=ids)
+@pytest.mark.parametrize("value", [0.0, -0.0, 1.0, -3.0, 1e-9, -1e-9, 1e-30])
+def test_constant_blocks(row: Format, value: float) -> None:
+    w = np.full((2, row.block), value, np.float32)
+    got = quantize_rtn(w, row).dequantize()
+    np.testing.assert_allclose(got, w, rtol=1e-2, atol=1e-7)
+    if value == 0:
+        assert (got == 0).all()
+
+
+@pytest.mark.parametrize("row", [*GROUP_ROWS, *LEGACY, by_name("f16"), by_name("bf16"),
+                                 by_name("f32")], ids=ids)
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_weights_must_be_finite(row: Format, value: float) -> None:
+    w = normal(4, 256)
+    w[2, 17] = value
+    with pytest.raises(BadInput, match="row 2"):
+        quantize_rtn(w, row)
+
+
+@pytest.mark.parametrize("name", ["s4g32", "u4g32", "q8_0", "f16", "bf16"])
+def test_weights_must_fit_the_scale(name: str) -> None:
+    w = np.full((1, 32), np.finfo(np.float32).max, np.float32)
+    w[0, 1:] *= -1
+    with pytest.raises(BadInput, match="too large"):
+        quantize_rtn(w, by_name(name))
+
+
+@pytest.mark.parametrize("name", ["f16", "bf16", "f32"])
+@pytest.mark.parametrize("k", [1, 31, 64])
+def test_dense_floats_round_to_nearest_even(name: str, k: int) -> None:
+    w = normal(7, k, 5)
+    w[0, 0], w[1, 0] = 1 + 2**-8, 1 + 3 * 2**-8  # ties for bf16: to even below and above
+    row = by_name(name)
+    tensor = quantize_rtn(w, row)
+    kind = gguf.GGMLQuantizationType(row.ggml_type)
+    want = gguf.quants.dequantize(gguf.quants.quantize(w, kind), kind)
+    np.testing.assert_array_equal(tensor.dequantize(), want)
+    again = unpack(row, (7, k), Layout(), pack(tensor, Layout()))
+    np.testing.assert_array_equal(again.dequantize(), want)
+
+
+def test_refusals() -> None:
+    for name in ("q4_k", "iq4_nl", "mxfp4", "tq1_0", "tq2_0"):
+        with pytest.raises(Unsupported, match="s4g32"):
+            quantize_rtn(normal(1, 256), by_name(name))
+    with pytest.raises(BadInput, match="multiple"):
+        quantize_rtn(normal(1, 33), by_name("q4_0"))
+    with pytest.raises(BadInput, match="float32"):
+        quantize_rtn(normal(1, 32).astype(np.float64), by_name("s4g32"))
+    with pytest.raises(BadInput, match="matrix"):
+        quantize_rtn(normal(1, 32)[0], by_name("s4g32"))
+
+
+@settings(max_examples=60, deadline=None)
+@given(name=st.sampled_from(["s3g32", "u4g64", "s8g128", "u2g32"]), n=st.integers(0, 4),
+       k=st.integers(1, 200), scale=st.floats(-30, 12), shift=st.floats(-4, 4),
+       seed=st.integers(0, 999))
+def test_within_half_a_step(name: str, n: int, k: int, scale: float, shift: float,
+                            seed: int) -> None:
+    row = by_name(name)
+    w = (normal(n, k, seed) + np.float32(shift)) * np.float32(2.0**scale)
+    tensor = quantize_rtn(w, row)
+    miss = np.abs(tensor.dequantize().astype(np.float64) - w)
+    step = np.repeat(np.abs(half(tensor.fields["d"]))[..., 0], row.block, axis=1)[:, :k]
+    # Beside half a step: a code past the end (f16 rounding, or the short side of a symmetric row).
+    reach = np.abs(w).max(initial=0) * 2.0**-9 + 2.0**-24 * (1 << row.code_bits)
+    slack = reach if row.has("m") else reach + step / 2
+    assert (miss <= step / 2 + slack).all()
