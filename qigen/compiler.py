@@ -268,7 +268,7 @@ def _build(
         "ops.h": render("cpu/ops.h.j2", head_dims=program.head_dims),
     }
     kernels = _kernels(program, plan)
-    ops = render_ops(isa, program.head_dims, program.kv)
+    ops = render_ops(isa, program.head_dims, program.kv, program.token_tiles)
     sources = sorted((runtime / "src").glob("*.cpp"))
     total = len(kernels) + len(sources) + 2
     compiled: list[str] = []

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
 from qigen.backends.base import Isa, KernelSource
 from qigen.backends.cpu.decode import ACTIVATION_GROUP, STEP, DecodePlan, decode_plan
 from qigen.codegen.render import render
@@ -54,15 +57,17 @@ def accumulator_bound(plan: DecodePlan, isa: Isa) -> Bound:
         # a 16-bit lane adds two products a step
         step = 2 * top * ACTIVATION_MAX
         if step > isa.dot_limit:
-            signed = True  # |code - zero| instead: the activation takes the sign
-            table_zero, zero = 0, 0
-            top = max(abs(low - f.zero), abs(high - f.zero))
+            # |code - centre| instead: the activation takes the sign
+            signed = True
+            centre = 0 if f.table else 1 << (f.code_bits - 1)
+            table_zero, zero = 0, f.zero - centre
+            top = max(abs(low - centre), abs(high - centre))
             step = 2 * top * ACTIVATION_MAX
         if step > isa.dot_limit:
             raise Unsupported(f"{f.name} overflows the 16-bit lanes of {isa.name}")
         flush = min(isa.dot_limit // step, plan.segment_length // STEP)
         lane = flush * step
-    segment = plan.segment_length * (top + zero) * ACTIVATION_MAX
+    segment = plan.segment_length * (top + abs(zero)) * ACTIVATION_MAX
     assert segment <= I32_MAX, "a segment has at most 32 weights of 8 bits"
     return Bound(signed, table_zero, zero, flush, lane, segment)
 
@@ -194,6 +199,25 @@ class ActivationRecord:
         at = self.scale_offset + _align(4 * max(1, self.k // ACTIVATION_GROUP))
         at += sum(_align(4 * (self.k // n)) for _, n, _ in self._arrays())
         return at + 64 * (at % 1024 == 0)
+
+
+def interleaved(
+    records: npt.NDArray[np.uint8], tiles: tuple[int, ...]
+) -> npt.NDArray[np.uint8]:
+    """uint8 [m, nbytes]: activation records as the int8 kernels read them.
+
+    Tokens are cut greedily into register tiles (descending ``tiles``, ending in 1). Within a tile
+    the records are interleaved by words of 4 bytes, so that everything a step reads is contiguous.
+    """
+    m, nbytes = records.shape
+    out = np.empty_like(records)
+    first = 0
+    for size in tiles:
+        while m - first >= size:
+            words = records[first : first + size].reshape(size, nbytes // 4, 4)
+            out[first : first + size] = words.transpose(1, 0, 2).reshape(size, nbytes)
+            first += size
+    return out
 
 
 def _align(n: int) -> int:

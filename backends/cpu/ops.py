@@ -17,12 +17,15 @@ def attention_tiles(isa: Isa) -> tuple[int, int, int]:
     return 2, 2, 2
 
 
-def render_ops(isa: Isa, head_dims: tuple[int, ...], kv: str) -> KernelSource:
-    """The translation unit ``ops``."""
+def render_ops(
+    isa: Isa, head_dims: tuple[int, ...], kv: str, token_tiles: tuple[int, ...]
+) -> KernelSource:
+    """The translation unit ``ops``; ``token_tiles`` are those of the int8 matmuls."""
     queries, tiles, values = attention_tiles(isa)
     text = render(
         "cpu/ops.cpp.j2",
         isa=isa,
+        token_tiles=token_tiles,
         head_dims=head_dims,
         kv=kv,
         query_tile=queries,

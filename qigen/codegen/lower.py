@@ -7,11 +7,12 @@ steps are equal but for the places of their weights share one function and a tab
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from qigen.backends.cpu.matmul import ActivationRecord, MatmulSpec, activation_needs
+from qigen.errors import Unsupported
 from qigen.formats.layout import packed_shape
 from qigen.ir.graph import Graph, Node, constant_shape
 from qigen.ir.ops.fused import attention_parts, group_parts
@@ -167,6 +168,7 @@ class Program:
     tensors: list[PackedTensor]
     kernels: dict[MatmulSpec, tuple[tuple[str, ...], bool]]
     barriers: int
+    token_tiles: tuple[int, ...]
     weights_bytes: int = 0
     uid: bytes = bytes(32)
 
@@ -284,6 +286,8 @@ class Lowering:
     def _matmul(self, node: Node) -> list[Any]:
         a, parts = node.attrs, group_parts(node)
         gated = a["epilogue"] == "gated"
+        if gated and any(parts.biases):
+            raise Unsupported("gate and up projections with a bias have no kernel", node.name)
         epilogue = a["act"] if gated else a["epilogue"]
         specs = [self.spec_of(w, "matmul") for w in parts.weights]
         steps: list[Any] = []
@@ -570,8 +574,16 @@ def lower_program(
         tensors=list(lowering.tensors.values()),
         kernels={s: (tuple(sorted(e)), r) for s, (e, r) in lowering.kernels.items()},
         barriers=lowering.barriers,
+        token_tiles=_token_tiles(lowering.kernels),
         **about,
     )
+
+
+def _token_tiles(specs: Iterable[MatmulSpec]) -> tuple[int, ...]:
+    """The register tiles of the int8 kernels: all of a model read the same activation records."""
+    tiles = {s.tiles for s in specs if s.activations != "f32"}
+    assert len(tiles) <= 1, f"the plan has int8 kernels of different token tiles: {sorted(tiles)}"
+    return tiles.pop() if tiles else (1,)
 
 
 _WEIGHT_FIELDS = ("weight", "norm", "bias", "q_norm", "k_norm")

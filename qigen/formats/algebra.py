@@ -16,12 +16,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from qigen.errors import BadInput, Unsupported
+
+if TYPE_CHECKING:
+    from qigen.formats.layout import Layout
 
 Array = npt.NDArray[Any]
 Float32Array = npt.NDArray[np.float32]
@@ -211,6 +214,12 @@ class QuantizedTensor:
         """Rows ``[start, stop)`` as a view: nothing is copied."""
         part = {name: array[start:stop] for name, array in self.fields.items()}
         return QuantizedTensor(self.format, (len(part["codes"]), self.shape[1]), part)
+
+    def pack(self, layout: Layout | None = None) -> npt.NDArray[np.uint8]:
+        """uint8: the weight in an execution layout (:func:`qigen.formats.layout.pack`)."""
+        from qigen.formats.layout import Layout, pack  # it stands on this module
+
+        return pack(self, layout or Layout())
 
     def dequantize(self) -> Float32Array:
         """float32 [N, K]: the values that the weight stands for."""

@@ -166,3 +166,32 @@ def _place(
         placed.append(dataclasses.replace(buffer, offset=offset))
         total = max(total, offset + buffer.size)
     return placed, total
+
+
+def phases(graph: Graph, plan: MemoryPlan) -> list[list[Node]]:
+    """The nodes in order, cut into phases: a barrier between phases makes the step correct.
+
+    Threads may work on all nodes of a phase at once: none reads what another one writes, and none
+    writes into memory that another one uses, be it for a different value.
+    """
+    result: list[list[Node]] = []
+    for node in graph.nodes:
+        if result and not any(_collide(plan, other, node) for other in result[-1]):
+            result[-1].append(node)
+        else:
+            result.append([node])
+    return result
+
+
+def _collide(plan: MemoryPlan, a: Node, b: Node) -> bool:
+    """Whether one node writes what the other one touches."""
+    pairs = [(w, name) for w in a.outputs for name in (*b.inputs, *b.outputs)]
+    pairs += [(name, w) for name in a.inputs for w in b.outputs]
+    return any(_overlap(plan, first, second) for first, second in pairs)
+
+
+def _overlap(plan: MemoryPlan, a: str, b: str) -> bool:
+    if a not in plan.offsets or b not in plan.offsets:
+        return a == b
+    low, high = sorted((a, b), key=plan.offsets.__getitem__)
+    return plan.offsets[high] < plan.offsets[low] + plan.sizes[low]

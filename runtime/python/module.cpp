@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "bandwidth.h"
 #include "qigen.hpp"
 
 namespace py = pybind11;
@@ -160,11 +161,25 @@ py::dict run(const qigen::Model& model, const py::dict& arrays) {
   return results;
 }
 
-// A session that knows the size of its results.
+// A session that knows the size of its results and of its steps.
 struct PySession {
   qigen::Session session;
   int32_t vocab;
+  int32_t max_seq;
+  int32_t max_tokens;
+  bool busy = false;  // in the middle of a long prompt; guarded by the interpreter lock
 };
+
+void require_idle(const PySession& self) {
+  require(!self.busy, "the session is in use by another thread; give each its own session");
+}
+
+// Whether the session takes all the tokens; if not, its own message says why.
+bool fits(const PySession& self, const std::vector<int32_t>& ids) {
+  auto known = [&](int32_t id) { return 0 <= id && id < self.vocab; };
+  return static_cast<int64_t>(ids.size()) <= self.max_seq - self.session.position() &&
+         std::all_of(ids.begin(), ids.end(), known);
+}
 
 py::array_t<float> eval(PySession& self, const py::object& tokens, bool all) {
   const std::vector<int32_t> ids = token_ids(tokens);
@@ -172,12 +187,30 @@ py::array_t<float> eval(PySession& self, const py::object& tokens, bool all) {
   py::array_t<float> logits = all ? py::array_t<float>({py::ssize_t{n}, py::ssize_t{self.vocab}})
                                   : py::array_t<float>(self.vocab);
   float* target = logits.mutable_data();
-  py::gil_scoped_release unlocked;
-  if (all) {
-    self.session.eval_all(ids.data(), n, target);
-  } else {
-    self.session.eval(ids.data(), n, target);
+  require_idle(self);
+  self.busy = true;
+  // A long prompt goes in step by step, so that Ctrl-C is heard; it leaves the session as it was.
+  const int32_t first = self.session.position();
+  const int32_t step = fits(self, ids) ? self.max_tokens : n;
+  int32_t done = 0;
+  try {
+    do {
+      if (done > 0 && PyErr_CheckSignals() != 0) throw py::error_already_set();
+      const int32_t count = std::min(step, n - done);
+      py::gil_scoped_release unlocked;
+      if (all) {
+        self.session.eval_all(ids.data() + done, count, target + int64_t{done} * self.vocab);
+      } else {
+        self.session.eval(ids.data() + done, count, done + count == n ? target : nullptr);
+      }
+      done += count;
+    } while (done < n);
+  } catch (...) {
+    if (done > 0) self.session.rewind(first);
+    self.busy = false;
+    throw;
   }
+  self.busy = false;
   return logits;
 }
 
@@ -188,6 +221,7 @@ py::array_t<float> batch_eval(const qigen::Model& model, const std::vector<PySes
   std::vector<qigen::Session*> list;
   for (PySession* session : sessions) {
     require(session, "a batch holds sessions, not None");
+    require_idle(*session);
     list.push_back(&session->session);
   }
   py::array_t<float> logits({ids.size(), static_cast<size_t>(model.info().vocab)});
@@ -195,6 +229,14 @@ py::array_t<float> batch_eval(const qigen::Model& model, const std::vector<PySes
   py::gil_scoped_release unlocked;
   model.batch_eval(list, ids.data(), target);
   return logits;
+}
+
+double stream_read_gb_s(int threads, int64_t bytes, int repeats) {
+  require(1 <= threads && threads <= 1024, "threads must be 1 to 1024");
+  require(1 <= repeats && repeats <= 1000, "repeats must be 1 to 1000");
+  require(bytes >= (int64_t{1} << 20) * threads, "a pass must be at least 1 MiB a thread");
+  py::gil_scoped_release unlocked;
+  return qigen::stream_read_bytes_per_second(threads, bytes, repeats) / 1e9;
 }
 
 int32_t sample(qigen::Sampler& sampler, const Logits& logits, const py::object& history) {
@@ -209,12 +251,21 @@ PYBIND11_MODULE(_runtime, module) {
   module.doc() = "Artifacts of qigen: loading, evaluation and sampling.";
   py::register_exception_translator(translate);
 
+  module.def("stream_read_gb_s", &stream_read_gb_s, py::arg("threads"), py::arg("bytes"),
+             py::arg("repeats") = 5,
+             "GB/s that the threads read from memory together, one sequential stream each: the "
+             "median of `repeats` passes over `bytes`.");
+
   py::class_<PySession>(module, "Session", "A sequence of tokens with its KV cache.")
       .def("eval", &eval, py::arg("tokens"), py::arg("all") = false,
            "Append tokens, integers [n]; return the logits of the last, float32[vocab], or of all, "
            "float32[n, vocab].")
       .def(
-          "rewind", [](PySession& self, int32_t position) { self.session.rewind(position); },
+          "rewind",
+          [](PySession& self, int32_t position) {
+            require_idle(self);
+            self.session.rewind(position);
+          },
           py::arg("position"), "Forget all tokens from `position` on.")
       .def_property_readonly(
           "position", [](const PySession& self) { return self.session.position(); },
@@ -243,7 +294,9 @@ PYBIND11_MODULE(_runtime, module) {
       .def(
           "session",
           [](const qigen::Model& model, int32_t max_seq) {
-            return PySession{model.session(max_seq), model.info().vocab};
+            const qigen_model_info& info = model.info();
+            return PySession{model.session(max_seq), info.vocab,
+                             max_seq > 0 ? max_seq : info.max_seq, info.max_tokens};
           },
           py::arg("max_seq") = 0, "An empty session; 0: as many positions as the model has.")
       .def("batch_eval", &batch_eval, py::arg("sessions"), py::arg("tokens"),

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from qigen.errors import BadInput
 from qigen.ir import Graph
-from qigen.passes import MemoryPlan, optimize, plan_memory
+from qigen.passes import MemoryPlan, optimize, phases, plan_memory
 from qigen.passes.memory import ALIGNMENT, in_place_input, row_floats
 from tests.ir.tiny import FAMILIES, build
 
@@ -112,6 +112,48 @@ def test_no_result_overwrites_what_its_node_still_reads() -> None:
     plan = plan_memory(graph, 4)
     check(graph, plan)
     assert plan.aliases == {"a": "y", "b": "z"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_phases(family: str) -> None:
+    graph = optimize(build(FAMILIES[family]))
+    plan = plan_memory(graph, 16)
+    cut = phases(graph, plan)
+    assert [node for phase in cut for node in phase] == graph.nodes
+
+    def used(name: str) -> range:
+        start = plan.offsets.get(name, 0)
+        return range(start, start + plan.sizes.get(name, 0))
+
+    for phase in cut:
+        for i, a in enumerate(phase):
+            for b in phase[i + 1 :]:
+                assert not {*a.outputs} & {*b.inputs}
+                for x, y in [(a, b), (b, a)]:
+                    for out in x.outputs:
+                        for name in (*y.inputs, *y.outputs):
+                            r, s = used(out), used(name)
+                            assert not range(max(r.start, s.start), min(r.stop, s.stop)), (
+                                out,
+                                name,
+                            )
+    assert len(cut) in (len(graph.nodes), len(graph.nodes) - 1)  # SelectRows, at most, share one
+
+
+def test_phases_see_reused_memory() -> None:
+    """b needs nothing of a, but may have got the memory that a still reads."""
+    graph = Graph("g")
+    ids = graph.add_input("input_ids", ("T",), "i32")
+    w = graph.add_constant("w", np.ones((16, 16), np.float32))
+    for name in ("x", "y"):
+        graph.add("Embedding", ids, w, name=name)
+    graph.add_node("MatMulGroup", ["x", w], name="a")
+    graph.add_node("MatMulGroup", ["y", w], name="b")
+    graph.outputs.append(graph.add("Add", "a", "b", name="out"))
+    plan = plan_memory(graph, 4)
+    names = [[node.name for node in phase] for phase in phases(graph, plan)]
+    assert plan.offsets["b"] == plan.offsets["x"]
+    assert names == [["x", "y"], ["a"], ["b"], ["out"]]
 
 
 def test_limits() -> None:

@@ -1,0 +1,549 @@
+"""Every generated matmul kernel against exact references in numpy.
+
+The default run covers every format on every ISA with short token tiles; the schedules that the
+planner picks, every activation kind and every epilogue are behind the ``slow`` marker.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from qigen.backends.base import Isa
+from qigen.backends.cpu.decode import ACTIVATION_GROUP, decode_plan
+from qigen.backends.cpu.isa import ISAS
+from qigen.backends.cpu.matmul import (
+    ActivationRecord,
+    MatmulSpec,
+    accumulator_bound,
+    activation_needs,
+    interleaved,
+    render_matmul,
+)
+from qigen.errors import Unsupported
+from qigen.formats import CATALOG, Format, Layout, QuantizedTensor, pack, packed_shape
+from tests.backends.cpu.kernel_build import MatmulArgs, build, load, pointer, why_not
+
+Array = npt.NDArray[Any]
+
+SCALAR, AVX2, AVX512VNNI = (ISAS[name] for name in ("scalar", "avx2", "avx512vnni"))
+
+EPILOGUES = ("store", "add", "silu", "gelu_tanh")
+TOKENS = (1, 3, 16, 65)  # 65: one more than the f32 kernels' slab
+ROWS = 56  # three row-blocks and a half: two pairs when they are gate and up
+TILES = {"scalar": (1,), "avx2": (2, 1), "avx512vnni": (8, 4, 1)}  # what the planner picks
+GUARD = np.float32(-7.5)  # what y is filled with where nothing may be written
+
+U = 2.0**-24
+"""Unit roundoff of float32: a sum of n rounded terms is off by at most n U of their magnitudes."""
+TINY = 2.0**-126  # products of subnormal scales are rounded absolutely
+SLOPE = 1.13  # steepest slope of silu and gelu
+GELU_ULPS, ACT_ULPS = 128, 8  # epilogue.h: gelu is relatively less accurate below -5
+
+
+def random_tensor(fmt: Format, n: int, k: int, seed: int = 0) -> QuantizedTensor:
+    """Random codes over their whole range; scales of both signs, zero and subnormal ones too."""
+    rng = np.random.default_rng(seed)
+    nblocks = -(-k // fmt.block)
+    fields: dict[str, Array] = {}
+    for field in fmt.fields:
+        shape = (n, nblocks, field.count)
+        if fmt.float_kind:
+            values = rng.normal(0, 0.1, shape).astype(np.float32)
+            values[..., 0][rng.random(shape[:2]) < 0.1] = 6e-8  # subnormal in f16
+            bits = {"f32": values.view(np.uint32), "f16": values.astype(np.float16).view(np.uint16),
+                    "bf16": (values.view(np.uint32) >> np.uint32(16)).astype(np.uint16)}
+            fields[field.name] = bits[fmt.float_kind]
+        elif field.name in ("d", "dmin", "m"):
+            halves = rng.normal(0, 0.05, shape).astype(np.float16)
+            halves[rng.random(shape) < 0.05] = 0
+            halves[rng.random(shape) < 0.05] = 3e-6
+            fields[field.name] = halves.view(np.uint16)
+        elif field.name == "e":
+            fields["e"] = rng.integers(118, 126, shape).astype(np.uint8)
+            fields["e"][1 % n] = rng.integers(0, 3, shape[1:])
+            fields["e"][2 % n] = 200
+        else:
+            high = 1 << field.bits
+            fields[field.name] = rng.integers(0, high, shape, dtype=np.uint32).astype(field.dtype)
+    return QuantizedTensor(fmt, (n, k), fields)
+
+
+def decompose(tensor: QuantizedTensor) -> tuple[Array, Array, Array]:
+    """(V(c) - Z, S, M) of every weight, float64 [N, nblocks * block], past K included."""
+    f, fields = tensor.format, tensor.fields
+    n, nblocks = fields["codes"].shape[:2]
+    one = {"d": 0x3C00, "sub": f.sub_zero + 1, "e": 127}  # S = scale_factor, M = 0
+    unit = {name: array if name == "codes" else np.full_like(array, one.get(name, 0))
+            for name, array in fields.items()}
+    full = (n, nblocks * f.block)
+    levels = QuantizedTensor(f, full, unit).dequantize().astype(np.float64) / f.scale_factor
+
+    def half(name: str) -> Array:
+        return fields[name].view(np.float16).astype(np.float64)
+
+    def weights(groups: Array) -> Array:
+        return np.repeat(groups.reshape(n, -1), full[1] // (groups.size // n), axis=1)
+
+    if f.has("e"):
+        scale = 2.0 ** (fields["e"].astype(np.float64) - 127) * f.scale_factor
+    else:
+        scale = half("d")
+    if f.has("sub"):
+        sub = fields["sub"].view(np.int8) if f.sub_signed else fields["sub"].astype(np.int64)
+        scale = scale * (sub.astype(np.int64) - f.sub_zero)
+    minimum = np.zeros((n, nblocks, 1))
+    if f.has("m"):
+        minimum = f.min_sign * half("m")
+    elif f.has("dmin"):
+        minimum = f.min_sign * half("dmin") * fields["submin"]
+    return levels, weights(scale), weights(minimum)
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Rows as a kernel reads them and what they stand for."""
+
+    data: Array  # uint8 [M, stride], a record a token
+    values: Array  # int64 or float64 [M, k]
+    scales: Array  # float64 [M, k]
+    scale_offset: int = 0
+    zero_offset: int = 0
+    sum_offset: int = 0
+
+    def laid_out(self, spec: MatmulSpec, m: int) -> Array:
+        """The first ``m`` rows as the kernel reads them."""
+        rows = np.ascontiguousarray(self.data[:m])
+        return rows if spec.activations == "f32" else interleaved(rows, spec.tiles)
+
+
+def quantize(x: Array, spec: MatmulSpec, q: Array | None = None) -> Activations:
+    """Records of rows ``x`` float32 [M, k]; ``q`` int8 takes the place of the rounded values."""
+    m, k = x.shape
+    token = spec.activations == "int8-token"
+    zeros, sums = activation_needs(spec)
+    record = ActivationRecord(k, token, zeros, sums)
+    groups = x.reshape(m, 1 if token else k // ACTIVATION_GROUP, -1)
+    scale = np.abs(groups).max(axis=2, keepdims=True) / np.float32(127)
+    if q is None:
+        safe = np.where(scale > 0, scale, np.float32(1))
+        q = np.rint(groups / safe).astype(np.int8).reshape(m, k)
+    data = np.full((m, record.nbytes), 0xA5, np.uint8)
+
+    def put(offset: int, array: Array) -> None:
+        raw = np.ascontiguousarray(array).view(np.uint8)
+        data[:, offset : offset + raw.shape[1]] = raw
+
+    def segment_sums(length: int) -> Array:
+        return q.astype(np.int32).reshape(m, -1, length).sum(axis=2, dtype=np.int32)
+
+    put(0, q)
+    put(record.scale_offset, scale[..., 0])
+    zero_offset = sum_offset = -(2**30)  # never read
+    for length, zero in zeros:
+        zero_offset = record.offset("zero", length, zero)
+        put(zero_offset, (-zero * segment_sums(length)).astype(np.int32))
+    for length in sums:
+        sum_offset = record.offset("sum", length)
+        by_segment = scale[..., 0].repeat(1 if token else ACTIVATION_GROUP // length, axis=1)
+        by_segment = np.float32(1) if token else by_segment
+        put(sum_offset, segment_sums(length).astype(np.float32) * by_segment)
+    scales = np.broadcast_to(scale, groups.shape).reshape(m, k).astype(np.float64)
+    return Activations(data, q.astype(np.int64), scales, record.scale_offset, zero_offset,
+                       sum_offset)
+
+
+def padded_k(spec: MatmulSpec, k: int) -> int:
+    return packed_shape(spec.format, (1, k), spec.layout)[1] * spec.format.block * spec.layout.blocks
+
+
+def activate(spec: MatmulSpec, x: Array) -> Activations:
+    """Activations of any kind from float32 rows [M, K], padded with zeros to whole K-blocks."""
+    m, k = x.shape
+    full = np.zeros((m, padded_k(spec, k)), np.float32)
+    full[:, :k] = x
+    if spec.activations != "f32":
+        return quantize(full, spec)
+    return Activations(full.view(np.uint8), full.astype(np.float64), np.ones(full.shape))
+
+
+def reference(spec: MatmulSpec, tensor: QuantizedTensor, x: Activations) -> tuple[Array, Array]:
+    """(y, error bound) float64 [M, N] of x W^T: exact for int8, float64 for f32 activations."""
+    n, k = tensor.shape
+    k_full = x.values.shape[1]
+    if spec.activations == "f32":
+        w = np.zeros((n, k_full))
+        w[:, :k] = tensor.dequantize()
+        return x.values @ w.T, (k_full + 4) * U * (np.abs(x.values) @ np.abs(w).T) + k * TINY
+    length = decode_plan(spec.format, spec.layout).segment_length
+    levels, scale, minimum = (
+        np.pad(a, ((0, 0), (0, k_full - a.shape[1]))).reshape(n, -1, length).transpose(1, 0, 2)
+        for a in decompose(tensor))
+    q, xs = (a.reshape(len(x.values), -1, length).transpose(1, 2, 0).astype(np.float64)
+             for a in (x.values, x.scales))
+    products = (levels @ q) * scale[:, :, :1] * xs[:, :1]  # the integer dot product is exact
+    minima = q.sum(axis=1, keepdims=True) * xs[:, :1] * minimum[:, :, :1]
+    magnitude = (np.abs(products) + np.abs(minima)).sum(axis=0)
+    terms = len(products) * (2 if spec.format.has("m") or spec.format.has("dmin") else 1)
+    bound = (terms + 4) * U * magnitude + terms * TINY
+    return (products + minima).sum(axis=0).T, bound.T
+
+
+def act_reference(kind: str, x: Array) -> Array:
+    z = 2 * np.sqrt(2 / np.pi) * (x + 0.044715 * x**3) if kind == "gelu_tanh" else x
+    with np.errstate(over="ignore"):
+        return np.asarray(x / (1 + np.exp(-z)))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A weight and 65 tokens, with what the kernel should make of them."""
+
+    packed: Array
+    tensor: QuantizedTensor
+    x: Activations
+    y: Array
+    bound: Array
+
+
+@functools.lru_cache(maxsize=8)
+def case(spec: MatmulSpec) -> Case:
+    f = spec.format
+    # several K-blocks, not a multiple of an f32 panel; a short last block where there may be one
+    k = {1: 150, 2: 151}.get(f.block, max(3, 288 // f.block) * f.block)
+    if f.ggml_type is None:
+        k -= 13
+    tensor = random_tensor(f, ROWS, k)
+    rng = np.random.default_rng(1)
+    x = rng.normal(0, 1, (max(TOKENS), k)).astype(np.float32)
+    x[:, : k // 3] *= 20  # groups of different scales
+    x[1] = 0
+    x[2, 7] = 1000
+    rows = activate(spec, x)
+    y, bound = reference(spec, tensor, rows)
+    return Case(pack(tensor, spec.layout), tensor, rows, y, bound)
+
+
+def fill_args(
+    spec: MatmulSpec, c: Case, m: int, x: Array, y: Array, bias: Array | None
+) -> MatmulArgs:
+    blocks, kblocks, nbytes = packed_shape(spec.format, c.tensor.shape, spec.layout)
+    assert c.packed.size == blocks * kblocks * nbytes
+    return MatmulArgs(pointer(c.packed), kblocks * nbytes, kblocks, m, ROWS, pointer(x),
+                      x.shape[1], c.x.scale_offset, c.x.zero_offset, c.x.sum_offset,
+                      pointer(y), y.shape[1], pointer(bias))
+
+
+def run(library: ctypes.CDLL, spec: MatmulSpec, c: Case, epilogue: str, m: int,
+        y: Array, bias: Array | None) -> None:
+    """Call an entry for all row-blocks (or pairs of them), cut in two calls."""
+    x = c.x.laid_out(spec, m)
+    args = fill_args(spec, c, m, x, y, bias)
+    entry = getattr(library, spec.entry(epilogue))
+    blocks = -(-ROWS // 16) // (1 if epilogue in ("store", "add") else 2)
+    for b0, b1 in ((0, 1), (1, blocks)):
+        entry(ctypes.byref(args), ctypes.c_int(b0), ctypes.c_int(b1))
+
+
+def check(library: ctypes.CDLL, spec: MatmulSpec, epilogue: str, m: int, with_bias: bool) -> None:
+    c = case(spec)
+    rng = np.random.default_rng(2)
+    bias = rng.normal(0, 3, 64).astype(np.float32) if with_bias else None
+    # y's rows are padded to 16 floats, and a guard of 16 floats lies beyond
+    y = np.full((m + 1, 64 + 16), GUARD, np.float32)
+    before = rng.normal(0, 5, (m, 64)).astype(np.float32)
+    if epilogue == "add":
+        y[:m, :64] = before
+    run(library, spec, c, epilogue, m, y, bias)
+    want, bound = c.y[:m], c.bound[:m]
+    if epilogue in ("store", "add"):
+        width, written = ROWS, ROWS
+        more = np.zeros((m, ROWS)) + (bias[:ROWS] if bias is not None else 0)
+        size = np.abs(want) + np.abs(more)
+        if epilogue == "add":
+            more = more + before[:, :ROWS]
+            size = size + np.abs(before[:, :ROWS])
+        want, bound = want + more, bound + 4 * U * size
+    else:
+        width, written = 32, 32  # whole row-blocks: the rows past N are zeros
+        gate, up, gate_bound, up_bound = (
+            np.pad(a, ((0, 0), (0, 64 - ROWS))).reshape(m, 2, 2, 16)[:, :, i].reshape(m, 32)
+            for a in (want, bound) for i in (0, 1))
+        act = act_reference(epilogue, gate)
+        ulps = GELU_ULPS if epilogue == "gelu_tanh" else ACT_ULPS
+        act_bound = SLOPE * gate_bound + ulps * U * np.abs(act) + TINY
+        want = act * up
+        bound = act_bound * np.abs(up) + np.abs(act) * up_bound + act_bound * up_bound
+        bound = bound + U * np.abs(want) + TINY
+    got = y[:m, :width]
+    wrong = ~(np.abs(got - want) <= bound)
+    assert not wrong.any(), (f"{spec.entry(epilogue)} m={m}: {int(wrong.sum())} of {wrong.size} "
+                             f"wrong, rows of W {sorted(set(np.nonzero(wrong)[1].tolist()))[:20]}, "
+                             f"tokens {sorted(set(np.nonzero(wrong)[0].tolist()))[:20]}: "
+                             f"{got[wrong][:4]} for {want[wrong][:4]} +- {bound[wrong][:4]}")
+    outside = np.full_like(y, GUARD)
+    if epilogue == "add":
+        outside[:m, :64] = before
+    outside[:m, :written] = got
+    assert np.array_equal(y, outside), "written outside the rows of the output"
+
+
+def formats() -> Iterator[tuple[int, Format]]:
+    yield from enumerate(CATALOG.values())
+
+
+def default_specs() -> list[tuple[MatmulSpec, tuple[str, ...]]]:
+    """Every format on every ISA, the three kinds of activations dealt out over formats and ISAs.
+
+    AVX2 and AVX-512 get the same kind and tiles, so that their results can be compared.
+    """
+    kinds = ("f32", "int8", "int8-token")
+    specs = []
+    for isa in ISAS.values():
+        for i, f in formats():
+            kind = "f32" if f.float_kind else kinds[(i + (isa is SCALAR)) % 3]
+            more = EPILOGUES[1 + (i // 3 + (isa is AVX2)) % 3]
+            specs.append((MatmulSpec(f, Layout(), isa, kind, (2, 1)), ("store", more)))
+    for i, name in enumerate(("q4_0", "s5g64", "u3g32", "iq4_nl", "mxfp4")):
+        for isa in (AVX2, AVX512VNNI):
+            specs.append((MatmulSpec(CATALOG[name], Layout(16, 2), isa, kinds[i % 3], (2, 1)),
+                          ("store", "silu")))
+    return specs
+
+
+def slow_specs() -> list[tuple[MatmulSpec, tuple[str, ...]]]:
+    """The whole product, with the tiles of the planner."""
+    return [(MatmulSpec(f, Layout(16, blocks), isa, kind, TILES[isa.name]), EPILOGUES)
+            for isa in ISAS.values() for _, f in formats()
+            for kind in (("f32",) if f.float_kind else ("f32", "int8", "int8-token"))
+            for blocks in ((1,) if f.float_kind else (1, 2))]
+
+
+def identity(spec: MatmulSpec) -> str:
+    return f"{spec.isa.name}-{spec.format.name}-{spec.activations}-kb{spec.layout.blocks}"
+
+
+DEFAULT, SLOW = default_specs(), slow_specs()
+TOGETHER = 9  # kernels of a translation unit
+
+
+class Libraries:
+    """Compiles the kernels of a list in groups, when one of the group is first asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.loaded: dict[tuple[int, Isa, int], ctypes.CDLL] = {}
+
+    def get(self, specs: list[tuple[MatmulSpec, tuple[str, ...]]], index: int) -> ctypes.CDLL:
+        isa = specs[index][0].isa
+        mine = [i for i, (spec, _) in enumerate(specs) if spec.isa is isa]
+        group = mine.index(index) // TOGETHER
+        key = (id(specs), isa, group)
+        if key not in self.loaded:
+            part = [specs[i] for i in mine[group * TOGETHER : (group + 1) * TOGETHER]]
+            kernels = [render_matmul(spec, epilogues, decode_rows=spec.activations == "f32")
+                       for spec, epilogues in part]
+            self.loaded[key] = load(build(self.folder, isa, kernels))
+        return self.loaded[key]
+
+
+@pytest.fixture(scope="session")
+def libraries(pytestconfig: pytest.Config) -> Libraries:
+    return Libraries(pytestconfig.cache.mkdir("kernels"))
+
+
+def check_kernel(libraries: Libraries, specs: list[tuple[MatmulSpec, tuple[str, ...]]],
+                 index: int) -> None:
+    spec, epilogues = specs[index]
+    if why_not(spec.isa):
+        pytest.skip(why_not(spec.isa))
+    library = libraries.get(specs, index)
+    for m in TOKENS:
+        for epilogue in epilogues:
+            check(library, spec, epilogue, m, with_bias=False)
+            if epilogue in ("store", "add"):
+                check(library, spec, epilogue, m, with_bias=True)
+    if spec.activations == "f32":
+        check_rows(library, spec)
+
+
+def check_rows(library: ctypes.CDLL, spec: MatmulSpec) -> None:
+    """The embedding entry gives the dequantized rows to the last bit, and scales them."""
+    c = case(spec)
+    _, kblocks, nbytes = packed_shape(spec.format, c.tensor.shape, spec.layout)
+    ids = np.array([0, 55, 17, 17, 1, 2, 31], np.int32)
+    k = c.tensor.shape[1]
+    w = c.tensor.dequantize()[ids]
+    for scale in (1.0, 0.3):
+        y = np.full((len(ids) + 1, padded_k(spec, k) + 16), GUARD, np.float32)
+        getattr(library, f"{spec.name}__rows")(
+            ctypes.c_void_p(pointer(c.packed)), ctypes.c_int64(kblocks * nbytes),
+            ctypes.c_int(kblocks), ctypes.c_void_p(pointer(ids)), ctypes.c_int(len(ids)),
+            ctypes.c_float(scale), ctypes.c_void_p(pointer(y)), ctypes.c_int64(y.shape[1]))
+        assert np.array_equal(y[:-1, :k], w * np.float32(scale))
+        assert (y[-1] == GUARD).all() and (y[:, -16:] == GUARD).all()
+
+
+@pytest.mark.parametrize("index", range(len(DEFAULT)), ids=lambda i: identity(DEFAULT[i][0]))
+def test_kernel(index: int, libraries: Libraries) -> None:
+    check_kernel(libraries, DEFAULT, index)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("index", range(len(SLOW)), ids=lambda i: identity(SLOW[i][0]))
+def test_every_kernel(index: int, libraries: Libraries) -> None:
+    check_kernel(libraries, SLOW, index)
+
+
+def pairs() -> list[tuple[int, int]]:
+    """Indices in DEFAULT of the same kernel on AVX2 and on AVX-512."""
+    found = {replace(spec, isa=AVX2): i for i, (spec, _) in enumerate(DEFAULT)
+             if spec.isa is AVX512VNNI}
+    return [(i, found[spec]) for i, (spec, _) in enumerate(DEFAULT) if spec in found]
+
+
+@pytest.mark.parametrize("indices", pairs(), ids=lambda p: identity(DEFAULT[p[0]][0]))
+def test_isas_agree_to_the_last_bit(indices: tuple[int, int], libraries: Libraries) -> None:
+    """Integer sums are exact and float operations come in the same order on AVX2 and AVX-512."""
+    results = []
+    for index in indices:
+        spec = DEFAULT[index][0]
+        if why_not(spec.isa):
+            pytest.skip(why_not(spec.isa))
+        y = np.zeros((65, 64), np.float32)
+        run(libraries.get(DEFAULT, index), spec, case(spec), "store", 65, y, None)
+        results.append(y)
+    assert np.array_equal(results[0].view(np.uint32), results[1].view(np.uint32))
+
+
+def test_catalog_is_covered() -> None:
+    for isa in ISAS.values():
+        assert {spec.format.name for spec, _ in DEFAULT if spec.isa is isa} == set(CATALOG)
+
+
+# ---- accumulators ----
+
+NARROW = [i for i, (spec, _) in enumerate(DEFAULT)
+          if spec.isa is AVX2 and spec.activations != "f32"]
+
+
+def extreme_case(spec: MatmulSpec) -> Case:
+    """Codes that are all the least or all the greatest, activations of +-127: scales are 1."""
+    f = spec.format
+    k = 2 * spec.layout.blocks * f.block
+    tensor = random_tensor(f, ROWS, k)
+    order = np.argsort(f.table) if f.table is not None else np.arange(1 << f.code_bits)
+    one = {"d": 0x3C00, "sub": f.sub_zero + 1, "e": 127 if f.scale_factor == 1 else 128}
+    fields = {name: np.full_like(array, one.get(name, 0)) for name, array in tensor.fields.items()}
+    for row in range(ROWS):
+        if row % 3 == 2:
+            fields["codes"][row] = tensor.fields["codes"][row]
+        else:
+            fields["codes"][row] = order[0 if row % 3 else -1]
+    tensor = QuantizedTensor(f, (ROWS, k), fields)
+    q = np.empty((max(TOKENS), k), np.int8)
+    q[0], q[1] = 127, -127
+    q[2] = np.where(np.arange(k) % 4 < 2, 127, -127)
+    q[3:] = np.random.default_rng(3).choice(np.array([-127, 127], np.int8), q[3:].shape)
+    x = quantize(np.full(q.shape, 127, np.float32), spec, q)
+    y, _ = reference(spec, tensor, x)
+    assert np.abs(y).max() < 2**24, "the exact result is a float32"
+    return Case(pack(tensor, spec.layout), tensor, x, y, np.zeros_like(y))
+
+
+@pytest.mark.parametrize("index", NARROW, ids=lambda i: identity(DEFAULT[i][0]))
+def test_extreme_sums_are_exact(index: int, libraries: Libraries) -> None:
+    spec = DEFAULT[index][0]
+    if why_not(spec.isa):
+        pytest.skip(why_not(spec.isa))
+    c = extreme_case(spec)
+    y = np.zeros((65, 64), np.float32)
+    run(libraries.get(DEFAULT, index), spec, c, "store", 65, y, None)
+    assert np.array_equal(y[:, :ROWS], c.y)
+
+
+def test_a_wider_claim_overflows(libraries: Libraries) -> None:
+    """The same check fails if the ISA row claims that its lanes hold twice as much."""
+    if why_not(AVX2):
+        pytest.skip(why_not(AVX2))
+    claim = replace(AVX2, dot_limit=2 * 32767 + 1)
+    for name in ("u6g32", "u5g32"):
+        honest = MatmulSpec(CATALOG[name], Layout(), AVX2, "int8", (1,))
+        spec = replace(honest, isa=claim)
+        assert (accumulator_bound(decode_plan(spec.format, spec.layout), claim).flush
+                != accumulator_bound(decode_plan(spec.format, spec.layout), AVX2).flush)
+        library = load(build(libraries.folder, claim, [render_matmul(spec, ("store",))]))
+        c = extreme_case(honest)
+        y = np.zeros((65, 64), np.float32)
+        run(library, spec, c, "store", 65, y, None)
+        assert not np.array_equal(y[:, :ROWS], c.y)
+
+
+@pytest.mark.parametrize("isa", ISAS.values(), ids=lambda isa: isa.name)
+def test_every_integer_format_has_a_bound(isa: Isa) -> None:
+    for _, f in formats():
+        if f.float_kind is None:
+            bound = accumulator_bound(decode_plan(f, Layout()), isa)
+            assert bound.lane is None or bound.lane <= (isa.dot_limit or 0)
+            assert (bound.flush is None) == (isa.dot_limit is None)
+
+
+def test_a_lane_that_cannot_hold_one_step_is_refused() -> None:
+    with pytest.raises(Unsupported, match="overflows"):
+        accumulator_bound(decode_plan(CATALOG["q8_0"], Layout()), replace(AVX2, dot_limit=32000))
+
+
+def test_floats_need_float_activations() -> None:
+    with pytest.raises(Unsupported, match="f32"):
+        render_matmul(MatmulSpec(CATALOG["f16"], Layout(), SCALAR, "int8", (1,)), ("store",))
+
+
+# ---- sanitizers ----
+
+def write_case(path: Path, args: MatmulArgs, c: Case, x: Array, y: Array, bias: Array, call: Array) -> None:
+    for name in ("w", "x", "y", "bias"):
+        setattr(args, name, None)
+    with path.open("wb") as file:
+        file.write(bytes(args))
+        for array in (c.packed, x, y, bias, call.astype(np.int32)):
+            file.write(np.int64(array.size).tobytes() + np.ascontiguousarray(array).tobytes())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("isa", ISAS.values(), ids=lambda isa: isa.name)
+@pytest.mark.parametrize("names", [("q4_0", "q6_k", "tq1_0"), ("iq4_xs", "u5g64", "mxfp4"),
+                                   ("q8_0", "f16", "bf16", "f32")], ids="-".join)
+def test_sanitizers(isa: Isa, names: tuple[str, ...], libraries: Libraries,
+                    tmp_path: Path) -> None:
+    """Buffers of exactly the documented sizes, under ASan and UBSan, in a program of their own."""
+    if why_not(isa):
+        pytest.skip(why_not(isa))
+    specs = [MatmulSpec(CATALOG[name], Layout(), isa, kind, (2, 1)) for name in names
+             for kind in (("f32",) if CATALOG[name].float_kind else ("f32", "int8"))]
+    program = build(libraries.folder, isa, [render_matmul(s, EPILOGUES) for s in specs],
+                    sanitize=True)
+    bias = np.ones(64, np.float32)
+    for i, spec in enumerate(specs):
+        c = case(spec)
+        for j, epilogue in enumerate(EPILOGUES):
+            blocks = 4 if epilogue in ("store", "add") else 2
+            y = np.zeros((65, 16 * blocks), np.float32)
+            x = c.x.laid_out(spec, 65)
+            args = fill_args(spec, c, 65, x, y, bias)
+            file, out = tmp_path / "case", tmp_path / "out"
+            write_case(file, args, c, x, y, bias, np.array([0, blocks, i * len(EPILOGUES) + j]))
+            done = subprocess.run([program, file, out], capture_output=True, text=True,
+                                  check=False)
+            assert done.returncode == 0, f"{spec.entry(epilogue)}: {done.stderr[:3000]}"
+            if epilogue == "store":
+                got = np.fromfile(out, np.float32).reshape(y.shape)[:, :ROWS]
+                assert (np.abs(got - 1 - c.y) <= c.bound + 4 * U * (np.abs(c.y) + 1)).all()
