@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
+import psutil  # type: ignore[import-untyped, unused-ignore]
 
 from qigen import _runtime, targets
 from qigen.artifact import Artifact
@@ -35,7 +35,9 @@ PEERS = ("llama.cpp",)
 # llama.cpp's settings that make it faster for some models and slower for others; the best for each
 # phase counts.
 _LLAMA_SETTINGS = tuple(
-    {"repack": repack, "flash_attention": flash} for repack in (True, False) for flash in (True, False)
+    {"repack": repack, "flash_attention": flash}
+    for repack in (True, False)
+    for flash in (True, False)
 )
 _TRIALS = 2  # runs that choose among them
 _STREAM_BYTES = 256 << 20
@@ -277,7 +279,8 @@ class _Worker:
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
             error = answer["error"]
-            kinds = {kind.kind: kind for kind in (QigenError, *QigenError.__subclasses__())}
+            classes: tuple[type[QigenError], ...] = (QigenError, *QigenError.__subclasses__())
+            kinds = {kind.kind: kind for kind in classes}
             raise kinds[error["kind"]](error["message"], error["where"])
         return answer
 

@@ -139,8 +139,6 @@ def _check_options(
 ) -> None:
     if activations is not None and activations not in ACTIVATIONS:
         raise UsageError(f"activations {activations}: choose one of {', '.join(ACTIVATIONS)}")
-    if activations == "bf16":
-        raise Unsupported("bf16 activations have no kernels yet; choose f32 or int8")
     if kv not in KV_FORMATS:
         raise UsageError(f"KV cache {kv}: choose one of {', '.join(KV_FORMATS)}")
     if kv == "int4":

@@ -24,9 +24,9 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
     """What ``qigen inspect --json`` prints.
 
     'kind' is "artifact", "gguf" or "huggingface". All have 'name', 'tensors' (name, format, shape,
-    bytes), 'formats' (the same by format: tensors, weights, bytes) and 'config', None if the
-    architecture is not supported ('unsupported' then says why). Raises BadInput for anything else
-    and for damaged files.
+    bytes), 'formats' (the same by format: tensors, weights, bytes) and 'config'. A sound GGUF file
+    that cannot be compiled has a 'problem' instead of a 'config'. Raises BadInput for anything else
+    and for damaged files, Unsupported for folders of unknown models.
     """
     path = Path(path)
     if path.is_dir() and (path / "manifest.json").is_file():
@@ -121,8 +121,8 @@ def _gguf(path: Path) -> dict[str, Any]:
     }
     try:
         return result | _config(load_gguf(path))
-    except Unsupported as error:
-        return result | {"unsupported": error.message}
+    except (BadInput, Unsupported) as error:
+        return result | {"problem": error.message}
 
 
 def _huggingface(path: Path) -> dict[str, Any]:

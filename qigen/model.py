@@ -69,9 +69,7 @@ class Model:
     MachineMismatch if it does not fit this machine.
     """
 
-    def __init__(
-        self, path: str | os.PathLike[str], threads: int = 0, pin: bool = False
-    ) -> None:
+    def __init__(self, path: str | os.PathLike[str], threads: int = 0, pin: bool = False) -> None:
         self.path = Path(path)
         where = str(self.path)
         if not self.path.is_dir():

@@ -17,8 +17,8 @@ from qigen.ir.plan import KernelChoice, Plan, ScheduleValue
 from qigen.targets import Machine
 
 BUCKETS = (1, 4, 16, 128)
-ACTIVATIONS = ("auto", "f32", "int8", "int8-token")
-_TILES = {"avx512vnni": (8, 4, 1), "avx2": (2, 1), "scalar": (1,)}
+ACTIVATIONS = ("auto", "f32", "bf16", "int8", "int8-token")
+_TILES = {"avx512bf16": (8, 4, 1), "avx512vnni": (8, 4, 1), "avx2": (2, 1), "scalar": (1,)}
 
 
 def isa_candidates(machine: Machine) -> tuple[Isa, ...]:
@@ -48,6 +48,8 @@ def activations_for(format_name: str, asked: str) -> str:
     """The arithmetic of a matmul: 'auto' is int8 for integer formats, f32 for float formats."""
     if asked not in ACTIVATIONS:
         raise UsageError(f"activations '{asked}' are not one of {', '.join(ACTIVATIONS)}")
+    if asked == "bf16":
+        return "bf16"
     if by_name(format_name).float_kind is not None:
         return "f32"
     return "int8" if asked == "auto" else asked

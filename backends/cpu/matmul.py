@@ -79,18 +79,23 @@ class MatmulSpec:
     format: Format
     layout: Layout
     isa: Isa
-    activations: str  # "f32", "int8" (a scale for each 32 values) or "int8-token"
+    activations: str  # "f32", "bf16", "int8" (a scale for each 32 values) or "int8-token"
     tiles: tuple[int, ...]
     prefetch: int = 4096
 
     @property
     def name(self) -> str:
         """E.g. ``matmul_q4_0_a8__avx512vnni_16x8_kb1``."""
-        arithmetic = {"f32": "a32", "int8": "a8", "int8-token": "a8t"}[self.activations]
+        arithmetic = {"f32": "a32", "bf16": "a16", "int8": "a8", "int8-token": "a8t"}[self.activations]
         return (
             f"matmul_{self.format.name}_{arithmetic}__{self.isa.name}"
             f"_{self.layout.rows}x{self.tiles[0]}_kb{self.layout.blocks}"
         )
+
+    @property
+    def integer(self) -> bool:
+        """Whether the activations are quantized."""
+        return self.activations in ("int8", "int8-token")
 
     def entry(self, epilogue: str) -> str:
         """The function that computes with an epilogue: store, add, silu or gelu_tanh."""
@@ -110,7 +115,7 @@ def render_matmul(
     lines = [
         f"{spec.name}: format {f.name} ({f.bits_per_weight:.4g} bits a weight), "
         f"activations {spec.activations}, {spec.isa.name}.",
-        f"Template: cpu/matmul_{'f32' if spec.activations == 'f32' else 'int8'}.cpp.j2; "
+        f"Template: cpu/matmul_{'int8' if spec.integer else 'f32'}.cpp.j2; "
         f"token tiles {list(spec.tiles)}, {spec.layout.rows} rows, K-block of "
         f"{spec.layout.blocks * f.block} weights in {bytes_} bytes.",
         *notes,
@@ -124,13 +129,14 @@ def render_matmul(
         "epilogues": epilogues,
     }
     entries = tuple(spec.entry(e) for e in epilogues)
-    if spec.activations == "f32":
+    if not spec.integer:
         assert spec.layout.blocks == 1 or plan is not None
         kblock = f.block * spec.layout.blocks
         text = render(
             "cpu/matmul_f32.cpp.j2",
             banner=_banner(lines),
             format=f,
+            bf16=spec.activations == "bf16",
             table_zero=0,
             kblock=kblock,
             panel=max(PANEL // kblock, 1) * kblock,

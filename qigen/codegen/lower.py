@@ -312,7 +312,7 @@ class Lowering:
         graph, a = self.graph, node.attrs
         k = int(graph.values[parts.x].shape[1])
         blocks = [specs[i].format.block * specs[i].layout.blocks for i in chosen]
-        int8 = specs[chosen[0]].activations != "f32"
+        int8, bf16 = specs[chosen[0]].integer, specs[chosen[0]].activations == "bf16"
         token_scale = specs[chosen[0]].activations == "int8-token"
         x = self.buffer(parts.x)
         if int8:
@@ -331,6 +331,10 @@ class Lowering:
                 {"offset": record.offset("sum", n), "segment": n, "zero": 0} for n in record.sums
             )
             rows_kernel = "rows_int8"
+        elif bf16:
+            k_padded = max(align(k, max(b, 16)) for b in blocks)
+            scale_offset, corrections, rows_kernel = 0, (), "rows_bf16"
+            stride = 2 * k_padded + 64 * (k_padded % 512 == 0)
         else:
             k_padded = max(align(k, b) for b in blocks)
             scale_offset, corrections = 0, ()
@@ -581,7 +585,7 @@ def lower_program(
 
 def _token_tiles(specs: Iterable[MatmulSpec]) -> tuple[int, ...]:
     """The register tiles of the int8 kernels: all of a model read the same activation records."""
-    tiles = {s.tiles for s in specs if s.activations != "f32"}
+    tiles = {s.tiles for s in specs if s.integer}
     assert len(tiles) <= 1, f"the plan has int8 kernels of different token tiles: {sorted(tiles)}"
     return tiles.pop() if tiles else (1,)
 

@@ -53,7 +53,7 @@ COMPUTE = ("dot", "fma", "logic", "shift", "shuffle", "convert")
 """Classes that need a vector port."""
 
 Count = Counter[str]
-"""Class -> how many; besides the classes of a machine's rates: ``instructions``, of any kind."""
+"""Class -> how many; besides the classes of a machine's rates ``instructions`` and ``stream``."""
 
 _CALL = re.compile(r"\b(v[fiqb]_\w+|prefetch)(?:<[^>]*>)?\(")
 _NUMBER = re.compile(r"-?(0x[0-9a-fA-F]+|[0-9.]+(e-?[0-9]+)?)f?$|static_cast<int32_t>\(0x\w+\)$")
@@ -131,8 +131,8 @@ def _loop(body: str) -> tuple[str, str, str]:
 def count_text(text: str, isa: Isa) -> Count:
     """Instructions of straight code, by class.
 
-    ``load`` counts loads that take a port, whether alone or as the operand of another instruction;
-    ``instructions`` counts what is issued, the loop's own handful not included.
+    ``load`` counts loads that take a port, whether alone or as the operand of another instruction,
+    ``stream`` those among them that read whole words of the weights; ``instructions`` counts what is issued, the loop's own handful not included.
     """
     table = primitives(isa)
     wide = isa.vectors == 1  # EVEX: shifts take operands from memory, and broadcast them
@@ -163,6 +163,7 @@ def count_text(text: str, isa: Isa) -> Count:
         shifts = sum(use.startswith(("vi_srl", "vi_sll", "vi_sra")) for use in uses)
         ands = sum(use == "vi_and" for use in uses)
         n = table[load]["load"]
+        count["stream"] += n * len(uses) if shifts + ands == len(uses) else n
         if shifts + ands == len(uses):
             count["load"] += n * len(uses)
             count["instructions"] += 0 if wide else n * shifts

@@ -181,8 +181,9 @@ def group_matmuls(graph: Graph) -> Graph:
     """MatMuls of one x -> MatMulGroups, with the norm before and the gate behind them.
 
     An RMSNorm that only MatMuls read becomes their prologue. Two MatMuls whose results only meet
-    in a GatedAct, with weights of one format and shape, become a group with the epilogue 'gated';
-    the others of the same x one group with the epilogue 'store', one output a weight.
+    in a GatedAct, with weights of one format and shape and no bias, become a group with the
+    epilogue 'gated'; the others of the same x one group with the epilogue 'store', one output a
+    weight.
     """
     uses = _Uses(graph)
     changes: dict[str, Node | None] = {}
@@ -205,7 +206,8 @@ def group_matmuls(graph: Graph) -> Graph:
             if up is None or up not in rest:
                 continue
             a, b = (graph.values[m.inputs[1]] for m in (gate, up))
-            if (a.shape, a.dtype) != (b.shape, b.dtype):
+            biased = len(gate.inputs) == 3 or len(up.inputs) == 3
+            if (a.shape, a.dtype) != (b.shape, b.dtype) or biased:
                 continue
             group = _group(x, norm, [gate, up])
             group.attrs.update(epilogue="gated", act=act.attrs["kind"])

@@ -22,9 +22,7 @@ __all__ = ["quantize", "quantize_rtn"]
 METHODS = ("rtn",)
 
 
-def quantize(
-    weight: ArrayLike, format: str | Format, *, method: str = "rtn"
-) -> QuantizedTensor:
+def quantize(weight: ArrayLike, format: str | Format, *, method: str = "rtn") -> QuantizedTensor:
     """Quantize a matrix of numbers ``[N, K]`` to a format, by its name in ``qigen formats``.
 
     ``method`` is "rtn", round to nearest. Raises BadInput for anything but a matrix of finite

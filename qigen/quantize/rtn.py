@@ -31,11 +31,8 @@ def quantize_rtn(w: Float32Array, fmt: Format) -> QuantizedTensor:
     if w.ndim != 2 or w.dtype != np.float32:
         raise BadInput(f"the weight is {w.dtype}{list(w.shape)}; give a float32 matrix [N, K]")
     n, k = w.shape
-    check_columns(fmt, k)
+    check_rounding(fmt, k)
     integer = _is_affine(fmt)
-    if not integer and not fmt.float_kind:
-        raise Unsupported("round to nearest needs affine codes with one scale a block; take a "
-                          "group row such as s4g32, or q8_0, q4_0, q4_1, q5_0, q5_1", fmt.name)
     nblocks = -(-k // fmt.block)
     fields = {field.name: np.empty((n, nblocks, field.count), field.dtype)
               for field in fmt.fields}
@@ -52,6 +49,16 @@ def quantize_rtn(w: Float32Array, fmt: Format) -> QuantizedTensor:
     if integer and k % fmt.block:
         fields["codes"][:, -1, k % fmt.block :] = fmt.zero
     return QuantizedTensor(fmt, (n, k), fields)
+
+
+def check_rounding(fmt: Format, k: int) -> None:
+    """Raise Unsupported if :func:`quantize_rtn` does not take the format, BadInput if rows of ``k``
+    weights cannot be cut into its blocks.
+    """
+    if not _is_affine(fmt) and not fmt.float_kind:
+        raise Unsupported("round to nearest needs affine codes with one scale a block; take a "
+                          "group row such as s4g32, or q8_0, q4_0, q4_1, q5_0, q5_1", fmt.name)
+    check_columns(fmt, k)
 
 
 def _is_affine(fmt: Format) -> bool:

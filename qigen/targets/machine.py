@@ -31,10 +31,11 @@ CLASSES = ("dot", "fma", "logic", "shift", "shuffle", "convert", "load", "store"
 @dataclass(frozen=True)
 class Rates:
     """Instructions of one vector width a cycle: by class, and in all (``vector``: those that
-    compute, loads and stores apart)."""
+    compute, loads and stores apart). ``ghz`` is the clock under a load of such instructions."""
 
     per_cycle: Mapping[str, float]
     vector: float
+    ghz: float
 
 
 @dataclass(frozen=True)
@@ -44,14 +45,14 @@ class Machine:
     ``read_gb_s[t-1]`` is what ``t`` threads read from memory together, one sequential stream each.
     ``rates[512]`` and ``rates[256]`` are issue rates by vector width in bits, ``latency`` the
     cycles until a result can be used, by class. ``issue_width`` counts instructions of any kind a
-    cycle. ``barrier_us`` is the cost of one barrier of all threads.
+    cycle, ``window`` those that wait in the reorder buffer. ``memory_ns`` is the time of one access
+    to memory, ``barrier_us`` is the cost of one barrier of all threads.
     """
 
     name: str
     description: str
     features: tuple[str, ...]
     cores: int
-    frequency_ghz: float
     l1d_bytes: int
     l2_bytes: int
     l3_bytes: int
@@ -59,7 +60,9 @@ class Machine:
     l1_gb_s: float
     l2_gb_s: float
     l3_gb_s: float
+    memory_ns: float
     issue_width: float
+    window: int
     barrier_us: float
     rates: Mapping[int, Rates]
     latency: Mapping[str, float] = field(default_factory=dict)
@@ -82,10 +85,10 @@ def _machine(path: Path) -> Machine:
         raise AssertionError(f"{path.name}: unknown features {sorted(unknown)}")
     rates = {}
     for width, table in data.pop("rates").items():
-        vector = float(table.pop("vector"))
+        vector, ghz = float(table.pop("vector")), float(table.pop("ghz"))
         if set(table) != set(CLASSES):
             raise AssertionError(f"{path.name}: rates of {width} bits are not those of {CLASSES}")
-        rates[int(width)] = Rates({k: float(v) for k, v in table.items()}, vector)
+        rates[int(width)] = Rates({k: float(v) for k, v in table.items()}, vector, ghz)
     for size in ("l1d", "l2", "l3"):
         data[f"{size}_bytes"] = int(data.pop(f"{size}_kib") * 1024)
     return Machine(

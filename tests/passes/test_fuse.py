@@ -102,9 +102,10 @@ def test_biases_keep_their_segments() -> None:
     graph = optimize(build(FAMILIES["qwen2"]))
     qkv = group_parts(find(graph, "l0.q+k+v"))
     assert qkv.biases == ("l0.q.b", "l0.k.b", "l0.v.b")
-    gated = find(graph, "l0.gate+up")
-    assert gated.attrs["biases"] == (0,)
-    assert group_parts(gated).biases == ("l0.gate.b", None)
+    pair = find(graph, "l0.gate+up")  # with a bias, the gate stays a step of its own
+    assert (pair.attrs["epilogue"], pair.attrs["biases"]) == ("store", (0,))
+    assert group_parts(pair).biases == ("l0.gate.b", None)
+    assert find(graph, "l0.act").inputs == pair.outputs
     down = group_parts(find(graph, "l0.down"))
     assert (down.biases, down.residual) == (("l0.down.b",), "l0.x_attn")
 

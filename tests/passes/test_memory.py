@@ -71,7 +71,7 @@ def test_families(family: str) -> None:
             check(graph, plan)
             assert json.loads(json.dumps(plan.to_json()))["arena_bytes"] == plan.arena_bytes
     fused = plan_memory(optimize(flat), 64)
-    if family == "mixed":
+    if family in ("mixed", "qwen2"):  # gate and up are values of their own
         assert fused.arena_bytes < 1.15 * fused.lower_bound_bytes
     else:
         assert fused.arena_bytes == fused.lower_bound_bytes

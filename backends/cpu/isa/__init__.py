@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from qigen.backends.base import Isa
 from qigen.backends.cpu.isa.avx2 import AVX2
+from qigen.backends.cpu.isa.avx512bf16 import AVX512BF16
 from qigen.backends.cpu.isa.avx512vnni import AVX512VNNI
 from qigen.backends.cpu.isa.scalar import SCALAR
 from qigen.errors import Unsupported
 
-ISAS: dict[str, Isa] = {isa.name: isa for isa in (SCALAR, AVX2, AVX512VNNI)}
+ISAS: dict[str, Isa] = {isa.name: isa for isa in (SCALAR, AVX2, AVX512VNNI, AVX512BF16)}
 """Rows from the most portable to the fastest."""
 
 

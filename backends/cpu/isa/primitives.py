@@ -7,8 +7,9 @@ test calls each of them on random and edge inputs and compares with ``meaning``.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -92,6 +93,10 @@ def _f64(x: Array) -> Array:
     return np.asarray(x).astype(np.float64)
 
 
+def _select(mask: Array, a: Array, b: Array) -> Array:
+    return np.asarray(np.where(mask, a, b))
+
+
 def _fused(a: Array, b: Array, c: Array) -> Array:
     """a * b + c rounded once. The product is exact in float64; what its sum with c loses is kept
     by rounding that to odd, so that rounding to float32 sees on which side of a tie it lies."""
@@ -117,7 +122,7 @@ def _wrap(a: Array) -> Array:
 
 
 def _head(a: Array, n: Array) -> Array:
-    return np.where(np.arange(LANES) < n, a, np.float32(0))
+    return _select(np.arange(LANES) < n, a, np.zeros_like(a))
 
 
 def _dot(z: Array, codes: Array, x: Array) -> Array:
@@ -126,8 +131,9 @@ def _dot(z: Array, codes: Array, x: Array) -> Array:
     return _wrap(products.sum(axis=2) + z)
 
 
-def _shift(name: str, n: int, meaning: Callable[[Array], Array]) -> Primitive:
-    return Primitive(name, (_VI,), "vi", meaning, f"{name}<{n}>({{0}})")
+def _shifts(name: str, meaning: Callable[[int, Array], Array]) -> Iterator[Primitive]:
+    for n in _SHIFTS:
+        yield Primitive(name, (_VI,), "vi", partial(meaning, n), f"{name}<{n}>({{0}})")
 
 
 PRIMITIVES: tuple[Primitive, ...] = (
@@ -147,11 +153,10 @@ PRIMITIVES: tuple[Primitive, ...] = (
     Primitive("vf_mul", (_VF, _VF), "vf", lambda a, b: a * b),
     Primitive("vf_div", (_VF, _VF), "vf", lambda a, b: a / b),
     # the second operand wins if either is a NaN
-    Primitive("vf_max", (_VF, _VF), "vf", lambda a, b: np.where(a > b, a, b)),
-    Primitive("vf_min", (_VF, _VF), "vf", lambda a, b: np.where(a < b, a, b)),
+    Primitive("vf_max", (_VF, _VF), "vf", lambda a, b: _select(a > b, a, b)),
+    Primitive("vf_min", (_VF, _VF), "vf", lambda a, b: _select(a < b, a, b)),
     Primitive("vf_abs", (_VF,), "vf", np.abs),
-    Primitive("vf_fma", (_VF, _VF, _VF), "vf", _fused,
-              or_else=lambda a, b, c: a * b + c),
+    Primitive("vf_fma", (_VF, _VF, _VF), "vf", _fused, or_else=lambda a, b, c: a * b + c),
     Primitive("vf_fnma", (_VF, _VF, _VF), "vf", lambda a, b, c: _fused(-a, b, c),
               or_else=lambda a, b, c: c - a * b),
     Primitive("vf_round", (_VF,), "vf", np.rint),
@@ -176,11 +181,9 @@ PRIMITIVES: tuple[Primitive, ...] = (
     Primitive("vi_or_and", (_VI, _VI, _VI), "vi", lambda a, b, m: a | (b & m)),
     Primitive("vi_add", (_VI, _VI), "vi", lambda a, b: _wrap(a.astype(np.int64) + b)),
     Primitive("vi_sub", (_VI, _VI), "vi", lambda a, b: _wrap(a.astype(np.int64) - b)),
-    *(_shift("vi_srl", n, lambda a, n=n: (a.view(np.uint32) >> np.uint32(n)).view(np.int32))
-      for n in _SHIFTS),
-    *(_shift("vi_sll", n, lambda a, n=n: (a.view(np.uint32) << np.uint32(n)).view(np.int32))
-      for n in _SHIFTS),
-    *(_shift("vi_sra", n, lambda a, n=n: a >> np.int32(n)) for n in _SHIFTS),
+    *_shifts("vi_srl", lambda n, a: (a.view(np.uint32) >> np.uint32(n)).view(np.int32)),
+    *_shifts("vi_sll", lambda n, a: (a.view(np.uint32) << np.uint32(n)).view(np.int32)),
+    *_shifts("vi_sra", lambda n, a: a >> np.int32(n)),
     Primitive("vi_reduce_add", (Operand("vi", -(2**26), 2**26),), "int",
               lambda a: a.sum(axis=1, keepdims=True, dtype=np.int32)),
     # bytes

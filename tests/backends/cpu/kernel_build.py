@@ -26,7 +26,7 @@ Array = npt.NDArray[Any]
 # decoded weights and the results of two ISAs can be compared bit by bit.
 FLAGS = ("-std=c++17", "-O2", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra", "-Werror",
          "-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-uninitialized", "-Wno-unused-function")
-SANITIZERS = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all",
+SANITIZERS = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all",
               "-fno-omit-frame-pointer")
 
 
@@ -34,9 +34,10 @@ class MatmulArgs(ctypes.Structure):
     """``qg::MatmulArgs`` of kernels.h."""
 
     _fields_ = [("w", ctypes.c_void_p), ("row_block", ctypes.c_int64), ("kblocks", ctypes.c_int32),
-                ("m", ctypes.c_int32), ("n", ctypes.c_int32), ("x", ctypes.c_void_p), ("x_stride", ctypes.c_int64),
-                ("scale_offset", ctypes.c_int32), ("zero_offset", ctypes.c_int32),
-                ("sum_offset", ctypes.c_int32), ("y", ctypes.c_void_p),
+                ("m", ctypes.c_int32), ("n", ctypes.c_int32), ("x", ctypes.c_void_p),
+                ("x_stride", ctypes.c_int64), ("scale_offset", ctypes.c_int32),
+                ("zero_offset", ctypes.c_int32), ("sum_offset", ctypes.c_int32),
+                ("y", ctypes.c_void_p),
                 ("y_stride", ctypes.c_int64), ("bias", ctypes.c_void_p)]
 
 

@@ -144,7 +144,7 @@ def quantize(x: Array, spec: MatmulSpec, q: Array | None = None) -> Activations:
         data[:, offset : offset + raw.shape[1]] = raw
 
     def segment_sums(length: int) -> Array:
-        return q.astype(np.int32).reshape(m, -1, length).sum(axis=2, dtype=np.int32)
+        return np.asarray(q.astype(np.int32).reshape(m, -1, length).sum(axis=2, dtype=np.int32))
 
     put(0, q)
     put(record.scale_offset, scale[..., 0])
@@ -163,7 +163,8 @@ def quantize(x: Array, spec: MatmulSpec, q: Array | None = None) -> Activations:
 
 
 def padded_k(spec: MatmulSpec, k: int) -> int:
-    return packed_shape(spec.format, (1, k), spec.layout)[1] * spec.format.block * spec.layout.blocks
+    kblock = spec.format.block * spec.layout.blocks
+    return packed_shape(spec.format, (1, k), spec.layout)[1] * kblock
 
 
 def activate(spec: MatmulSpec, x: Array) -> Activations:
@@ -307,12 +308,13 @@ def default_specs() -> list[tuple[MatmulSpec, tuple[str, ...]]]:
     AVX2 and AVX-512 get the same kind and tiles, so that their results can be compared.
     """
     kinds = ("f32", "int8", "int8-token")
-    specs = []
+    specs: list[tuple[MatmulSpec, tuple[str, ...]]] = []
     for isa in ISAS.values():
         for i, f in formats():
             kind = "f32" if f.float_kind else kinds[(i + (isa is SCALAR)) % 3]
             more = EPILOGUES[1 + (i // 3 + (isa is AVX2)) % 3]
-            specs.append((MatmulSpec(f, Layout(), isa, kind, (2, 1)), ("store", more)))
+            tiles = (1,) if isa is SCALAR else (2, 1)
+            specs.append((MatmulSpec(f, Layout(), isa, kind, tiles), ("store", more)))
     for i, name in enumerate(("q4_0", "s5g64", "u3g32", "iq4_nl", "mxfp4")):
         for isa in (AVX2, AVX512VNNI):
             specs.append((MatmulSpec(CATALOG[name], Layout(16, 2), isa, kinds[i % 3], (2, 1)),
@@ -509,7 +511,8 @@ def test_floats_need_float_activations() -> None:
 
 # ---- sanitizers ----
 
-def write_case(path: Path, args: MatmulArgs, c: Case, x: Array, y: Array, bias: Array, call: Array) -> None:
+def write_case(path: Path, args: MatmulArgs, c: Case, x: Array, y: Array, bias: Array,
+               call: Array) -> None:
     for name in ("w", "x", "y", "bias"):
         setattr(args, name, None)
     with path.open("wb") as file:

