@@ -22,8 +22,9 @@ class Isa:
     have, ``flags`` make the compiler emit them. ``registers`` counts vectors of 16 lanes (an ISA
     whose lanes take two registers has half as many). ``dot_limit`` is the largest magnitude that a
     lane of the byte dot product holds before it must be widened (None: no limit can be reached).
-    ``issue`` gives vector instructions a cycle by class, ``lanes_per_vector`` how many instructions
-    one 16-lane primitive is.
+    ``vectors`` is how many machine registers 16 lanes are, ``dot_instructions`` and
+    ``flush_instructions`` what the byte dot product and its widening cost. ``row_tile`` row-blocks
+    share the loads of the activations where the registers hold the accumulators of both.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Isa:
     dot_limit: int | None
     dot_instructions: int
     flush_instructions: int
+    row_tile: int = 1
     source: str = ""
 
     @property

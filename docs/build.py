@@ -14,9 +14,12 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from qigen import targets
+from qigen.backends.cpu.decode import decode_plan
 from qigen.backends.cpu.isa import ISAS
+from qigen.backends.cpu.matmul import I32_MAX, accumulator_bound
 from qigen.formats.algebra import Format
 from qigen.formats.catalog import CATALOG
+from qigen.formats.layout import Layout
 from qigen.frontends.families import FAMILIES
 from qigen.ir import schema
 
@@ -27,7 +30,7 @@ def markdown(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A Markdown table; columns whose names begin with '>' are aligned to the right."""
     lines = [[column.removeprefix(">") for column in columns]]
     lines.append(["--:" if column.startswith(">") else "---" for column in columns])
-    lines += [[str(cell).replace("|", "\\|") for cell in row] for row in rows]
+    lines += [[" ".join(str(cell).split()).replace("|", "\\|") for cell in row] for row in rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -137,6 +140,25 @@ def isas() -> str:
     )
 
 
+def bounds() -> str:
+    """What the generator proves of the int8 kernels: the narrowest lanes and the segment sums."""
+    narrow = [isa for isa in ISAS.values() if isa.dot_limit is not None]
+    columns = ["format", "segment", "32-bit sum at most"]
+    columns += [f"{isa.name}: 16-bit lane at most, over steps" for isa in narrow]
+    rows: dict[tuple[object, ...], list[str]] = {}
+    for fmt in CATALOG.values():
+        if fmt.float_kind:
+            continue
+        plan = decode_plan(fmt, Layout())
+        proven = [accumulator_bound(plan, isa) for isa in narrow]
+        cells = [plan.segment_length, max(b.segment for b in proven)]
+        cells += [f"{b.lane} over {b.flush}{', signed codes' * b.signed}" for b in proven]
+        rows.setdefault(tuple(cells), []).append(f"`{fmt.name}`")
+    table = markdown(columns, ([", ".join(names), *cells] for cells, names in rows.items()))
+    limits = ", ".join(f"{isa.dot_limit} for the lanes of {isa.name}" for isa in narrow)
+    return f"{table}\n\nThe limits are {limits} and {I32_MAX} for the sums."
+
+
 def machines() -> str:
     """The machine rows."""
     return markdown(
@@ -147,7 +169,7 @@ def machines() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     table.__name__.replace("_", "-"): table
-    for table in (gguf_formats, rounded_formats, families, operators, isas, machines)
+    for table in (gguf_formats, rounded_formats, families, operators, isas, bounds, machines)
 }
 
 _TABLE = re.compile(

@@ -136,6 +136,21 @@ def describe_tensors(
     return entries
 
 
+def _sealed(body: bytes) -> bytes:
+    """A manifest without its last brace, completed by an entry with the hash of all before it."""
+    digest = hashlib.blake2b(body, digest_size=16).hexdigest()
+    return body + f',\n "blake2b": "{digest}"\n}}\n'.encode()
+
+
+_SEAL_BYTES = len(_sealed(b""))
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Write manifest.json with a checksum of itself."""
+    body = json.dumps(manifest, indent=1).removesuffix("\n}")
+    (folder / "manifest.json").write_bytes(_sealed(body.encode()))
+
+
 class Artifact:
     """A compiled model on disk.
 
@@ -149,18 +164,23 @@ class Artifact:
         if not file.is_file():
             raise BadInput("there is no manifest.json: this is no artifact of qigen", where)
         try:
-            self.manifest: dict[str, Any] = json.loads(file.read_text())
+            text = file.read_bytes()
+            self.manifest: dict[str, Any] = json.loads(text)
             version = self.manifest["manifest_version"]
             self.tensors: dict[str, dict[str, Any]] = {
                 t["name"]: t for t in self.manifest["tensors"]
             }
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise BadInput("the manifest is damaged; compile the model again", str(file)) from None
         if version != MANIFEST_VERSION:
             raise BadInput(
                 f"the manifest has version {version}, this qigen reads {MANIFEST_VERSION}; "
                 "compile the model again",
                 str(file),
+            )
+        if text != _sealed(text[:-_SEAL_BYTES]):
+            raise BadInput(
+                "the manifest differs from its checksum; compile the model again", str(file)
             )
 
     @property
@@ -174,7 +194,10 @@ class Artifact:
         return kernels
 
     def verify(self, progress: Progress | None = None) -> None:
-        """Check every file and tensor against its checksum; BadInput names the first that differs."""
+        """Check every file and tensor against its checksum.
+
+        BadInput names the first that differs.
+        """
         for name, expected in self.manifest["files"].items():
             file = self.path / name
             if not file.is_file():

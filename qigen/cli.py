@@ -46,9 +46,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Taken from the raw arguments, because parsing them may fail.
     as_json, debug = "--json" in argv, "--debug" in argv
     try:
-        code = cli.main(argv, prog_name="qigen", standalone_mode=False)
+        with cli.make_context("qigen", argv) as context:
+            cli.invoke(context)
         sys.stdout.flush()
-        return code if isinstance(code, int) else 0
+        return 0
+    except click.exceptions.Exit as end:
+        return end.exit_code
     except BrokenPipeError:
         # Whoever read our output has gone; Python must not try to write the rest at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -309,30 +312,22 @@ def _schedule(values: dict[str, Any]) -> str:
 
 
 def _print_explanation(kernels: list[dict[str, Any]]) -> None:
-    _print_table(
-        ("kernel", ">shape", ">M", ">predicted us", ">bytes", "bound", "schedule", "why"),
-        (
-            (
-                k["name"],
-                f"{k['n']}x{k['k']}",
-                k["m_bucket"],
-                f"{k['predicted_us']:.1f}",
-                k["predicted_bytes"],
-                k["bound"],
-                _schedule(k["schedule"]),
-                "; ".join(
-                    (
-                        *([k["reason"]] if k["reason"] else []),
-                        *(
-                            f"{r['predicted_us']:.1f} us with {_schedule(r['schedule'])}"
-                            for r in k["runners_up"]
-                        ),
-                    )
-                ),
-            )
-            for k in kernels
-        ),
-    )
+    """What was chosen for every matrix, and how the runners-up differ."""
+    for kernel in kernels:
+        schedule = kernel["schedule"]
+        measured = f", measured {kernel['measured_us']:.1f} us" if kernel["measured_us"] else ""
+        click.echo(
+            f"\n{kernel['format']} {kernel['n']}x{kernel['k']}, M = {kernel['m_bucket']}: "
+            f"predicted {kernel['predicted_us']:.1f} us{measured}, bound by {kernel['bound']}, "
+            f"{_size(kernel['predicted_bytes'])}"
+        )
+        click.echo(f"  {kernel['name']}: {_schedule(schedule)}")
+        if kernel["reason"]:
+            click.echo(f"  {kernel['reason']}")
+        for other in kernel["runners_up"]:
+            differs = {k: v for k, v in other["schedule"].items() if schedule.get(k) != v}
+            bound = f", bound by {other['bound']}" if other["bound"] else ""
+            click.echo(f"  or {_schedule(differs)}: {other['predicted_us']:.1f} us{bound}")
 
 
 # ---- running a model -----------------------------------------------------------------------------
@@ -636,6 +631,9 @@ def bench(artifact: Path, vs: str, as_json: bool, **options: Any) -> None:
         f"{result['stream_read_gb_s']:.1f} GB/s; load average "
         f"{result['machine']['load_average'][0]:.1f}"
     )
+    machine = result["machine"]
+    if machine["load_average"][0] > machine["cores"] + result["threads"]:
+        click.echo("note: other programs are running, so neither figures nor ratios are reliable")
     for name, side in result["peers"].items():
         for phase in PHASES:
             click.echo(f"{name} {phase}: {_schedule(side[phase]['settings'])}")
@@ -768,10 +766,10 @@ def targets(as_json: bool) -> None:
             (
                 name,
                 row.cores,
-                f"{row.frequency_ghz:.1f}",
+                f"{row.rates[max(row.rates)].ghz:.1f}",
                 _size(row.l2_bytes),
                 _size(row.l3_bytes),
-                "/".join(f"{value:.0f}" for value in row.read_gb_s),
+                f"{row.read_gb_s[0]:.0f}/{row.read_gb_s[-1]:.0f}",
                 [isa.name for isa in ISAS.values() if row.has(isa.features)][-1],
                 row.description,
             )

@@ -17,7 +17,6 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from qigen import targets, toolchain
 from qigen.artifact import (
@@ -28,6 +27,7 @@ from qigen.artifact import (
     file_entry,
     place_tensors,
     write_header,
+    write_manifest,
     write_weights,
 )
 from qigen.backends.base import Isa, KernelSource
@@ -41,7 +41,7 @@ from qigen.formats import catalog
 from qigen.frontends import build_graph, load_model
 from qigen.frontends.model import LanguageModel
 from qigen.frontends.tokenizer import Tokenizer
-from qigen.ir.graph import Constant, Graph, constant_shape
+from qigen.ir.graph import Graph, constant_shape
 from qigen.ir.plan import Plan
 from qigen.passes.memory import MemoryPlan, plan_memory
 from qigen.passes.pipeline import optimize
@@ -98,14 +98,14 @@ def compile(
     """
     _check_options(activations, kv, max_batch, tune, weights)
     report = progress or (lambda stage, done, total: None)
-    out = Path(output)
+    out = Path(output).resolve()  # of a link, the target is replaced
     _check_output(out)
     compiler = toolchain.find_compiler()
     machine = targets.native() if target == "native" else targets.by_name(target)
     row = isa_by_name(isa) if isa else isa_candidates(machine)[0]
 
     report("read", 0, 1)
-    source = load_model(model)
+    source = load_model(Path(model))
     limit = source.config.max_position
     max_seq = min(limit, DEFAULT_MAX_SEQ) if max_seq is None else max_seq
     graph = optimize(build_graph(source, max_seq))
@@ -156,7 +156,7 @@ def _check_options(
 def _check_output(out: Path) -> None:
     if out.exists() and not (out / "manifest.json").is_file():
         raise UsageError("it exists and is no artifact; choose another output", str(out))
-    if not out.absolute().parent.is_dir():
+    if not out.parent.is_dir():
         raise UsageError("its parent folder does not exist", str(out))
 
 
@@ -164,30 +164,44 @@ def _check_output(out: Path) -> None:
 def _staging(out: Path) -> Iterator[Path]:
     """A folder beside ``out`` that takes its place if the block succeeds and vanishes if not."""
     try:
-        name = tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.absolute().parent)
+        name = tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent)
     except OSError as error:
         raise UsageError(f"cannot write there: {error.strerror}", str(out)) from None
     staging = Path(name)
     staging.chmod(0o755)
     try:
         yield staging
-        if out.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.absolute().parent))
-            out.replace(old / out.name)
-            staging.replace(out)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            staging.replace(out)
+        _replace(staging, out)
     except OSError as error:
         shutil.rmtree(staging, ignore_errors=True)
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise UsageError(
-                "the disk is full; free some space or choose another output", str(out)
+                "the disk is full; free some space there, in the temporary folder and in "
+                f"{toolchain.cache_folder()}, or choose another output",
+                str(out),
             ) from None
         raise
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
+
+
+def _replace(staging: Path, out: Path) -> None:
+    """Move a folder to ``out``. What is there goes only when that has succeeded."""
+    if not out.exists():
+        staging.replace(out)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    aside = old / out.name
+    try:
+        out.replace(aside)
+        staging.replace(out)
+    except BaseException:
+        if aside.exists():
+            aside.replace(out)
+        old.rmdir()
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _tokenizer(source: LanguageModel) -> Tokenizer | None:
@@ -297,17 +311,23 @@ def _build(
         program.uid = _uid(plan, program, hashes)
         write_header(stream, program.weights_bytes, program.uid)
 
-    headers["kernel_list.h"] = render(
-        "model/kernel_list.h.j2",
-        matmuls=sorted(s.entry(e) for s, (es, _) in program.kernels.items() for e in es),
-        row_lookups=sorted(f"{s.name}__rows" for s, (_, rows) in program.kernels.items() if rows),
-    )
-    headers["support.h"] = render("model/support.h.j2")
+    # the units above are being compiled with `headers`, so these get a dictionary of their own
+    model_headers = {
+        **headers,
+        "kernel_list.h": render(
+            "model/kernel_list.h.j2",
+            matmuls=sorted(s.entry(e) for s, (es, _) in program.kernels.items() for e in es),
+            row_lookups=sorted(
+                f"{s.name}__rows" for s, (_, rows) in program.kernels.items() if rows
+            ),
+        ),
+        "support.h": render("model/support.h.j2"),
+    }
     text = render("model/model.cpp.j2", model=program, banner=_banner(program, plan, memory))
-    model_unit = toolchain.Unit("model", text, flags, headers, include)
+    model_unit = toolchain.Unit("model", text, flags, model_headers, include)
     futures.append(cache.compile(model_unit, done))
     if keep_sources is not None:
-        _keep(keep_sources, headers, [*units, model_unit])
+        _keep(keep_sources, model_headers, [*units, model_unit])
     # the runtime's objects come first: what both define is taken from the one without ISA flags
     objects = [future.result() for future in futures]
     report("link", 0, 1)
@@ -366,7 +386,7 @@ def _build(
             if f.is_file()
         },
     }
-    (staging / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+    write_manifest(staging, manifest)
     report("link", 1, 1)
 
 
@@ -388,7 +408,8 @@ def _kernels(program: Program, plan: Plan) -> list[KernelSource]:
     for choice in plan.kernels:
         notes.setdefault(choice.name, []).append(
             f"Predicted for {choice.n}x{choice.k}, M = {choice.m_bucket}: "
-            f"{choice.predicted_us:.1f} us, {choice.predicted_bytes} bytes, bound by {choice.bound}."
+            f"{choice.predicted_us:.1f} us, {choice.predicted_bytes} bytes, "
+            f"bound by {choice.bound}."
         )
     kernels = []
     for spec, (epilogues, rows) in program.kernels.items():
@@ -420,7 +441,7 @@ def _uid(plan: Plan, program: Program, hashes: dict[str, str]) -> bytes:
 
 
 def _identifier(name: str) -> str:
-    return re.sub(r"\W", "_", name)
+    return re.sub(r"\W", "_", name, flags=re.ASCII)
 
 
 def _banner(program: Program, plan: Plan, memory: MemoryPlan) -> str:
@@ -436,4 +457,4 @@ def _banner(program: Program, plan: Plan, memory: MemoryPlan) -> str:
     )
 
 
-__all__ = ["compile", "QigenError"]
+__all__ = ["QigenError", "compile"]

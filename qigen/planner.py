@@ -1,24 +1,65 @@
-"""The planner: which kernel, with which schedule, for every matrix of a model."""
+"""The planner: which kernel, with which schedule, for every matrix of a model.
+
+The space is small and enumerated exactly. What may differ from weight to weight is its layout; the
+register tiles are one list for all int8 kernels of a model, because they all read the same records
+of quantized activations, and one list for each format with f32 activations. Times come from the
+cost model, or from measurements where there are any.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 from qigen.backends.base import Isa
 from qigen.backends.cpu.isa import ISAS
 from qigen.backends.cpu.isa import by_name as isa_by_name
 from qigen.backends.cpu.matmul import MatmulSpec
-from qigen.errors import UsageError
+from qigen.costmodel import Prediction, predict, schedules
+from qigen.costmodel.matmul import (
+    activation_bytes,
+    registers,
+    tile_lists,
+    token_tiles,
+)
+from qigen.errors import BadInput, UsageError
+from qigen.formats.algebra import Format
 from qigen.formats.catalog import by_name
 from qigen.formats.layout import Layout, packed_shape
 from qigen.ir.graph import Graph, constant_shape
 from qigen.ir.ops.fused import group_parts
-from qigen.ir.plan import KernelChoice, Plan, ScheduleValue
+from qigen.ir.plan import Alternative, KernelChoice, Plan, ScheduleValue
 from qigen.targets import Machine
 
 BUCKETS = (1, 4, 16, 128)
+"""Numbers of tokens that every matrix is planned for: decoding, small batches, prefill."""
+
 ACTIVATIONS = ("auto", "f32", "bf16", "int8", "int8-token")
-_TILES = {"avx512bf16": (8, 4, 1), "avx512vnni": (8, 4, 1), "avx2": (2, 1), "scalar": (1,)}
+
+Measured: TypeAlias = Mapping[tuple[MatmulSpec, int, int, int], float]
+"""Microseconds of a call by (kernel, n, k, m), measured with the plan's number of threads."""
+
+_OP = "matmul"
+_WEIGHTS = {1: 2.0, 4: 1.0, 16: 1.0, 128: 2.0}
+_TOLERANCE = 1.05  # differences below are smaller than the model's error: take the simpler schedule
+_BLOCKS_OF_TOKENS = (16, 32, 64, 128, 256, 512)
+_RUNNERS_UP = 4
+
+
+@dataclass(frozen=True)
+class Product:
+    """A kind of matrix of a model: ``uses`` matrices of this format and shape are multiplied."""
+
+    format: Format
+    n: int
+    k: int
+    uses: int
+
+    @property
+    def key(self) -> tuple[str, int, int]:
+        return self.format.name, self.n, self.k
 
 
 def isa_candidates(machine: Machine) -> tuple[Isa, ...]:
@@ -26,31 +67,32 @@ def isa_candidates(machine: Machine) -> tuple[Isa, ...]:
     return tuple(isa for isa in reversed(ISAS.values()) if machine.has(isa.features))
 
 
-def matrices(graph: Graph) -> Iterator[tuple[str, int, int]]:
-    """(format, n, k) of every distinct matrix that a kernel reads, in the order of use."""
-    seen: set[tuple[str, int, int]] = set()
+def products(graph: Graph) -> list[Product]:
+    """The distinct matrices that the kernels of a fused graph read, in the order of use.
+
+    A matrix that only an Embedding reads has no uses, but needs a layout all the same.
+    """
+    uses: dict[tuple[str, int, int], int] = {}
     for node in graph.nodes:
         if node.op == "MatMulGroup":
-            names = group_parts(node).weights
+            names: Sequence[str] = group_parts(node).weights
         elif node.op == "Embedding":
-            names = (node.inputs[1],)
+            names = node.inputs[1:2]
         else:
             continue
         for name in names:
             n, k = constant_shape(graph.constants[name])
-            key = (graph.values[name].dtype, n, k)
-            if key not in seen:
-                seen.add(key)
-                yield key
+            key = graph.values[name].dtype, n, k
+            uses[key] = uses.get(key, 0) + (node.op == "MatMulGroup")
+    return [Product(by_name(name), n, k, count) for (name, n, k), count in uses.items()]
 
 
-def activations_for(format_name: str, asked: str) -> str:
-    """The arithmetic of a matmul: 'auto' is int8 for integer formats, f32 for float formats."""
+def activations_for(format: Format, asked: str) -> str:
+    """The arithmetic of a matmul: 'auto' is int8, and f32 for float formats, which have no codes
+    to multiply."""
     if asked not in ACTIVATIONS:
         raise UsageError(f"activations '{asked}' are not one of {', '.join(ACTIVATIONS)}")
-    if asked == "bf16":
-        return "bf16"
-    if by_name(format_name).float_kind is not None:
+    if format.float_kind is not None and asked != "bf16":
         return "f32"
     return "int8" if asked == "auto" else asked
 
@@ -66,44 +108,205 @@ def plan_model(
     max_tokens: int | None = None,
     max_seq: int = 2048,
     max_batch: int = 1,
-    measured: Mapping[tuple[str, str, int, int, int, str], float] | None = None,
+    measured: Measured | None = None,
 ) -> Plan:
-    """The plan of a fused graph."""
-    kernels = []
-    for name, n, k in matrices(graph):
-        spec = MatmulSpec(
-            by_name(name), Layout(16, 1), isa, activations_for(name, activations), _TILES[isa.name]
-        )
-        row_blocks, kblocks, size = packed_shape(spec.format, (n, k), spec.layout)
-        for m in BUCKETS:
-            kernels.append(
-                KernelChoice(
-                    name=spec.name,
-                    op="matmul",
-                    format=name,
-                    n=n,
-                    k=k,
-                    m_bucket=m,
-                    schedule=schedule_of(spec),
-                    predicted_us=0.0,
-                    predicted_bytes=row_blocks * kblocks * size,
-                    predicted_instructions=0.0,
-                    bound="memory",
-                )
-            )
+    """The plan of a fused graph for ``threads`` threads of a machine.
+
+    ``max_tokens`` bounds the tokens of a step (default: as many as pay, see :func:`step_tokens`);
+    it is never below ``max_batch`` nor above ``max_seq``. ``measured`` times replace predictions,
+    and correct those of the same product. Raises UsageError for unknown activations, Unsupported
+    if no kernel of the ISA can multiply a format.
+    """
+    if max_batch > max_seq or min(threads, max_batch, max_tokens or 1) < 1:
+        raise UsageError("threads, max_batch and max_tokens are at least 1, max_batch <= max_seq")
+    search = _Search(products(graph), isa, machine, activations, threads, measured or {})
+    chosen = search.choose()
+    wanted = max_tokens or search.step_tokens(chosen)
     return Plan(
         target=machine.name,
         isa=isa.name,
         activations=activations,
         kv=kv,
         threads_hint=threads,
-        max_tokens=max(max_batch, min(max_tokens or 128, max_seq)),
-        kernels=tuple(kernels),
+        max_tokens=max(max_batch, min(wanted, max_seq)),
+        kernels=tuple(
+            search.choice(p, chosen[p.key], m) for p in search.products for m in BUCKETS
+        ),
     )
 
 
+class _Search:
+    """The schedules of one model and what they take."""
+
+    def __init__(
+        self,
+        products: list[Product],
+        isa: Isa,
+        machine: Machine,
+        activations: str,
+        threads: int,
+        measured: Measured,
+    ) -> None:
+        self.products = products
+        self.isa = isa
+        self.machine = machine
+        self.threads = threads
+        self.measured = measured
+        self.arithmetic = {p.key: activations_for(p.format, activations) for p in products}
+        # the weights that pass through the caches in one step
+        self.working_set = sum(max(1, p.uses) * _packed_bytes(p) for p in products)
+        self.correction = self._corrections()
+        self._predictions: dict[tuple[MatmulSpec, int, int, int], Prediction] = {}
+        self._best: dict[tuple[tuple[str, int, int], tuple[int, ...]], MatmulSpec] = {}
+
+    def _corrections(self) -> dict[tuple[str, int, int, int], float]:
+        """Median of measured over predicted time of each product and number of tokens."""
+        ratios: dict[tuple[str, int, int, int], list[float]] = {}
+        for (spec, n, k, m), us in self.measured.items():
+            predicted = predict(
+                spec, n, k, m, self.threads, self.machine, self.working_set
+            ).us
+            ratios.setdefault((spec.format.name, n, k, m), []).append(us / predicted)
+        return {key: statistics.median(values) for key, values in ratios.items()}
+
+    def prediction(self, spec: MatmulSpec, p: Product, m: int) -> Prediction:
+        key = (spec, p.n, p.k, m)
+        if key not in self._predictions:
+            self._predictions[key] = predict(
+                spec, p.n, p.k, m, self.threads, self.machine, self.working_set
+            )
+        return self._predictions[key]
+
+    def us(self, spec: MatmulSpec, p: Product, m: int) -> float:
+        """Time of a call: measured, or predicted and corrected."""
+        known = self.measured.get((spec, p.n, p.k, m))
+        if known is not None:
+            return known
+        return self.prediction(spec, p, m).us * self.correction.get((*p.key, m), 1.0)
+
+    def best(self, p: Product, tiles: tuple[int, ...]) -> MatmulSpec:
+        """The kernel with these register tiles that is best for all numbers of tokens together."""
+        key = p.key, tiles
+        if key not in self._best:
+            arithmetic = self.arithmetic[p.key]
+            specs = schedules(p.format, p.k, self.isa, arithmetic, self.machine, tiles)
+            self._best[key] = _simplest(specs, lambda spec, m: self.us(spec, p, m))
+        return self._best[key]
+
+    def choose(self) -> dict[tuple[str, int, int], MatmulSpec]:
+        """The kernel of every product."""
+        chosen: dict[tuple[str, int, int], MatmulSpec] = {}
+        for group in self._groups():
+            sizes = set.intersection(
+                *(set(token_tiles(p.format, self.isa, self.arithmetic[p.key])) for p in group)
+            )
+
+            def step(tiles: tuple[int, ...], m: int, group: list[Product] = group) -> float:
+                return sum(max(1, p.uses) * self.us(self.best(p, tiles), p, m) for p in group)
+
+            tiles = _simplest(tile_lists(sizes), step)
+            chosen.update({p.key: self.best(p, tiles) for p in group})
+        return chosen
+
+    def _groups(self) -> list[list[Product]]:
+        """Products whose kernels must have the same register tiles."""
+        groups: dict[str, list[Product]] = {}
+        for p in self.products:
+            arithmetic = self.arithmetic[p.key]
+            name = "int8" if arithmetic.startswith("int8") else p.format.name
+            groups.setdefault(name, []).append(p)
+        return list(groups.values())
+
+    def step_tokens(self, chosen: Mapping[tuple[str, int, int], MatmulSpec]) -> int:
+        """Tokens of a prefill step: the fewest whose time for one token is within the tolerance of
+        the best, among those whose activation rows stay in level 2."""
+        used = [(p, chosen[p.key]) for p in self.products if p.uses]
+        if not used:
+            return _BLOCKS_OF_TOKENS[0]
+        row = max(activation_bytes(spec, p.k) for p, spec in used)
+        fitting = [m for m in _BLOCKS_OF_TOKENS if m * row <= 0.75 * self.machine.l2_bytes]
+        each = {
+            m: sum(p.uses * self.prediction(spec, p, m).us for p, spec in used) / m
+            for m in fitting or _BLOCKS_OF_TOKENS[:1]
+        }
+        best = min(each.values())
+        return min(m for m, us in each.items() if us <= best * _TOLERANCE)
+
+    def choice(self, p: Product, spec: MatmulSpec, m: int) -> KernelChoice:
+        """The entry of the plan, with what else was considered."""
+        prediction = self.prediction(spec, p, m)
+        others = {
+            other: self.us(other, p, m)
+            for other in schedules(p.format, p.k, self.isa, spec.activations, self.machine)
+            if other != spec
+        }
+        ranked = sorted(others, key=lambda other: others[other])[:_RUNNERS_UP]
+        return KernelChoice(
+            name=spec.name,
+            op=_OP,
+            format=p.format.name,
+            n=p.n,
+            k=p.k,
+            m_bucket=m,
+            schedule=schedule_of(spec),
+            predicted_us=prediction.us,
+            predicted_bytes=prediction.bytes,
+            predicted_instructions=prediction.instructions,
+            bound=prediction.bound,
+            runners_up=tuple(
+                Alternative(schedule_of(o), others[o], self.prediction(o, p, m).bound)
+                for o in ranked
+            ),
+            reason=_reason(spec, prediction, m, self.us(spec, p, m), others),
+            measured_us=self.measured.get((spec, p.n, p.k, m), 0.0),
+        )
+
+
+def _packed_bytes(p: Product) -> int:
+    rows, kblocks, size = packed_shape(p.format, (p.n, p.k), Layout(16, 1))
+    return rows * kblocks * size
+
+
+def _simplest(options: Sequence[Any], us: Callable[[Any, int], float]) -> Any:
+    """The first option whose time is within the tolerance of the best, all buckets together.
+
+    Options come with the simplest first. A bucket counts by its weight, relative to the option that
+    is best there.
+    """
+    times = [[us(option, m) for m in BUCKETS] for option in options]
+    best = [min(column) for column in zip(*times, strict=True)]
+    scores = [
+        sum(_WEIGHTS[m] * t / b for m, t, b in zip(BUCKETS, row, best, strict=True))
+        for row in times
+    ]
+    limit = min(scores) * (1 + (_TOLERANCE - 1) / 2)
+    return options[next(i for i, score in enumerate(scores) if score <= limit)]
+
+
+def _reason(
+    spec: MatmulSpec,
+    prediction: Prediction,
+    m: int,
+    us: float,
+    others: Mapping[MatmulSpec, float],
+) -> str:
+    """One line that says what binds the kernel and how it compares."""
+    top = sorted(prediction.limits.items(), key=lambda item: -item[1])[:3]
+    parts = [", ".join(f"{name} {value:.1f} us" for name, value in top)]
+    tokens = next(t for t in spec.tiles if t <= m)
+    rows = spec.row_tile if tokens > 1 else 1
+    parts.append(
+        f"tile of {tokens} tokens x {16 * rows} rows in {registers(spec, tokens, rows)} "
+        f"of {spec.isa.registers} registers"
+    )
+    best = min(others.values(), default=us)
+    if best < us:
+        parts.append(f"{us / best - 1:.0%} behind what would be best for {m} alone")
+    return "; ".join(parts)
+
+
 def schedule_of(spec: MatmulSpec) -> dict[str, ScheduleValue]:
-    """The schedule of a kernel as a plan stores it."""
+    """The schedule of a kernel as a plan stores it; ``tiles`` are joined by commas."""
     return {
         "activations": spec.activations,
         "rows": spec.layout.rows,
@@ -114,13 +317,53 @@ def schedule_of(spec: MatmulSpec) -> dict[str, ScheduleValue]:
 
 
 def spec_for(plan: Plan, format: str, n: int, k: int) -> MatmulSpec:
-    """The kernel that a plan gives to a matrix; BadInput if it has none."""
-    s = plan.find("matmul", format, n, k, 1).schedule
+    """The kernel that a plan gives to a matrix; BadInput if it has none, or an impossible one."""
+    choice = plan.find(_OP, format, n, k, BUCKETS[0])
+    s = choice.schedule
+    try:
+        tiles = tuple(int(t) for t in str(s["tiles"]).split(","))
+        layout = Layout(int(s["rows"]), int(s["blocks"]))
+        activations = str(s["activations"])
+        prefetch = int(s["prefetch"])
+    except (KeyError, ValueError) as error:
+        raise BadInput(f"the schedule has no usable {error}", f"kernel {choice.name}") from None
+    ordered = sorted(set(tiles), reverse=True)
+    if list(tiles) != ordered or tiles[-1] != 1 or activations not in ACTIVATIONS[1:]:
+        raise BadInput(
+            f"tiles must descend to 1, and activations be one of {', '.join(ACTIVATIONS[1:])}",
+            f"kernel {choice.name}",
+        )
     return MatmulSpec(
-        by_name(format),
-        Layout(int(s["rows"]), int(s["blocks"])),
-        isa_by_name(plan.isa),
-        str(s["activations"]),
-        tuple(int(t) for t in str(s["tiles"]).split(",")),
-        int(s["prefetch"]),
+        by_name(format), layout, isa_by_name(plan.isa), activations, tiles, prefetch
+    )
+
+
+def explain(plan: Plan) -> list[dict[str, Any]]:
+    """The plan as rows of a table: one a product and number of tokens."""
+    return [
+        {
+            "kernel": c.name,
+            "format": c.format,
+            "n": c.n,
+            "k": c.k,
+            "m": c.m_bucket,
+            "tiles": c.schedule["tiles"],
+            "blocks": c.schedule["blocks"],
+            "us": c.predicted_us,
+            "measured_us": c.measured_us,
+            "gb_s": c.predicted_bytes / c.predicted_us / 1e3,
+            "gops": 2 * c.n * c.k * c.m_bucket / c.predicted_us / 1e3,
+            "instructions": c.predicted_instructions,
+            "bound": c.bound,
+            "runners_up": _shown(c.runners_up),
+            "reason": c.reason,
+        }
+        for c in plan.kernels
+    ]
+
+
+def _shown(runners_up: Iterable[Alternative]) -> str:
+    return "; ".join(
+        f"tiles {a.schedule['tiles']} blocks {a.schedule['blocks']}: {a.predicted_us:.1f} us"
+        for a in runners_up
     )

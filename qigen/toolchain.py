@@ -6,6 +6,7 @@ compiler's version, so a kernel is compiled once per machine, whichever model as
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
 import os
@@ -22,6 +23,10 @@ import platformdirs
 from qigen.errors import ToolchainError
 
 _CANDIDATES = ("g++", "clang++", "c++")
+# What the compiler, assembler and linker say of a full disk, a quota and `ulimit -f`.
+_DISK_FULL = (
+    "No space left on device", "Disk quota exceeded", "File too large", "File size limit exceeded",
+)  # fmt: skip
 _INSTALL = "install one (Debian: apt-get install g++) or set QIGEN_CXX to its path"
 
 
@@ -33,14 +38,21 @@ class Compiler:
     version: str
 
     def run(self, arguments: Sequence[str], what: str) -> None:
-        """Run the compiler; ToolchainError with the first lines of its complaint."""
+        """Run the compiler; ToolchainError with the first lines of its complaint.
+
+        OSError (ENOSPC) if it met a full disk.
+        """
         try:
             done = subprocess.run(
                 [self.path, *arguments], capture_output=True, text=True, errors="replace"
             )
         except OSError as error:
-            raise ToolchainError(f"{self.path} cannot be run ({error.strerror}); {_INSTALL}", what)
+            raise ToolchainError(
+                f"{self.path} cannot be run ({error.strerror}); {_INSTALL}", what
+            ) from None
         if done.returncode != 0:
+            if any(text in done.stderr for text in _DISK_FULL):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             lines = [line for line in done.stderr.splitlines() if "error" in line.lower()]
             shown = " | ".join((lines or done.stderr.splitlines())[:3])
             raise ToolchainError(f"{self.path} failed: {shown}", what)
@@ -107,9 +119,15 @@ class ObjectCache:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def key(self, unit: Unit) -> str:
-        """The content hash that names the unit's object."""
+        """The content hash that names the unit's object.
+
+        Comments are left out: they tell of the model that asked for a kernel, which others share.
+        """
+        code = "\n".join(
+            line for line in unit.text.splitlines() if not line.lstrip().startswith("//")
+        )
         digest = hashlib.blake2b(digest_size=20)
-        for part in (self.compiler.version, *unit.flags, unit.text):
+        for part in (self.compiler.version, *unit.flags, code):
             digest.update(part.encode() + b"\0")
         for name in sorted(unit.headers):
             digest.update(f"{name}\0{unit.headers[name]}\0".encode())
@@ -142,7 +160,8 @@ class ObjectCache:
             source.write_text(unit.text)
             includes = [f"-I{folder}", *(f"-I{f}" for f in unit.include_folders)]
             out = folder / "out.o"
-            self.compiler.run([*unit.flags, *includes, "-c", str(source), "-o", str(out)], unit.name)
+            files = ["-c", str(source), "-o", str(out)]
+            self.compiler.run([*unit.flags, *includes, *files], unit.name)
             out.replace(target)
         if done:
             done(unit.name)
@@ -157,6 +176,7 @@ def link_shared(
         [
             "-shared",
             "-pthread",
+            f"-Wl,-soname,{output.name}",  # programs that link it ask for it by this name
             f"-Wl,--version-script={version_script}",
             "-Wl,-z,defs",
             "-Wl,--gc-sections",

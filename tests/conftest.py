@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,15 @@ DATA = Path(__file__).parent / "data"
 
 ArtifactMaker = Callable[..., Path]
 """Path of the artifact of a model compiled with the options of ``qigen.compile``."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def outside_of_the_sources(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Another working directory: a child ``python -m qigen`` takes what lies there first."""
+    before = Path.cwd()
+    os.chdir(tmp_path_factory.mktemp("working-directory"))
+    yield
+    os.chdir(before)
 
 
 @pytest.fixture(scope="session")

@@ -57,28 +57,47 @@ def test_defaults_fit_the_model(stories_artifact: Any) -> None:
     assert (result["prefill"]["tokens"], result["decode"]["tokens"]) == (40, 30)
 
 
-def test_llama_cpp(stories_artifact: Any, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.slow
+def test_llama_cpp(
+    stories_artifact: Any,
+    stories_gguf: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     pytest.importorskip("llama_cpp")
-    arguments = ["bench", str(stories_artifact()), "--prefill", "32", "--decode", "8",
-                 "--repeat", "3", "--threads", "2", "--vs", "llama.cpp"]  # fmt: skip
-    assert main([*arguments, "--json"]) == 0
-    result = json.loads(capsys.readouterr().out)
+    options: dict[str, Any] = {"batch": 2, "context": 4, "threads": 2, "peers": ["llama.cpp"]}
+    result = bench(stories_artifact(), **SMALL, **options)
     peer = result["peers"]["llama.cpp"]
-    check(result, result["stream_read_gb_s"])
-    check(peer, result["stream_read_gb_s"])
+    check(result, result["stream_read_gb_s"], batch=2)
+    check(peer, result["stream_read_gb_s"], batch=2)
     assert peer["threads"] == result["threads"] == 2
+    assert peer["model"] == str(stories_gguf)
     for phase in ("prefill", "decode"):
         pairs = zip(result[phase]["runs"], peer[phase]["runs"], strict=True)
         assert peer["ratio"][phase] == statistics.median(a / b for a, b in pairs)
         assert set(peer[phase]["settings"]) == {"repack", "flash_attention"}
-    assert main([*arguments, "--batch", "2"]) == 0
-    assert "llama.cpp decode: repack=" in capsys.readouterr().out
+
+    asked = {}
+
+    def stored(path: Path, **options: Any) -> dict[str, Any]:
+        asked.update(options)
+        return result
+
+    monkeypatch.setattr("qigen.bench.bench", stored)
+    arguments = ["bench", "x.qgn", "--vs", "llama.cpp", "--peer-model", "x.gguf", "--repeat", "3"]
+    assert main([*arguments, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == result
+    assert asked["peers"] == ["llama.cpp"] and asked["peer_model"] == Path("x.gguf")
+    assert asked["repeat"] == 3 and asked["prefill"] is None
+    assert main(arguments) == 0
+    table = capsys.readouterr().out
+    assert "llama.cpp decode: repack=" in table and f"{peer['ratio']['decode']:.2f}" in table
 
 
 def test_what_peers_need(
     stories_artifact: Any, artifact_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(Unsupported, match="there is llama.cpp"):
+    with pytest.raises(Unsupported, match="peer 'other'"):
         bench(stories_artifact(), peers=["other"])
     with pytest.raises(BadInput, match="--peer-model"):
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)

@@ -128,7 +128,7 @@ def test_compile_for_an_isa(isa: str, run_json: Any, stories_gguf: Path, tmp_pat
         (["generate", "GGUF", "-p", "a"], 3, "bad-input", "qigen compile"),
         (["eval", "STORIES", "--text", "none.txt"], 3, "bad-input", "none.txt"),
         (["eval", "STORIES", "--text", "GGUF"], 3, "bad-input", "UTF-8"),
-        (["eval", "STORIES", "--text", "LICENCE", "--context", "600"], 3, "bad-input", "chunks"),
+        (["eval", "STORIES", "--text", "LICENCE", "--context", "600"], 3, "bad-input", "--max-seq"),
         (["eval", "STORIES", "--text", "LICENCE", "--chunks", "99"], 3, "bad-input", "chunks"),
         (["generate", "STORIES", "-p", "a", "--chat"], 3, "bad-input", "chat template"),
         (["generate", "STORIES", "-p", "a " * 600], 3, "bad-input", "--max-seq"),
@@ -407,3 +407,19 @@ def test_demo_without_its_model(run: Any, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     code, _, err = run("demo")
     assert code == 3 and "qigen[demo]" in err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("activations", "least", "most"),
+    # Exact arithmetic gives 22.2565; int8 activations may cost one per cent.
+    [("f32", 22.2365, 22.2765), ("int8", 22.2, 22.48)],
+)
+def test_perplexity_of_smollm2(
+    activations: str, least: float, most: float, run_json: Any, smollm2_artifact: Any
+) -> None:
+    artifact = smollm2_artifact(activations=activations)
+    text = HERE / "data" / "smollm2" / "wikitext2-head.txt"
+    result = run_json("eval", artifact, "--text", text, "--chunks", 5)
+    assert least < result["perplexity"] < most
+    assert result["tokens"] == 5 * 255

@@ -225,3 +225,18 @@ def test_quantize() -> None:
     for bad in (weight[0], [["a"]], weight * np.nan):
         with pytest.raises(qigen.BadInput):
             qigen.quantize(bad, "s8g32")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("prompt", "continuation"),
+    [
+        ("1, 2, 3, 4, 5, 6,", " 7, 8, 9, 10, 11, 12, 13, 14, 15"),
+        ("2 4 6 8 10 12 14", " 16 18 20 22 24 26 28 30 32 36 3"),
+    ],
+)
+def test_smollm2_counts(isa: str, smollm2_artifact: Any, prompt: str, continuation: str) -> None:
+    for threads in (1, 2):
+        model = qigen.load(smollm2_artifact(isa=isa), threads=threads)
+        length = len(model.tokenizer.encode(continuation, add_special=False))
+        assert model.generate(prompt, length) == continuation

@@ -89,8 +89,13 @@ class MatmulSpec:
         arithmetic = {"f32": "a32", "bf16": "a16", "int8": "a8", "int8-token": "a8t"}[self.activations]
         return (
             f"matmul_{self.format.name}_{arithmetic}__{self.isa.name}"
-            f"_{self.layout.rows}x{self.tiles[0]}_kb{self.layout.blocks}"
+            f"_{self.layout.rows * self.row_tile}x{self.tiles[0]}_kb{self.layout.blocks}"
         )
+
+    @property
+    def row_tile(self) -> int:
+        """Row-blocks of a tile of several tokens: they share the loads of the activations."""
+        return self.isa.row_tile if self.integer else 1
 
     @property
     def integer(self) -> bool:
@@ -116,7 +121,7 @@ def render_matmul(
         f"{spec.name}: format {f.name} ({f.bits_per_weight:.4g} bits a weight), "
         f"activations {spec.activations}, {spec.isa.name}.",
         f"Template: cpu/matmul_{'int8' if spec.integer else 'f32'}.cpp.j2; "
-        f"token tiles {list(spec.tiles)}, {spec.layout.rows} rows, K-block of "
+        f"token tiles {list(spec.tiles)}, {spec.layout.rows * spec.row_tile} rows, K-block of "
         f"{spec.layout.blocks * f.block} weights in {bytes_} bytes.",
         *notes,
     ]
@@ -158,6 +163,7 @@ def render_matmul(
         table_zero=bound.table_zero,
         zero=bound.zero,
         flush=bound.flush or 0,
+        row_tile=spec.row_tile,
         token_scale=spec.activations == "int8-token",
         prefetch=spec.prefetch,
         **common,

@@ -499,6 +499,12 @@ def _field(name: str) -> str:
     return re.sub(r"\W+", "_", "_".join(_stem(part) for part in name.split("+")))
 
 
+def _letters(n: int) -> str:
+    """A, B ... Z, AA, AB ..."""
+    tail = chr(ord("A") + n % 26)
+    return _letters(n // 26 - 1) + tail if n >= 26 else tail
+
+
 def _layers(graph: Graph) -> list[tuple[int | None, list[Node]]]:
     """Nodes in runs of one layer; a selection of rows inside a layer belongs to it."""
     runs: list[tuple[int | None, list[Node]]] = []
@@ -528,7 +534,9 @@ def lower_program(
             for layer, nodes in _layers(graph)]
     offsets = offsets_of(list(lowering.tensors.values()))
     states = {name: i for i, name in enumerate(graph.states)}
-    layer_state = {n.layer: states[n.attrs["state"]] for n in graph.nodes if n.op == "RopeAttention"}
+    layer_state = {
+        n.layer: states[n.attrs["state"]] for n in graph.nodes if n.op == "RopeAttention"
+    }
     parts: dict[Any, Part] = {}
     calls: list[Call] = []
     for layer, steps in runs:
@@ -536,13 +544,14 @@ def lower_program(
         renamed = tuple(_rename(step, names) for step in steps)
         key = (layer is not None, repr(renamed))
         if key not in parts:
-            letter = chr(ord("A") + sum(p.layered for p in parts.values()))
+            letter = _letters(sum(p.layered for p in parts.values()))
             first = not parts
             if layer is None:
                 stem, title = ("Begin", "the start of a step") if first else ("End", "the end")
                 table = f"k{stem}"
             else:
-                stem, title, table = f"Layer{letter}", f"layers of kind {letter}", f"kLayers{letter}"
+                stem, title = f"Layer{letter}", f"layers of kind {letter}"
+                table = f"kLayers{letter}"
             function = f"run_{stem.lower()}" if layer is None else f"layer_{letter.lower()}"
             parts[key] = Part(title, stem, table, function, layer is not None,
                               tuple(names.values()), renamed)

@@ -1,5 +1,5 @@
 """The analytical cost model: what a kernel will take, and what binds it."""
 
-from qigen.costmodel.matmul import Candidate, Prediction, candidates, fits, predict
+from qigen.costmodel.matmul import Prediction, predict, schedules
 
-__all__ = ["Candidate", "Prediction", "candidates", "fits", "predict"]
+__all__ = ["Prediction", "predict", "schedules"]

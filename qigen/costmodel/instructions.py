@@ -2,17 +2,19 @@
 
 The rendered source is a sequence of primitives (``vi_and``, ``vq_dot``, ...), and what a primitive
 is made of is written in the header of its ISA. So both are read: a new format, ISA or template
-needs nothing here. Two rules of the compilers are known: a load whose result is used as an operand
-becomes part of the instruction that uses it, and a constant stays in a register.
+needs nothing here. Three rules of the compilers are known: a load whose result is used as an
+operand becomes part of the instruction that uses it, what is broadcast twice is loaded once, and a
+constant stays in a register.
 """
 
 from __future__ import annotations
 
 import functools
 import re
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 from qigen.backends.base import Isa
 from qigen.backends.cpu.matmul import MatmulSpec, render_matmul
@@ -29,7 +31,7 @@ _INTRINSICS: tuple[tuple[str, str | None], ...] = (
     (r"fn?madd|mul_ps|add_ps|sub_ps|div_ps|max_ps|min_ps|round|reduce", "fma"),
     (r"cvt|packs", "convert"),
     (r"s[rl]l|sra|avg", "shift"),
-    (r"shuffle|permute|unpack|extract", "shuffle"),
+    (r"shuffle|permute|unpack|extract|blend", "shuffle"),
     (r"and|or|xor|ternarylogic|add_epi|sub|abs|sign|min_ep|max_ep", "logic"),
     (r"prefetch", "load"),
 )
@@ -49,11 +51,21 @@ _PORTABLE: tuple[tuple[str, str | None], ...] = (
     (r"prefetch", "load"),
 )
 
+_PLAIN_MULTIPLY = 3
+"""Baseline x86-64 takes several instructions to multiply vectors of 32-bit integers."""
+
 COMPUTE = ("dot", "fma", "logic", "shift", "shuffle", "convert")
 """Classes that need a vector port."""
 
-Count = Counter[str]
-"""Class -> how many; besides the classes of a machine's rates ``instructions`` and ``stream``."""
+Count: TypeAlias = defaultdict[str, float]
+"""Class -> how many; also ``instructions``, ``stream`` and ``prefetch`` (see count_text)."""
+
+
+
+def counted(counts: Mapping[str, float]) -> Count:
+    """A count of its own with these numbers; classes that are not there count 0."""
+    return defaultdict(float, counts)
+
 
 _CALL = re.compile(r"\b(v[fiqb]_\w+|prefetch)(?:<[^>]*>)?\(")
 _NUMBER = re.compile(r"-?(0x[0-9a-fA-F]+|[0-9.]+(e-?[0-9]+)?)f?$|static_cast<int32_t>\(0x\w+\)$")
@@ -85,7 +97,7 @@ def _classified(name: str, table: tuple[tuple[str, str | None], ...]) -> str | N
     raise AssertionError(f"the cost model does not know what {name} costs")
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def primitives(isa: Isa) -> dict[str, Count]:
     """What each primitive of an ISA header is made of, by class (no folding yet)."""
     text = re.sub(r"//[^\n]*", "", render(isa.template))
@@ -98,16 +110,17 @@ def primitives(isa: Isa) -> dict[str, Count]:
     def expand(name: str) -> Count:
         if portable:
             kind = _classified(name, _PORTABLE) if _CALL.match(f"{name}(") else None
-            each = isa.dot_instructions if kind == "dot" else isa.vectors
-            return Count({kind: each} if kind else {})
-        count = Count()
+            each = _PLAIN_MULTIPLY * isa.dot_instructions if kind == "dot" else isa.vectors
+            return counted({kind: each} if kind else {})
+        count = counted({})
         for found in intrinsics.finditer(bodies[name]):
             kind = _classified(found[1], _INTRINSICS)
             if kind and not _NUMBER.match(_argument(bodies[name], found.end())):
                 count[kind] += 1
         for found in re.finditer(r"\b(\w+)(?:<[^>]*>)?\(", bodies[name]):
             if found[1] in bodies:
-                count.update(expand(found[1]))
+                for kind, n in expand(found[1]).items():
+                    count[kind] += n
         return count
 
     return {name: expand(name) for name in bodies}
@@ -128,51 +141,68 @@ def _loop(body: str) -> tuple[str, str, str]:
     return header, inside, body[:at] + body[end:]
 
 
+def _uses(text: str, names: set[str]) -> dict[str, list[str]]:
+    """The primitive that each mention of a variable is an operand of ('' if of none), but for the
+    first mention, which is its definition."""
+    found: dict[str, list[str]] = {name: [] for name in names}
+    for token in re.finditer(r"\w+", text):
+        if token[0] in names:
+            before = re.search(
+                r"(\w+)(?:<[^>]*>)?\((?:\w+, )?$", text[max(0, token.start() - 60) : token.start()]
+            )
+            found[token[0]].append(before[1] if before else "")
+    return {name: mentions[1:] for name, mentions in found.items()}
+
+
 def count_text(text: str, isa: Isa) -> Count:
     """Instructions of straight code, by class.
 
     ``load`` counts loads that take a port, whether alone or as the operand of another instruction,
-    ``stream`` those among them that read whole words of the weights; ``instructions`` counts what is issued, the loop's own handful not included.
+    ``stream`` those among them that read whole words of the weights, ``prefetch`` prefetches;
+    ``instructions`` counts what is issued, the loop's own handful not included.
     """
     table = primitives(isa)
     wide = isa.vectors == 1  # EVEX: shifts take operands from memory, and broadcast them
-    count: Count = Counter()
-    words = re.findall(r"\b(?:const )?v[fi] (\w+) = (v[fi]_load)\(", text)
+    count = counted({})
+    words = dict(re.findall(r"\bv[fi] (\w+) = (v[fi]_load)\(", text))
+    broadcast: Counter[str] = Counter()  # what is loaded into all lanes, once however often used
+    folded = set()
     for found in _CALL.finditer(text):
         name = found[1]
-        if name not in table:
-            continue  # a function of the kernel itself
+        if name not in table or name in ("vi_load", "vf_load"):
+            continue  # a function of the kernel itself; loads count by their uses, below
         argument = _argument(text, found.end())
-        cost = table[name]
         if name in ("vi_set1", "vf_set1"):
-            if _NUMBER.match(argument):
-                continue
-            count["load"] += 1
-            folded = wide and name == "vf_set1"
-            count["instructions"] += not folded
+            if not _NUMBER.match(argument):
+                broadcast[argument] += 1
+                if wide and name == "vf_set1":
+                    folded.add(argument)
             continue
-        if name in ("vi_load", "vf_load"):
-            continue  # by its uses, below
-        for kind, n in cost.items():
-            count["load" if kind == "broadcast" else kind] += n
+        count["prefetch"] += name == "prefetch"
+        for kind, n in table[name].items():
+            if kind == "broadcast":
+                broadcast[argument.rpartition(",")[2].strip()] += 1
+                continue
+            count[kind] += n
             # the load of a conversion is its operand
             count["instructions"] += n if kind != "load" or name == "prefetch" else 0
-    for name, load in words:
-        # the first mention is the definition
-        uses = re.findall(rf"(\w+)(?:<[^>]*>)?\((?:\w+, )?{name}\b|\b{name}\b", text)[1:]
-        shifts = sum(use.startswith(("vi_srl", "vi_sll", "vi_sra")) for use in uses)
-        ands = sum(use == "vi_and" for use in uses)
+    for address, times in broadcast.items():
+        count["load"] += 1
+        count["instructions"] += not (address in folded and times == 1)
+    uses = _uses(text, set(words))
+    for name, load in words.items():
+        shifts = sum(use in ("vi_srl", "vi_sll", "vi_sra") for use in uses[name])
+        ands = uses[name].count("vi_and")
         n = table[load]["load"]
-        count["stream"] += n * len(uses) if shifts + ands == len(uses) else n
-        if shifts + ands == len(uses):
-            count["load"] += n * len(uses)
+        if shifts + ands == len(uses[name]):
+            loads = n * len(uses[name])
             count["instructions"] += 0 if wide else n * shifts
         else:
-            count["load"] += n
+            loads = n
             count["instructions"] += n
-    inline = len(_CALL.findall(text)) and sum(
-        m[1] in ("vi_load", "vf_load") for m in _CALL.finditer(text)
-    ) - len(words)
+        count["load"] += loads
+        count["stream"] += loads
+    inline = sum(m[1] in ("vi_load", "vf_load") for m in _CALL.finditer(text)) - len(words)
     count["load"] += inline * table["vf_load"]["load"]
     return count
 
@@ -181,12 +211,11 @@ def count_text(text: str, isa: Isa) -> Count:
 class KernelCounts:
     """Instructions of one tile of a kernel: of a K-block, and of what stands around the loop.
 
-    ``decode`` is what an f32 kernel spends on unpacking a K-block once for all its tokens.
+    ``unpack`` is what an f32 or bf16 kernel spends on a K-block once for all its tokens.
     """
 
-    tokens: int
     kblock: Count
-    decode: Count
+    unpack: Count
     around: Count
 
 
@@ -195,27 +224,34 @@ LOOP = 5
 
 
 @functools.lru_cache(maxsize=4096)
-def kernel_counts(spec: MatmulSpec, tokens: int) -> KernelCounts:
-    """The counts of the tile of ``tokens`` tokens."""
-    isa = spec.isa
-    alone = MatmulSpec(
-        spec.format, spec.layout, isa, spec.activations, (tokens,), spec.prefetch
-    )
-    text = re.sub(r"//[^\n]*", "", render_matmul(alone, ("store",)).text)
-    if spec.activations != "f32":
-        _, inside, outside = _loop(_function(text, f"tile_{tokens}"))
-        kblock = count_text(inside, isa)
-        kblock["instructions"] += LOOP
-        return KernelCounts(tokens, kblock, Counter(), count_text(outside, isa))
+def kernel_counts(spec: MatmulSpec, tokens: int, rows: int) -> KernelCounts:
+    """The counts of the tile of ``tokens`` tokens and ``rows`` row-blocks."""
+    text = re.sub(r"//[^\n]*", "", _rendered(replace(spec, tiles=(tokens,))))
+    if spec.integer:
+        _, inside, outside = _loop(_function(text, f"tile_{tokens}x{rows}"))
+        return KernelCounts(
+            _looped(inside, spec.isa, 1), counted({}), count_text(outside, spec.isa)
+        )
     header, inside, outside = _loop(_function(text, f"fma_{tokens}"))
-    step = re.search(r"k \+= (\d+)", header)
-    weights = spec.format.block * spec.layout.blocks
-    once = count_text(inside, isa)
+    unrolled = re.search(r"k \+= (\d+)", header)
+    steps = spec.format.block * spec.layout.blocks / (2 if spec.activations == "bf16" else 1)
+    kblock = _looped(inside, spec.isa, steps / (int(unrolled[1]) if unrolled else 1))
+    panel = _function(text, "row_block")
+    unpack = counted({})
+    if "decode(" in panel:
+        unpack = _looped(_function(text, "decode"), spec.isa, 1)
+    for packing in re.findall(r"[^\n]*vi_pack_bf16[^\n]*", panel):
+        for kind, n in _looped(packing, spec.isa, steps).items():
+            unpack[kind] += n
+    return KernelCounts(kblock, unpack, count_text(outside, spec.isa))
+
+
+def _looped(text: str, isa: Isa, times: float) -> Count:
+    """The counts of ``times`` runs of a loop's inside."""
+    once = count_text(text, isa)
     once["instructions"] += LOOP
-    per_weight = weights / (int(step[1]) if step else 1)
-    kblock = Counter({kind: n * per_weight for kind, n in once.items()})  # type: ignore[misc]
-    decode: Count = Counter()
-    if spec.format.float_kind != "f32":
-        decode = count_text(_function(text, "decode"), isa)
-        decode["instructions"] += LOOP
-    return KernelCounts(tokens, kblock, decode, count_text(outside, isa))
+    return counted({kind: n * times for kind, n in once.items()})
+
+
+def _rendered(spec: MatmulSpec) -> str:
+    return render_matmul(spec, ("store",)).text

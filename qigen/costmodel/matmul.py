@@ -22,7 +22,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from qigen.backends.base import Isa
-from qigen.backends.cpu.decode import STEP, decode_plan
+from qigen.backends.cpu.decode import ACTIVATION_GROUP, STEP, decode_plan
 from qigen.backends.cpu.matmul import (
     PANEL,
     ActivationRecord,
@@ -30,21 +30,24 @@ from qigen.backends.cpu.matmul import (
     accumulator_bound,
     activation_needs,
 )
-from qigen.costmodel.instructions import COMPUTE, Count, kernel_counts
-from qigen.errors import Unsupported
+from qigen.costmodel.instructions import COMPUTE, Count, counted, kernel_counts
 from qigen.formats.algebra import Format
 from qigen.formats.layout import Layout, kblock_bytes, packed_shape
 from qigen.targets import Machine
 from qigen.targets.machine import Rates
 
-TOKEN_TILES = (2, 3, 4, 6, 8, 10, 12, 16)
-"""Register tiles to consider besides 1."""
+TOKEN_TILES = (2, 3, 4, 6, 8, 10, 12)
+"""Tokens of a register tile to consider besides 1."""
 
 PREFETCH = (1024, 2048, 4096, 8192)
 """Prefetch distances to consider, in bytes."""
 
-_OVERLAP = 4.0
-_TILE_CYCLES = 40.0
+_OVERLAP = 6.0
+_FORWARD = 5  # cycles from a store to the load of the same bytes
+_EXPOSED = 0.5  # of the shorter of computing and reading adds to the longer without prefetches
+_CROWDED = 2  # times the registers: tiles that need more are not considered
+_TILE_CYCLES = 40.0  # of a tile: call, pipeline filling and draining, results
+_FULL = 0.8  # of a cache can be used before what is needed again gets lost
 _SLAB = 64  # tokens of an f32 slab (templates/cpu/matmul_f32.cpp.j2)
 
 
@@ -70,22 +73,21 @@ def _together(values: Iterable[float]) -> float:
     return float(largest * sum((v / largest) ** _OVERLAP for v in top) ** (1 / _OVERLAP))
 
 
-def registers(spec: MatmulSpec, tokens: int) -> int:
+def registers(spec: MatmulSpec, tokens: int, rows: int) -> int:
     """Registers (of 16 lanes) that a tile keeps alive: accumulators, integer accumulators, the
-    codes of a step, a scale and a minimum or broadcast."""
-    if spec.activations == "f32":
+    codes of a step, its activation, a scale or minimum of each row-block, and the factors of all
+    the scales of a K-block where they are two-level."""
+    if not spec.integer:
         return (5 if tokens == 1 else tokens + 2) + (spec.isa.vectors > 1)
-    return tokens * (1 + _accumulator(spec.isa)) + 3
+    # narrow and wide ones if 16-bit lanes are flushed
+    integers = 1 if spec.isa.dot_limit is None else 2
+    factors = spec.format.has("sub") + spec.format.has("submin")
+    return tokens * rows * (1 + integers) + (2 + factors) * rows + 1
 
 
-def _accumulator(isa: Isa) -> int:
-    """Registers of an integer accumulator: a narrow and a wide one if 16-bit lanes are flushed."""
-    return 1 if isa.dot_limit is None else 2
-
-
-def fits(spec: MatmulSpec, tokens: int) -> bool:
-    """Whether the tile stays in registers (a tile of one token is always allowed)."""
-    return tokens == 1 or registers(spec, tokens) <= spec.isa.registers
+def fits(spec: MatmulSpec, tokens: int, rows: int) -> bool:
+    """Whether the tile stays in registers (the smallest tile always does)."""
+    return tokens * rows == 1 or registers(spec, tokens, rows) <= spec.isa.registers
 
 
 def _rates(machine: Machine, isa: Isa) -> Rates:
@@ -104,74 +106,88 @@ def _port_cycles(count: Count, rates: Rates, machine: Machine) -> dict[str, floa
 
 @dataclass(frozen=True)
 class _Tile:
-    """Cycles of one tile: of each resource for a K-block, around the loop; instructions."""
+    """A tile of a kernel: cycles of each resource for a K-block, of waiting for stored
+    accumulators, and around the loop; instructions of a K-block and around the loop; whether it
+    prefetches the weights."""
 
-    kblock: Mapping[str, float]
+    resources: Mapping[str, float]
+    waiting: float
     around: float
     instructions: float
     instructions_around: float
+    prefetches: bool
 
     @property
     def cycles(self) -> float:
-        return _together(self.kblock.values())
+        return _together(self.resources.values()) + self.waiting
 
 
 @functools.lru_cache(maxsize=4096)
-def _decode_cycles(spec: MatmulSpec, machine_key: _Key) -> tuple[float, float]:
-    """(cycles, instructions) of an f32 kernel to unpack a K-block."""
-    machine = machine_key.machine
-    count = kernel_counts(spec, 1).decode
+def _unpack(spec: MatmulSpec, machine: Machine) -> tuple[float, float]:
+    """(cycles, instructions) that an f32 or bf16 kernel takes to unpack a K-block."""
+    count = kernel_counts(spec, 1, 1).unpack
     cycles = _together(_port_cycles(count, _rates(machine, spec.isa), machine).values())
     return cycles, count["instructions"]
 
 
-class _Key:
-    """A machine as a cache key: rows are compared by identity."""
+def tile_count(spec: MatmulSpec, tokens: int, rows: int) -> Count:
+    """Instructions of a tile for one K-block, by class.
 
-    def __init__(self, machine: Machine) -> None:
-        self.machine = machine
+    That is what the kernel's text says, and what becomes of it: loads across two cache lines take
+    their port twice, and accumulators that do not fit the registers are stored and loaded again.
+    """
+    count = counted(kernel_counts(spec, tokens, rows).kblock)
+    size = kblock_bytes(spec.format, spec.layout)
+    count["load"] += count["stream"] * (1 - math.gcd(size, 64) / 64)
+    moved = _moved(spec, tokens, rows)
+    for kind in ("store", "load", "instructions"):
+        count[kind] += moved
+    return count
 
-    def __hash__(self) -> int:
-        return id(self.machine)
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Key) and other.machine is self.machine
+def _moved(spec: MatmulSpec, tokens: int, rows: int) -> int:
+    """Registers that a tile stores and loads again in a K-block, as g++ 12 was seen to do it."""
+    if not spec.integer or fits(spec, tokens, rows):
+        return 0
+    weights, sums = spec.format.block * spec.layout.blocks, tokens * rows
+    if spec.isa.dot_limit is not None:
+        return weights // STEP * sums * spec.isa.vectors  # integer accumulators, in every step
+    # float accumulators first: they are needed once a segment
+    excess = registers(spec, tokens, rows) - spec.isa.registers
+    segments = len(decode_plan(spec.format, spec.layout).segments)
+    return min(excess, sums) * segments + max(0, excess - sums) * weights // STEP
 
 
 @functools.lru_cache(maxsize=4096)
-def _tile(spec: MatmulSpec, tokens: int, key: _Key) -> _Tile:
-    machine = key.machine
-    counts = kernel_counts(spec, tokens)
-    rates = _rates(machine, spec.isa)
-    count = Count(counts.kblock)
-    weights = spec.format.block * spec.layout.blocks
-    steps = weights // STEP
-    size = kblock_bytes(spec.format, spec.layout)
-    # loads across two cache lines take the port twice
-    count["load"] += count["stream"] * (1 - math.gcd(size, 64) / 64)
-    spilled = not fits(spec, tokens)
-    if spec.activations != "f32" and spilled:
-        # accumulators that do not fit are stored and loaded again in every step
-        moved = steps * tokens * spec.isa.vectors
-        count["store"] += moved
-        count["load"] += moved
-        count["instructions"] += moved
+def _tile(spec: MatmulSpec, tokens: int, rows: int, machine: Machine) -> _Tile:
+    """One tile of a kernel, whichever tiles the kernel has."""
+    count = tile_count(spec, tokens, rows)
+    rates, latency = _rates(machine, spec.isa), machine.latency
     cycles = _port_cycles(count, rates, machine)
-    latency = machine.latency
-    if spec.activations == "f32":
+    weights = spec.format.block * spec.layout.blocks
+    if not spec.integer:
         chains = 4 if tokens == 1 else 1
-        cycles["latency"] = weights * latency["fma"] / chains
+        steps = weights // 2 if spec.activations == "bf16" else weights
+        cycles["latency"] = steps * latency["fma"] / chains
     else:
+        steps = weights // STEP
         plan = decode_plan(spec.format, spec.layout)
         segments = len(plan.segments)
-        dot = latency["dot"] if spec.isa.dot_limit is None else latency["logic"]
-        chain = plan.segment_length // STEP * dot + latency["convert"] + 2 * latency["fma"]
-        at_once = max(1.0, machine.window * segments / count["instructions"])
+        filled = count["instructions"] / segments / machine.window
+        step = latency["dot" if spec.isa.dot_limit is None else "logic"]
+        if _moved(spec, tokens, rows) >= steps:
+            step += _FORWARD
+        chain = plan.segment_length // STEP * step + latency["convert"] + 2 * latency["fma"]
         sums = 2 if plan.has_minimum else 1
-        cycles["latency"] = segments * max(chain / at_once, sums * latency["fma"])
-    around = _together(_port_cycles(counts.around, rates, machine).values())
+        cycles["latency"] = segments * max(chain * min(1.0, filled), sums * latency["fma"])
+    around = kernel_counts(spec, tokens, rows).around
     return _Tile(
-        cycles, around + _TILE_CYCLES, count["instructions"], counts.around["instructions"] + 30
+        cycles,
+        _moved(spec, tokens, rows) if spec.isa.dot_limit is None else 0.0,
+        _together(_port_cycles(around, rates, machine).values()) + _TILE_CYCLES,
+        count["instructions"],
+        around["instructions"],
+        count["prefetch"] > 0 or not spec.integer,
     )
 
 
@@ -183,13 +199,14 @@ def split(tiles: tuple[int, ...], m: int) -> dict[int, int]:
     return {tile: n for tile, n in times.items() if n}
 
 
+@functools.lru_cache(maxsize=4096)
 def activation_bytes(spec: MatmulSpec, k: int) -> int:
-    """Bytes of one activation row as the kernel reads it."""
+    """Bytes of one activation row as the kernel reads it; tiles do not matter."""
     block = spec.format.block * spec.layout.blocks
-    if spec.activations == "f32":
-        return 4 * (-(-k // block) * block)
+    if not spec.integer:
+        return (2 if spec.activations == "bf16" else 4) * (-(-k // block) * block)
     zeros, sums = activation_needs(spec)
-    step = math.lcm(block, 32)
+    step = math.lcm(block, ACTIVATION_GROUP)
     return ActivationRecord(
         -(-k // step) * step, spec.activations == "int8-token", zeros, sums
     ).nbytes
@@ -210,38 +227,43 @@ def predict(
     model); if it fits into a cache level, the weights come from there, else (and by default) from
     memory.
     """
-    key = _Key(machine)
+    alone = replace(spec, tiles=(1,), prefetch=0)  # tiles are told apart below
     row_blocks, kblocks, size = packed_shape(spec.format, (n, k), spec.layout)
     per_thread = -(-row_blocks // threads)
-    ghz = _rates(machine, spec.isa).ghz
-    us = 1e-3 / ghz  # of a cycle
+    us = 1e-3 / _rates(machine, spec.isa).ghz  # of a cycle
     weights = row_blocks * kblocks * size
-    x = activation_bytes(spec, k) * m
+    x = activation_bytes(alone, k) * m
 
     limits: dict[str, float] = {}
-    core = 0.0
     instructions = 0.0
-    for tokens, times in split(spec.tiles, m).items():
-        tile = _tile(spec, tokens, key)
-        calls = per_thread * times
-        core += calls * (kblocks * tile.cycles + tile.around) * us
-        for name, cycles in tile.kblock.items():
-            limits[name] = limits.get(name, 0.0) + calls * kblocks * cycles * us
-        total = row_blocks * times
-        instructions += total * (kblocks * tile.instructions + tile.instructions_around)
-    if spec.activations == "f32" and spec.format.float_kind != "f32":
-        slabs = -(-m // _SLAB)
-        cycles, count = _decode_cycles(replace(spec, tiles=(1,)), key)
-        limits["decode"] = per_thread * slabs * kblocks * cycles * us
-        core += limits["decode"]
-        instructions += row_blocks * slabs * kblocks * count
-
     level, bandwidth = _home(machine, threads, working_set)
     limits[level] = weights / bandwidth
-    limits["reload"] = per_thread * _reloaded(spec, machine, kblocks * size, x, m) / (
-        machine.l2_gb_s * 1e3
-    )
-    time = _together((core, limits[level], limits["reload"]))
+    time = 0.0
+    pairs = per_thread // spec.row_tile if m > 1 else 0
+    for rows, groups in ((spec.row_tile, pairs), (1, per_thread - pairs * spec.row_tile)):
+        arriving = limits[level] * groups * rows / per_thread
+        for tokens, times in split(spec.tiles, m).items() if groups else ():
+            tile = _tile(alone, tokens, rows if tokens > 1 else 1, machine)
+            calls = groups * times * (rows if tokens == 1 else 1)
+            one = (kblocks * tile.cycles + tile.around) * us
+            for name, cycles in tile.resources.items():
+                limits[name] = limits.get(name, 0.0) + calls * kblocks * cycles * us
+            # weights arrive while the first tile works; partly before, if nobody prefetches them
+            first = groups * one * (rows if tokens == 1 else 1) if arriving else 0.0
+            time += _together((arriving, first))
+            time += 0.0 if tile.prefetches else _EXPOSED * min(arriving, first)
+            time += calls * one - first
+            arriving = 0.0
+            shared = calls * row_blocks / per_thread
+            instructions += shared * (kblocks * tile.instructions + tile.instructions_around)
+    if not spec.integer:
+        slabs = -(-m // _SLAB)
+        cycles, count = _unpack(alone, machine)
+        limits["unpack"] = per_thread * slabs * kblocks * cycles * us
+        time += limits["unpack"]
+        instructions += row_blocks * slabs * kblocks * count
+    limits["reload"] = per_thread * _reload_us(spec, machine, kblocks * size, x, m)
+    time = _together((time, limits["reload"]))
     limits["barrier"] = machine.barrier_us if threads > 1 else 0.0
     bound = max(limits, key=lambda name: limits[name])
     return Prediction(time + limits["barrier"], weights + x, instructions, bound, limits)
@@ -257,22 +279,19 @@ def _home(machine: Machine, threads: int, working_set: int | None) -> tuple[str,
     return "memory", machine.read_bandwidth(threads)
 
 
-def _reloaded(spec: MatmulSpec, machine: Machine, block: int, x: int, m: int) -> float:
-    """Bytes that one thread gets from level 2 for one row-block, its first reading apart."""
+def _reload_us(spec: MatmulSpec, machine: Machine, block: int, x: int, m: int) -> float:
+    """What one row-block takes from level 2 or 3 besides its first reading: itself, for every tile
+    of tokens but the first, if it does not stay in level 1; and the activations."""
     tiles = sum(split(spec.tiles, m).values())
-    if spec.activations == "f32":
-        # a panel is unpacked once a slab and stays in level 1; x passes by for every row-block
-        return float(x if x + 64 * PANEL > machine.l1d_bytes else 0)
-    again = (tiles - 1) * block if block + x / max(tiles, 1) > 0.8 * machine.l1d_bytes else 0
-    return float(again + (x if x + block > 0.8 * machine.l1d_bytes else 0))
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A schedule of one weight and what it takes in each m bucket."""
-
-    spec: MatmulSpec
-    predictions: Mapping[int, Prediction]
+    rows = spec.row_tile if m > 1 else 1  # read together
+    near = _FULL * machine.l1d_bytes
+    if not spec.integer:
+        block = 64 * PANEL  # an unpacked panel takes the place of the row-block
+    again = (tiles - 1) * block if rows * block + x / tiles > near else 0
+    if x + rows * block <= near:
+        return again / (machine.l2_gb_s * 1e3)
+    far = machine.l2_gb_s if x + rows * block <= _FULL * machine.l2_bytes else machine.l3_gb_s
+    return again / (machine.l2_gb_s * 1e3) + x / rows / (far * 1e3)
 
 
 def layouts(format: Format, k: int) -> tuple[Layout, ...]:
@@ -285,54 +304,46 @@ def layouts(format: Format, k: int) -> tuple[Layout, ...]:
 
 
 def token_tiles(format: Format, isa: Isa, activations: str) -> tuple[int, ...]:
-    """Register tiles besides 1 that fit, and whose accumulators are proven not to overflow."""
+    """Tokens of register tiles besides 1 to consider, their accumulators proven not to overflow.
+
+    A tile may need more registers than there are: decoding the weights once for more tokens can pay
+    for the stores and loads of accumulators. Plain C++ keeps everything in memory: no tiles.
+    """
     spec = MatmulSpec(format, Layout(16, 1), isa, activations, (1,))
-    if activations != "f32":
+    if spec.integer:
         accumulator_bound(decode_plan(format, spec.layout), isa)
-    return tuple(t for t in TOKEN_TILES if fits(spec, t))
+    if isa.vectors > 2:
+        return ()
+    return tuple(
+        t for t in TOKEN_TILES if registers(spec, t, spec.row_tile) <= _CROWDED * isa.registers
+    )
 
 
 def tile_lists(sizes: Iterable[int]) -> list[tuple[int, ...]]:
-    """Tile lists to consider: at most three sizes, descending, the last one 1."""
-    sizes = sorted(sizes, reverse=True)
-    lists: list[tuple[int, ...]] = [(1,)]
-    for i, first in enumerate(sizes):
-        lists.append((first, 1))
-        lists += [(first, second, 1) for second in sizes[i + 1 :]]
-    return lists
+    """Tile lists to consider: at most three sizes, descending, the last one 1; the least code
+    first."""
+    sizes = sorted(sizes)
+    pairs = [(first, second) for first in sizes for second in sizes if second < first]
+    return [(1,), *((size, 1) for size in sizes), *((*pair, 1) for pair in pairs)]
 
 
-def candidates(
+def schedules(
     format: Format,
-    n: int,
     k: int,
-    *,
     isa: Isa,
-    machine: Machine,
     activations: str,
-    threads: int,
-    buckets: Iterable[int],
-    tiles: Iterable[tuple[int, ...]] | None = None,
-    working_set: int | None = None,
-) -> list[Candidate]:
-    """Every schedule of a weight with its predictions; Unsupported if there is none."""
-    buckets = tuple(buckets)
-    if tiles is None:
-        tiles = tile_lists(token_tiles(format, isa, activations))
+    machine: Machine,
+    tiles: tuple[int, ...] | None = None,
+) -> list[MatmulSpec]:
+    """Every schedule of a weight of ``k`` columns, the simplest first, or those with a given list
+    of tiles; Unsupported if the codes overflow the ISA's accumulators."""
+    lists = tile_lists(token_tiles(format, isa, activations)) if tiles is None else [tiles]
     prefetch = prefetch_distance(machine)
-    found = []
-    for layout in layouts(format, k):
-        for chosen in tiles:
-            spec = MatmulSpec(format, layout, isa, activations, chosen, prefetch)
-            found.append(
-                Candidate(
-                    spec,
-                    {m: predict(spec, n, k, m, threads, machine, working_set) for m in buckets},
-                )
-            )
-    if not found:
-        raise Unsupported(f"no schedule of {format.name} fits {isa.name}")
-    return found
+    return [
+        MatmulSpec(format, layout, isa, activations, chosen, prefetch)
+        for layout in layouts(format, k)
+        for chosen in lists
+    ]
 
 
 def prefetch_distance(machine: Machine) -> int:

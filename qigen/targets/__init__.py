@@ -1,4 +1,4 @@
-"""Machines: rows of a table, and this machine."""
+"""Machines: the rows of the table, and this machine."""
 
 from qigen.targets.detect import native
 from qigen.targets.machine import Machine, by_name, rows

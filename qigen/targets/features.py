@@ -10,7 +10,7 @@ import functools
 from collections.abc import Iterable
 from pathlib import Path
 
-import archspec.cpu
+import archspec.cpu  # type: ignore[import-untyped]
 
 FEATURES: tuple[str, ...] = (
     "sse3", "ssse3", "sse4_1", "sse4_2", "popcnt", "avx", "f16c", "fma", "avx2", "bmi", "bmi2",

@@ -1,18 +1,16 @@
 """Machine rows: what the cost model has to know about a processor, as data.
 
-A row is a TOML file beside this one. Values are for one core unless they say otherwise, and each
-file names its source. Detection (:mod:`qigen.targets.detect`) and calibration replace them by what
-the machine itself says.
+A row is a TOML file beside this one, and names its source. Detection
+(:mod:`qigen.targets.detect`) and calibration replace values by what the machine itself says.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import functools
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,31 +20,38 @@ from qigen.targets.features import FEATURES
 if sys.version_info >= (3, 11):
     import tomllib
 else:
-    import tomli as tomllib
+    import tomli as tomllib  # type: ignore[import-not-found,unused-ignore]
 
 CLASSES = ("dot", "fma", "logic", "shift", "shuffle", "convert", "load", "store")
-"""Classes of vector instructions that :attr:`Rates.per_cycle` must know."""
+"""Classes of vector instructions: byte dot products, float arithmetic, bitwise and integer
+additions, shifts, byte shuffles, conversions, loads (broadcasts from memory too), stores."""
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Instructions of one vector width a cycle: by class, and in all (``vector``: those that
-    compute, loads and stores apart). ``ghz`` is the clock under a load of such instructions."""
+    """Instructions of one vector width that a core issues a cycle.
+
+    ``per_cycle`` by class, ``vector`` of all classes that compute, loads and stores apart. ``ghz``
+    is the clock under a load of such instructions.
+    """
 
     per_cycle: Mapping[str, float]
     vector: float
     ghz: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Machine:
-    """One row. Bandwidths are in GB/s (1e9 bytes), sizes in bytes.
+    """One row. Bandwidths are in GB/s (1e9 bytes), sizes in bytes; equality is identity.
 
-    ``read_gb_s[t-1]`` is what ``t`` threads read from memory together, one sequential stream each.
-    ``rates[512]`` and ``rates[256]`` are issue rates by vector width in bits, ``latency`` the
-    cycles until a result can be used, by class. ``issue_width`` counts instructions of any kind a
-    cycle, ``window`` those that wait in the reorder buffer. ``memory_ns`` is the time of one access
-    to memory, ``barrier_us`` is the cost of one barrier of all threads.
+    ``features``: names of :data:`qigen.targets.features.FEATURES`. ``cores``: threads worth
+    starting. Level 1 and 2 belong to a core, level 3 to all. ``read_gb_s[t-1]`` is what ``t``
+    threads read from memory together, one sequential stream each (more threads: the last value);
+    ``l2_gb_s`` and ``l3_gb_s`` are for one thread. ``memory_ns`` is one access to memory.
+    ``issue_width`` counts instructions of any kind a cycle, ``window`` those that wait in the
+    reorder buffer. ``barrier_us`` is a barrier of all threads. ``rates`` by vector width in bits
+    (512 only where there is AVX-512), ``latency`` in cycles by class. ``archspec`` names the
+    microarchitectures that the row stands for.
     """
 
     name: str
@@ -57,7 +62,6 @@ class Machine:
     l2_bytes: int
     l3_bytes: int
     read_gb_s: tuple[float, ...]
-    l1_gb_s: float
     l2_gb_s: float
     l3_gb_s: float
     memory_ns: float
@@ -65,7 +69,8 @@ class Machine:
     window: int
     barrier_us: float
     rates: Mapping[int, Rates]
-    latency: Mapping[str, float] = field(default_factory=dict)
+    latency: Mapping[str, float]
+    archspec: tuple[str, ...] = ()
     source: str = ""
 
     def has(self, features: Iterable[str]) -> bool:
@@ -77,49 +82,44 @@ class Machine:
         return self.read_gb_s[min(threads, len(self.read_gb_s)) - 1] * 1e3
 
 
+def _rates(table: dict[str, float]) -> Rates:
+    rest = dict(table)
+    vector, ghz = rest.pop("vector"), rest.pop("ghz")
+    assert set(rest) == set(CLASSES), f"rates of {sorted(rest)} instead of {CLASSES}"
+    return Rates(rest, vector, ghz)
+
+
 def _machine(path: Path) -> Machine:
     data: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
-    features = set(data.pop("features"))
-    unknown = features - set(FEATURES)
-    if unknown:
-        raise AssertionError(f"{path.name}: unknown features {sorted(unknown)}")
-    rates = {}
-    for width, table in data.pop("rates").items():
-        vector, ghz = float(table.pop("vector")), float(table.pop("ghz"))
-        if set(table) != set(CLASSES):
-            raise AssertionError(f"{path.name}: rates of {width} bits are not those of {CLASSES}")
-        rates[int(width)] = Rates({k: float(v) for k, v in table.items()}, vector, ghz)
-    for size in ("l1d", "l2", "l3"):
-        data[f"{size}_bytes"] = int(data.pop(f"{size}_kib") * 1024)
+    features = data.pop("features")
+    assert set(features) <= set(FEATURES), f"{path.name} has features that nobody knows"
+    thread, total = data.pop("thread_gb_s"), data.pop("all_gb_s")
+    read = tuple(min(thread * t, total) for t in range(1, 2 + int(total / thread)))
+    sizes = {f"{level}_bytes": data.pop(f"{level}_kib") << 10 for level in ("l1d", "l2", "l3")}
     return Machine(
         name=path.stem,
-        features=tuple(f for f in FEATURES if f in features),
-        read_gb_s=tuple(map(float, data.pop("read_gb_s"))),
-        rates=rates,
+        features=tuple(features),
+        read_gb_s=read,
+        rates={int(width): _rates(table) for width, table in data.pop("rates").items()},
+        archspec=tuple(data.pop("archspec")),
+        **sizes,
         **data,
     )
 
 
 @functools.lru_cache(maxsize=1)
-def rows() -> dict[str, Machine]:
+def rows() -> Mapping[str, Machine]:
     """All machine rows by name."""
     files = sorted(Path(__file__).parent.glob("*.toml"))
     return {path.stem: _machine(path) for path in files}
 
 
 def by_name(name: str) -> Machine:
-    """The row ``name``; Unsupported names the nearest ones. ``native`` is :func:`native`'s."""
-    if name == "native":
-        from qigen.targets.detect import native
-
-        return native()
+    """The row ``name``; Unsupported names the nearest ones."""
     table = rows()
     if name not in table:
         near = difflib.get_close_matches(name, table, n=3, cutoff=0.4) or sorted(table)
-        raise Unsupported(f"target '{name}' is not known; the nearest are {', '.join(near)}")
+        raise Unsupported(
+            f"target '{name}' is not known; take native or one of {', '.join(near)}"
+        )
     return table[name]
-
-
-def replaced(machine: Machine, **values: Any) -> Machine:
-    """The machine with other values; a shorthand of :func:`dataclasses.replace`."""
-    return dataclasses.replace(machine, **values)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.harness import JOBS, Compiled, Options, build
+from tests.e2e.harness import Compiled, Options, build
 
 STORIES = Path(__file__).parents[1] / "data" / "stories260k"
 
@@ -43,18 +43,6 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Compiled
 
 
 @pytest.fixture(scope="session")
-def stories(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+def stories(stories_artifact: Callable[..., Path], kernel_cache: None) -> Callable[..., Path]:
     """``stories(isa=..., ...)``: the folder of stories260K's artifact."""
-    from qigen.compiler import compile
-
-    made: dict[str, Path] = {}
-
-    def get(**options: Any) -> Path:
-        key = repr(sorted(options.items()))
-        if key not in made:
-            folder = tmp_path_factory.mktemp("stories") / "stories.qgn"
-            compile(STORIES / "stories260K-f32.gguf", folder, jobs=JOBS, **options)
-            made[key] = folder
-        return made[key]
-
-    return get
+    return stories_artifact

@@ -15,8 +15,9 @@ from qigen._runtime import Model, Session
 from qigen.artifact import Artifact
 from qigen.compiler import compile
 from qigen.formats import catalog
+from qigen.formats.algebra import QuantizedTensor
 from qigen.frontends import LanguageModel, build_graph, load_model
-from qigen.ir.graph import Graph
+from qigen.ir.graph import Graph, load_constant
 from qigen.ir.interpreter import Interpreter, round_to_int8
 from qigen.quantize.weights import requantized
 from tests.frontends.tiny import write_tiny_gguf, write_tiny_hf
@@ -32,14 +33,27 @@ JOBS = 2
 class TokenScaleInterpreter(Interpreter):
     """The interpreter with one int8 scale for a whole row of activations."""
 
-    def __init__(self, graph: Graph, **options: Any) -> None:
-        super().__init__(graph, **options)
-
     def matmul(self, x: NDArray[Any], weight: str) -> NDArray[Any]:
         constant = self.graph.constants[weight]
         if not isinstance(constant, np.ndarray) and not constant.format.float_kind:
             x = round_to_int8(x, x.shape[1])
         return super().matmul(x, weight)
+
+
+def nearest_bf16(x: NDArray[Any]) -> NDArray[np.float32]:
+    """float32 numbers rounded to bf16, to nearest even."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    rounded = bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))
+    return (rounded & np.uint32(0xFFFF0000)).view(np.float32)
+
+
+class Bf16Interpreter(Interpreter):
+    """The interpreter with both sides of a product rounded to bf16."""
+
+    def matmul(self, x: NDArray[Any], weight: str) -> NDArray[Any]:
+        data = load_constant(self.graph.constants[weight])
+        dense = data.dequantize() if isinstance(data, QuantizedTensor) else data
+        return nearest_bf16(x) @ nearest_bf16(dense).T
 
 
 @dataclass(frozen=True)
@@ -88,6 +102,8 @@ class Compiled:
         activations, kv = self.options.activations, self.options.kv
         if activations == "int8-token":
             return TokenScaleInterpreter(self.graph, kv=kv)
+        if activations == "bf16":
+            return Bf16Interpreter(self.graph, kv=kv)
         return Interpreter(self.graph, activations=activations, kv=kv)
 
     def expected(self, tokens: Sequence[int]) -> Logits:

@@ -21,13 +21,15 @@ ISAS = [isa.name for isa in isa_candidates(targets.native())]
 
 # Greatest error of a logit, in standard deviations of the logits. Float arithmetic alone is far
 # below these: what they leave room for is a number that lies between two codes (of an activation,
-# of a key or value) and is rounded up by one side and down by the other.
+# of a key or value) and is rounded up by one side and down by the other. One such key changes every
+# later row a little, which makes other numbers fall on the other side: up to the noise of the codes.
 TOLERANCE = {
     ("f32", "f16"): 2e-3,
     ("f32", "int8"): 2e-2,
-    ("int8", "f16"): 8e-2,
-    ("int8", "int8"): 8e-2,
-    ("int8-token", "f16"): 8e-2,
+    ("int8", "f16"): 0.15,
+    ("int8", "int8"): 0.15,
+    ("int8-token", "f16"): 0.15,
+    ("bf16", "f16"): 4e-2,
 }
 # Rounding as above moves few logits far, so all of them together stay near.
 RMS_SHARE = 0.2
@@ -67,6 +69,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "tails": {"family": "llama", "d_ff": 172, "vocab_size": 97},
     "one-kv-head": {"family": "llama", "n_kv_heads": 1},
     "no-gqa": {"family": "llama", "n_kv_heads": 4},
+    "one-layer": {"family": "llama", "n_layers": 1, "d_model": 96, "n_kv_heads": 1},
     "three-heads-share": {"family": "llama", "n_heads": 6, "head_dim": 32},
     "longrope-window": {"family": "phi3", "window": 7},
 }
@@ -118,12 +121,23 @@ def test_one_scale_a_token(compiled: Build) -> None:
     check(compiled(quant="q8_0", activations="int8-token"))
 
 
+@pytest.mark.parametrize("quant", ["f32", "q4_0"])
+def test_bf16_activations(compiled: Build, quant: str) -> None:
+    check(compiled(quant=quant, activations="bf16"))
+
+
+# q, k and v of three formats, one of them float: two forms of one activation row. Gate and up of
+# two formats: the activation is a step of its own.
+MIXED_FORMATS: dict[str, Any] = {
+    "quant": "q8_0",
+    "activations": "int8",
+    "mixed": (("attn_q", "q4_k"), ("attn_k", "f16"), ("attn_v", "q6_k"), ("ffn_gate", "q4_0")),
+    "overrides": {"d_model": 256, "n_layers": 2, "d_ff": 256},
+}
+
+
 def test_mixed_formats(compiled: Build) -> None:
-    """q, k and v of three formats, one of them float: two forms of one activation row. Gate and up
-    of two formats: the activation is a step of its own."""
-    mixed = (("attn_q", "q4_k"), ("attn_k", "f16"), ("attn_v", "q6_k"), ("ffn_gate", "q4_0"))
-    overrides = {"d_model": 256, "n_layers": 2, "d_ff": 256}
-    check(compiled(quant="q8_0", activations="int8", mixed=mixed, overrides=overrides))
+    check(compiled(**MIXED_FORMATS))
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -46,7 +46,8 @@ def test_decoding_agrees_with_the_prompt(model: Compiled) -> None:
     prompt = model.session().eval(TOKENS[:1101], all=True)
     session = model.session()
     for position in BORDERS:
-        session.eval(TOKENS[session.position : position])
+        if session.position < position:
+            session.eval(TOKENS[session.position : position])
         found = session.eval([TOKENS[position]])
         assert relative_error(found, prompt[position]) < error_limit(model)
 
@@ -91,7 +92,7 @@ def test_a_prompt_in_pieces(model: Compiled) -> None:
     """Prompts longer than a step are cut; any other cut gives the same logits."""
     step = model.model().info["max_tokens"]
     n = 2 * step + 44
-    assert step < n <= 300
+    assert step < n < 1200
     whole = model.session().eval(TOKENS[:n], all=True)
     for pieces in ([1] * n, [step] * 2 + [44], [7, step + 1, n - step - 8], [n - 1, 1]):
         session = model.session()

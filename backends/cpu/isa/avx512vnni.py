@@ -19,5 +19,6 @@ AVX512VNNI = Isa(
     dot_limit=None,
     dot_instructions=1,
     flush_instructions=0,
+    row_tile=2,
     source="Intel SDM: VPDPBUSD accumulates in 32 bits without saturation",
 )

@@ -22,6 +22,7 @@ KINDS: dict[str, tuple[str, int]] = {
     "vf": ("float32", LANES),
     "vi": ("int32", LANES),
     "vb": ("uint8", 4 * LANES),
+    "vp": ("uint16", 2 * LANES),
     "float": ("float32", 1),
     "int": ("int32", 1),
     "float*": ("float32", LANES),
@@ -31,9 +32,10 @@ KINDS: dict[str, tuple[str, int]] = {
     "uint16*": ("uint16", LANES),
     "int32*": ("int32", LANES),
     "x4": ("int8", 4),
+    "x2": ("uint16", 2),
 }
-"""Operand kinds: element type and count. 'vb' is a vi seen as 64 bytes, 'half*' are f16 bits, 'x4'
-the four activations of a dot product."""
+"""Operand kinds: element type and count. 'vb' is a vi seen as 64 bytes, 'vp' as 16 pairs of bf16
+bits; 'half*' are f16 bits; 'x4' and 'x2' the activations of a dot product of bytes or bf16."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ _VF, _VI, _VB = Operand("vf"), Operand("vi"), Operand("vb")
 _SUMMABLE = Operand("vf", -1e4, 1e4)
 _COUNT = Operand("int", 0, LANES)
 _CODE = Operand("vb", 0, 15)
+_POSITIVE_BF16 = (0x3000, 0x4700)  # 5e-10 to 3e4: no cancellation, so that sums are accurate
 _SHIFTS = (1, 4, 7, 8, 16, 23, 24, 31)
 
 
@@ -129,6 +132,20 @@ def _dot(z: Array, codes: Array, x: Array) -> Array:
     """i32 [cases, 16]: z + the sum of 4 codes by 4 activations in each lane."""
     products = codes.reshape(len(codes), LANES, 4).astype(np.int64) * x[:, None, :]
     return _wrap(products.sum(axis=2) + z)
+
+
+def _bf16(x: Array) -> Array:
+    """uint16: the bf16 nearest to float32 x, ties to even."""
+    bits = np.ascontiguousarray(x).view(np.uint32)
+    return np.asarray((bits + np.uint32(0x7FFF) + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+
+
+def _dot_bf16(acc: Array, w: Array, x: Array) -> Array:
+    def values(bits: Array) -> Array:
+        return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+
+    products = values(w).reshape(len(w), LANES, 2) * values(x)[:, None, :]
+    return _f32(acc + products.sum(axis=2))
 
 
 def _shifts(name: str, meaning: Callable[[int, Array], Array]) -> Iterator[Primitive]:
@@ -202,6 +219,11 @@ PRIMITIVES: tuple[Primitive, ...] = (
     Primitive("vq_dot_signed", (_VI, _VB, Operand("x4", -127, 127)), "vi",
               lambda z, c, x: _dot(z, c.view(np.int8), x),
               "vq_finish(vq_flush(vq_dot_signed(vq_init({0}), {1}, {2})))", narrow=True),
+    # pairs of bf16, even k in the low half
+    Primitive("vi_pack_bf16", (Operand("vf", -3e38, 3e38), Operand("vf", -3e38, 3e38)), "vp",
+              lambda even, odd: np.stack([_bf16(even), _bf16(odd)], axis=2).reshape(len(even), -1)),
+    Primitive("vf_dot_bf16", (Operand("vf", 0, 1e4), Operand("vp", *_POSITIVE_BF16),
+                              Operand("x2", *_POSITIVE_BF16)), "vf", _dot_bf16, ulps=2),
 )
 """Every function of an ISA header, and the intrinsic-free meaning of each."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import platform
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ import pytest
 from qigen.backends.base import Isa
 from qigen.backends.cpu.decode import ACTIVATION_GROUP, decode_plan
 from qigen.backends.cpu.isa import ISAS
+from qigen.backends.cpu.isa.primitives import PRIMITIVES
 from qigen.backends.cpu.matmul import (
     ActivationRecord,
     MatmulSpec,
@@ -31,16 +33,17 @@ from qigen.backends.cpu.matmul import (
 )
 from qigen.errors import Unsupported
 from qigen.formats import CATALOG, Format, Layout, QuantizedTensor, pack, packed_shape
-from tests.backends.cpu.kernel_build import MatmulArgs, build, load, pointer, why_not
+from tests.backends.cpu.kernel_build import MatmulArgs, build, compiler, load, pointer, why_not
 
 Array = npt.NDArray[Any]
 
-SCALAR, AVX2, AVX512VNNI = (ISAS[name] for name in ("scalar", "avx2", "avx512vnni"))
+SCALAR, AVX2 = ISAS["scalar"], ISAS["avx2"]
+AVX512VNNI, AVX512BF16 = ISAS["avx512vnni"], ISAS["avx512bf16"]
 
 EPILOGUES = ("store", "add", "silu", "gelu_tanh")
 TOKENS = (1, 3, 16, 65)  # 65: one more than the f32 kernels' slab
 ROWS = 56  # three row-blocks and a half: two pairs when they are gate and up
-TILES = {"scalar": (1,), "avx2": (2, 1), "avx512vnni": (8, 4, 1)}  # what the planner picks
+TILES = {"scalar": (1,), "avx2": (2, 1), "avx512vnni": (8, 4, 1), "avx512bf16": (8, 4, 1)}
 GUARD = np.float32(-7.5)  # what y is filled with where nothing may be written
 
 U = 2.0**-24
@@ -123,7 +126,7 @@ class Activations:
     def laid_out(self, spec: MatmulSpec, m: int) -> Array:
         """The first ``m`` rows as the kernel reads them."""
         rows = np.ascontiguousarray(self.data[:m])
-        return rows if spec.activations == "f32" else interleaved(rows, spec.tiles)
+        return interleaved(rows, spec.tiles) if spec.integer else rows
 
 
 def quantize(x: Array, spec: MatmulSpec, q: Array | None = None) -> Activations:
@@ -162,6 +165,16 @@ def quantize(x: Array, spec: MatmulSpec, q: Array | None = None) -> Activations:
                        sum_offset)
 
 
+def nearest_bf16(x: Array) -> Array:
+    """uint16: bf16 bits of float32, to nearest even."""
+    bits = np.ascontiguousarray(x).view(np.uint32)
+    return np.asarray((bits + np.uint32(0x7FFF) + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+
+
+def bf16_values(bits: Array) -> Array:
+    return np.asarray(bits.astype(np.uint32) << 16).view(np.float32)
+
+
 def padded_k(spec: MatmulSpec, k: int) -> int:
     kblock = spec.format.block * spec.layout.blocks
     return packed_shape(spec.format, (1, k), spec.layout)[1] * kblock
@@ -172,18 +185,24 @@ def activate(spec: MatmulSpec, x: Array) -> Activations:
     m, k = x.shape
     full = np.zeros((m, padded_k(spec, k)), np.float32)
     full[:, :k] = x
-    if spec.activations != "f32":
+    if spec.integer:
         return quantize(full, spec)
+    if spec.activations == "bf16":
+        bits = nearest_bf16(np.pad(full, ((0, 0), (0, full.shape[1] % 2))))  # whole pairs
+        values = bf16_values(bits).astype(np.float64)
+        return Activations(bits.view(np.uint8), values, np.ones(values.shape))
     return Activations(full.view(np.uint8), full.astype(np.float64), np.ones(full.shape))
 
 
 def reference(spec: MatmulSpec, tensor: QuantizedTensor, x: Activations) -> tuple[Array, Array]:
-    """(y, error bound) float64 [M, N] of x W^T: exact for int8, float64 for f32 activations."""
+    """(y, error bound) float64 [M, N] of x W^T: exact for int8, float64 for float activations."""
     n, k = tensor.shape
     k_full = x.values.shape[1]
-    if spec.activations == "f32":
+    if not spec.integer:
         w = np.zeros((n, k_full))
         w[:, :k] = tensor.dequantize()
+        if spec.activations == "bf16":
+            w = bf16_values(nearest_bf16(w.astype(np.float32))).astype(np.float64)
         return x.values @ w.T, (k_full + 4) * U * (np.abs(x.values) @ np.abs(w).T) + k * TINY
     length = decode_plan(spec.format, spec.layout).segment_length
     levels, scale, minimum = (
@@ -303,21 +322,25 @@ def formats() -> Iterator[tuple[int, Format]]:
 
 
 def default_specs() -> list[tuple[MatmulSpec, tuple[str, ...]]]:
-    """Every format on every ISA, the three kinds of activations dealt out over formats and ISAs.
+    """Every format on every ISA, the kinds of activations dealt out over formats and ISAs.
 
-    AVX2 and AVX-512 get the same kind and tiles, so that their results can be compared.
+    AVX2 and AVX-512 get the same kind and tiles, so that their results can be compared. The BF16
+    row differs from the VNNI row in bf16 arithmetic only.
     """
-    kinds = ("f32", "int8", "int8-token")
+    kinds = ("f32", "int8", "bf16", "int8-token")
     specs: list[tuple[MatmulSpec, tuple[str, ...]]] = []
     for isa in ISAS.values():
         for i, f in formats():
-            kind = "f32" if f.float_kind else kinds[(i + (isa is SCALAR)) % 3]
+            choice = i + (isa is SCALAR)
+            kind = kinds[choice % 2 * 2] if f.float_kind else kinds[choice % 4]
+            if isa is AVX512BF16:
+                kind = "bf16"
             more = EPILOGUES[1 + (i // 3 + (isa is AVX2)) % 3]
             tiles = (1,) if isa is SCALAR else (2, 1)
             specs.append((MatmulSpec(f, Layout(), isa, kind, tiles), ("store", more)))
     for i, name in enumerate(("q4_0", "s5g64", "u3g32", "iq4_nl", "mxfp4")):
         for isa in (AVX2, AVX512VNNI):
-            specs.append((MatmulSpec(CATALOG[name], Layout(16, 2), isa, kinds[i % 3], (2, 1)),
+            specs.append((MatmulSpec(CATALOG[name], Layout(16, 2), isa, kinds[i % 4], (2, 1)),
                           ("store", "silu")))
     return specs
 
@@ -326,7 +349,7 @@ def slow_specs() -> list[tuple[MatmulSpec, tuple[str, ...]]]:
     """The whole product, with the tiles of the planner."""
     return [(MatmulSpec(f, Layout(16, blocks), isa, kind, TILES[isa.name]), EPILOGUES)
             for isa in ISAS.values() for _, f in formats()
-            for kind in (("f32",) if f.float_kind else ("f32", "int8", "int8-token"))
+            for kind in (("f32", "bf16") if f.float_kind else ("f32", "bf16", "int8", "int8-token"))
             for blocks in ((1,) if f.float_kind else (1, 2))]
 
 
@@ -352,7 +375,7 @@ class Libraries:
         key = (id(specs), isa, group)
         if key not in self.loaded:
             part = [specs[i] for i in mine[group * TOGETHER : (group + 1) * TOGETHER]]
-            kernels = [render_matmul(spec, epilogues, decode_rows=spec.activations == "f32")
+            kernels = [render_matmul(spec, epilogues, decode_rows=not spec.integer)
                        for spec, epilogues in part]
             self.loaded[key] = load(build(self.folder, isa, kernels))
         return self.loaded[key]
@@ -374,7 +397,7 @@ def check_kernel(libraries: Libraries, specs: list[tuple[MatmulSpec, tuple[str, 
             check(library, spec, epilogue, m, with_bias=False)
             if epilogue in ("store", "add"):
                 check(library, spec, epilogue, m, with_bias=True)
-    if spec.activations == "f32":
+    if not spec.integer:
         check_rows(library, spec)
 
 
@@ -427,6 +450,17 @@ def test_isas_agree_to_the_last_bit(indices: tuple[int, int], libraries: Librari
     assert np.array_equal(results[0].view(np.uint32), results[1].view(np.uint32))
 
 
+@pytest.mark.parametrize("isa", ISAS.values(), ids=lambda isa: isa.name)
+def test_kernels_compile_where_they_cannot_run(isa: Isa, libraries: Libraries) -> None:
+    if compiler() is None or platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("needs a C++ compiler for x86-64")
+    if not why_not(isa):
+        pytest.skip("its kernels run here")
+    kernels = [render_matmul(MatmulSpec(CATALOG[name], Layout(), isa, kind, (2, 1)), ("store",))
+               for name, kind in (("bf16", "bf16"), ("q4_0", "bf16"), ("u5g64", "int8"))]
+    build(libraries.folder, isa, kernels, [p for p in PRIMITIVES if not p.narrow])
+
+
 def test_catalog_is_covered() -> None:
     for isa in ISAS.values():
         assert {spec.format.name for spec, _ in DEFAULT if spec.isa is isa} == set(CATALOG)
@@ -434,8 +468,17 @@ def test_catalog_is_covered() -> None:
 
 # ---- accumulators ----
 
-NARROW = [i for i, (spec, _) in enumerate(DEFAULT)
-          if spec.isa is AVX2 and spec.activations != "f32"]
+def narrow_specs() -> list[tuple[MatmulSpec, tuple[str, ...]]]:
+    """One AVX2 kernel for every distinct bound that the catalog leads to."""
+    found: dict[object, MatmulSpec] = {}
+    for _, f in formats():
+        if f.float_kind is None:
+            bound = accumulator_bound(decode_plan(f, Layout()), AVX2)
+            found.setdefault(bound, MatmulSpec(f, Layout(), AVX2, "int8", (1,)))
+    return [(spec, ("store",)) for spec in found.values()]
+
+
+NARROW = narrow_specs()
 
 
 def extreme_case(spec: MatmulSpec) -> Case:
@@ -462,14 +505,14 @@ def extreme_case(spec: MatmulSpec) -> Case:
     return Case(pack(tensor, spec.layout), tensor, x, y, np.zeros_like(y))
 
 
-@pytest.mark.parametrize("index", NARROW, ids=lambda i: identity(DEFAULT[i][0]))
+@pytest.mark.parametrize("index", range(len(NARROW)), ids=lambda i: identity(NARROW[i][0]))
 def test_extreme_sums_are_exact(index: int, libraries: Libraries) -> None:
-    spec = DEFAULT[index][0]
+    spec = NARROW[index][0]
     if why_not(spec.isa):
         pytest.skip(why_not(spec.isa))
     c = extreme_case(spec)
     y = np.zeros((65, 64), np.float32)
-    run(libraries.get(DEFAULT, index), spec, c, "store", 65, y, None)
+    run(libraries.get(NARROW, index), spec, c, "store", 65, y, None)
     assert np.array_equal(y[:, :ROWS], c.y)
 
 
@@ -523,7 +566,7 @@ def write_case(path: Path, args: MatmulArgs, c: Case, x: Array, y: Array, bias: 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("isa", ISAS.values(), ids=lambda isa: isa.name)
-@pytest.mark.parametrize("names", [("q4_0", "q6_k", "tq1_0"), ("iq4_xs", "u5g64", "mxfp4"),
+@pytest.mark.parametrize("names", [("q4_0", "q6_k"), ("tq1_0", "u5g64", "mxfp4"),
                                    ("q8_0", "f16", "bf16", "f32")], ids="-".join)
 def test_sanitizers(isa: Isa, names: tuple[str, ...], libraries: Libraries,
                     tmp_path: Path) -> None:
@@ -531,19 +574,20 @@ def test_sanitizers(isa: Isa, names: tuple[str, ...], libraries: Libraries,
     if why_not(isa):
         pytest.skip(why_not(isa))
     specs = [MatmulSpec(CATALOG[name], Layout(), isa, kind, (2, 1)) for name in names
-             for kind in (("f32",) if CATALOG[name].float_kind else ("f32", "int8"))]
-    program = build(libraries.folder, isa, [render_matmul(s, EPILOGUES) for s in specs],
+             for kind in (("f32", "bf16") if CATALOG[name].float_kind else ("f32", "int8"))]
+    epilogues = ("store", "silu")
+    program = build(libraries.folder, isa, [render_matmul(s, epilogues) for s in specs],
                     sanitize=True)
     bias = np.ones(64, np.float32)
     for i, spec in enumerate(specs):
         c = case(spec)
-        for j, epilogue in enumerate(EPILOGUES):
-            blocks = 4 if epilogue in ("store", "add") else 2
+        for j, epilogue in enumerate(epilogues):
+            blocks = 4 if epilogue == "store" else 2
             y = np.zeros((65, 16 * blocks), np.float32)
             x = c.x.laid_out(spec, 65)
             args = fill_args(spec, c, 65, x, y, bias)
             file, out = tmp_path / "case", tmp_path / "out"
-            write_case(file, args, c, x, y, bias, np.array([0, blocks, i * len(EPILOGUES) + j]))
+            write_case(file, args, c, x, y, bias, np.array([0, blocks, i * len(epilogues) + j]))
             done = subprocess.run([program, file, out], capture_output=True, text=True,
                                   check=False)
             assert done.returncode == 0, f"{spec.entry(epilogue)}: {done.stderr[:3000]}"

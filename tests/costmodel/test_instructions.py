@@ -1,0 +1,140 @@
+"""Counted instructions against those of compiled kernels."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from qigen.backends.base import Isa
+from qigen.backends.cpu.isa import ISAS
+from qigen.backends.cpu.isa.primitives import PRIMITIVES
+from qigen.backends.cpu.matmul import MatmulSpec, render_matmul
+from qigen.codegen.render import render
+from qigen.costmodel.instructions import counted, kernel_counts, primitives
+from qigen.costmodel.matmul import tile_count
+from qigen.formats.catalog import by_name
+from qigen.formats.layout import Layout
+
+FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-Wno-psabi")
+
+DOT = "vpdpbusd|vpmaddubsw"
+
+# Vector instructions by class, as the disassembler writes them.
+CLASSES = {
+    r"vpdpbusd|vpmaddubsw|vpmaddwd": "dot",
+    r"vfn?madd|vmulps|vaddps|vsubps": "fma",
+    r"vcvt|vpmov": "convert",
+    r"vpsrl|vpsll|vpsra|vpavg": "shift",
+    r"vpshufb": "shuffle",
+}
+
+
+@pytest.mark.parametrize("isa", ISAS.values(), ids=ISAS)
+def test_every_primitive_is_known(isa: Isa) -> None:
+    table = primitives(isa)
+    missing = {p.name for p in PRIMITIVES if not p.narrow and p.name.startswith("v")} - set(table)
+    assert not {name for name in missing if name in render(isa.template)}
+    if isa.vectors < 4:
+        assert table["vi_and"] == {"logic": isa.vectors}
+        assert table["vf_fma"] == {"fma": isa.vectors}
+        assert table["vi_srl"] == {"shift": isa.vectors}
+        assert table["vq_dot"]["dot"] == isa.vectors
+        assert table["vq_dot"]["broadcast"] == 1
+
+
+def spec(isa: str, format: str, tokens: int, blocks: int = 1) -> MatmulSpec:
+    return MatmulSpec(by_name(format), Layout(16, blocks), ISAS[isa], "int8", (tokens,))
+
+
+def test_counts_of_q4_0() -> None:
+    """By hand: 32 weights are 8 dot products; 4 words of codes are masked twice, shifted once."""
+    count = kernel_counts(spec("avx512vnni", "q4_0", 1), 1, 1).kblock
+    assert (count["dot"], count["logic"], count["shift"]) == (8, 8, 4)
+    assert count["convert"] == 2  # the scale from f16, the sum to float
+    assert count["fma"] == 2
+    two = kernel_counts(spec("avx512vnni", "q4_0", 1, blocks=2), 1, 1).kblock
+    assert (two["dot"], two["logic"]) == (16, 16)
+
+
+def test_more_tokens_share_the_unpacking() -> None:
+    one, four = (kernel_counts(spec("avx512vnni", "q4_k", t), t, 1).kblock for t in (1, 4))
+    assert four["shift"] == one["shift"]
+    assert four["dot"] == 4 * one["dot"]
+
+
+def test_loads_across_cache_lines_count_twice() -> None:
+    odd, even = spec("avx512vnni", "q4_0", 1), spec("avx512vnni", "q4_0", 1, blocks=2)
+    assert 2 * tile_count(odd, 1, 1)["load"] > tile_count(even, 1, 1)["load"]
+
+
+def test_counted_copies() -> None:
+    first = counted({"dot": 1})
+    second = counted(first)
+    second["dot"] += 1
+    assert first["dot"] == 1 and first["load"] == 0
+
+
+def disassembled(kernel: MatmulSpec, folder: Path) -> list[tuple[int, str, str]]:
+    """(address, mnemonic, operands) of a compiled kernel."""
+    sources = {
+        "kernel.cpp": render_matmul(kernel, ("store",)).text,
+        kernel.isa.header: render(kernel.isa.template),
+        "kernels.h": render("cpu/kernels.h.j2"),
+        "epilogue.h": render("cpu/epilogue.h.j2"),
+    }
+    for name, text in sources.items():
+        (folder / name).write_text(text)
+    command = ["g++", *FLAGS, *kernel.isa.flags, "-c", "kernel.cpp", "-o", "kernel.o"]
+    subprocess.run(command, cwd=folder, check=True)
+    out = subprocess.run(
+        ["objdump", "-d", "--no-show-raw-insn", "kernel.o"],
+        cwd=folder, check=True, capture_output=True, text=True,
+    ).stdout  # fmt: skip
+    found = (re.match(r"\s*([0-9a-f]+):\s+(\S+)\s*(.*)", line) for line in out.splitlines())
+    return [(int(m[1], 16), m[2], m[3]) for m in found if m]
+
+
+def main_loop(code: list[tuple[int, str, str]]) -> list[tuple[int, str, str]]:
+    """The innermost loop with the most dot products."""
+    at = {address: i for i, (address, _, _) in enumerate(code)}
+    loops = []
+    for i, (address, mnemonic, operands) in enumerate(code):
+        target = re.match(r"([0-9a-f]+)", operands) if mnemonic.startswith("j") else None
+        if target and int(target[1], 16) <= address and int(target[1], 16) in at:
+            loops.append((at[int(target[1], 16)], i))
+    inner = [
+        a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)
+    ]
+    bodies = [code[a : b + 1] for a, b in inner]
+    return max(bodies, key=lambda body: sum(bool(re.match(DOT, m)) for _, m, _ in body))
+
+
+@pytest.mark.skipif(
+    shutil.which("g++") is None or shutil.which("objdump") is None, reason="no g++ or objdump"
+)
+@pytest.mark.parametrize(
+    ("isa", "format", "tokens"),
+    [("avx512vnni", "q4_0", 1), ("avx512vnni", "q4_k", 4), ("avx512vnni", "iq4_nl", 8),
+     ("avx2", "q4_0", 1), ("avx2", "q4_k", 2)],
+)  # fmt: skip
+def test_counts_agree_with_the_compiler(
+    isa: str, format: str, tokens: int, tmp_path: Path
+) -> None:
+    kernel = spec(isa, format, tokens)
+    if subprocess.run(
+        ["g++", *kernel.isa.flags, "-xc++", "-fsyntax-only", "-"], input=b"", check=False
+    ).returncode:
+        pytest.skip(f"g++ knows no {isa}")
+    actual: Counter[str] = Counter()
+    for _, mnemonic, _ in main_loop(disassembled(kernel, tmp_path)):
+        actual["instructions"] += 1
+        for pattern, kind in CLASSES.items():
+            actual[kind] += bool(re.match(pattern, mnemonic))
+    predicted = tile_count(kernel, tokens, kernel.row_tile if tokens > 1 else 1)
+    for kind in ("instructions", *CLASSES.values()):
+        assert predicted[kind] == pytest.approx(actual[kind], rel=0.15), kind

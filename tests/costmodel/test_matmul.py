@@ -1,0 +1,145 @@
+"""The cost model: what must hold for any machine, and the limits it finds."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from qigen.backends.cpu.isa import ISAS
+from qigen.backends.cpu.matmul import MatmulSpec
+from qigen.costmodel import predict, schedules
+from qigen.costmodel.matmul import (
+    TOKEN_TILES,
+    activation_bytes,
+    fits,
+    layouts,
+    prefetch_distance,
+    split,
+    tile_lists,
+    token_tiles,
+)
+from qigen.formats.catalog import CATALOG, by_name
+from qigen.formats.layout import Layout
+from qigen.targets import by_name as machine_by_name
+from qigen.targets import rows
+
+ICELAKE = machine_by_name("icelake-server")
+VNNI = ISAS["avx512vnni"]
+
+
+def kernel(format: str = "q4_0", tiles: tuple[int, ...] = (4, 1), **more: object) -> MatmulSpec:
+    arguments = {"isa": VNNI, "activations": "int8", "layout": Layout(16, 1), **more}
+    return MatmulSpec(format=by_name(format), tiles=tiles, **arguments)  # type: ignore[arg-type]
+
+
+def test_decoding_is_bound_by_memory() -> None:
+    for threads in (1, 2):
+        p = predict(kernel(), 4096, 4096, 1, threads, ICELAKE)
+        weights = 4096 * 4096 * 18 // 32
+        assert p.bound == "memory"
+        assert p.limits["memory"] == pytest.approx(weights / ICELAKE.read_bandwidth(threads))
+        assert p.limits["memory"] <= p.us < 1.1 * p.limits["memory"]
+        assert weights < p.bytes < 1.01 * weights
+
+
+def test_weights_in_the_caches_are_faster() -> None:
+    near, far = (predict(kernel(), 1024, 1024, 1, 1, ICELAKE, w) for w in (600_000, None))
+    assert near.us < far.us / 2
+    assert near.bound != "memory"
+    middle = predict(kernel(), 1024, 1024, 1, 1, ICELAKE, 10_000_000)
+    assert near.us < middle.us < far.us and "l3" in middle.limits
+
+
+def test_many_tokens_are_bound_by_the_core() -> None:
+    p = predict(kernel(), 4096, 4096, 128, 2, ICELAKE)
+    assert p.bound in ("load", "vector", "dot", "issue")
+    assert p.us > p.limits[p.bound]
+
+
+def test_a_register_tile_pays() -> None:
+    one, four = (predict(kernel(tiles=t), 1024, 1024, 48, 1, ICELAKE).us for t in ((1,), (4, 1)))
+    assert four < 0.8 * one
+
+
+def test_fewer_bits_never_take_longer() -> None:
+    us = [predict(kernel(f"u{b}g128"), 4096, 4096, 1, 2, ICELAKE).us for b in (2, 3, 4, 8)]
+    assert us == sorted(us)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 8])
+def test_time_grows_with_everything(threads: int) -> None:
+    def us(n: int, k: int, m: int) -> float:
+        return predict(kernel(), n, k, m, threads, ICELAKE).us
+
+    assert us(1024, 1024, 1) < us(1024, 1024, 16) < us(1024, 1024, 128)
+    assert us(1024, 1024, 16) < us(2048, 1024, 16) < us(2048, 4096, 16)
+    assert predict(kernel(), 1024, 1024, 16, 2 * threads, ICELAKE).us < us(1024, 1024, 16)
+
+
+def test_barriers_bound_tiny_products() -> None:
+    p = predict(kernel(), 16, 64, 1, 2, replace(ICELAKE, barrier_us=5.0))
+    assert p.bound == "barrier"
+    assert p.us > 5.0
+    assert predict(kernel(), 16, 64, 1, 1, ICELAKE).limits["barrier"] == 0
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("activations", ["f32", "bf16", "int8", "int8-token"])
+@pytest.mark.parametrize("format", ["q8_0", "q3_k", "tq1_0", "mxfp4", "f16", "bf16"])
+def test_every_kernel_has_a_prediction(isa: str, activations: str, format: str) -> None:
+    row = by_name(format)
+    if row.float_kind and activations.startswith("int8"):
+        return
+    machine = machine_by_name("znver4")
+    spec = kernel(format, (2, 1), isa=ISAS[isa], activations=activations)
+    p = predict(spec, 256, 512, 5, 2, machine)
+    assert p.us > 0 and p.instructions > 0 and p.bytes > 0
+    assert p.bound in p.limits
+
+
+@pytest.mark.parametrize("machine", rows().values(), ids=rows())
+def test_every_machine_has_predictions(machine: object) -> None:
+    row = machine_by_name(machine.name)  # type: ignore[attr-defined]
+    for isa in ISAS.values():
+        if row.has(isa.features):
+            assert predict(kernel(isa=isa), 512, 512, 8, 2, row).us > 0
+    assert prefetch_distance(row) in (1024, 2048, 4096, 8192)
+
+
+def test_split_is_greedy() -> None:
+    assert split((8, 4, 1), 23) == {8: 2, 4: 1, 1: 3}
+    assert split((6, 1), 12) == {6: 2}
+
+
+def test_space_is_enumerated() -> None:
+    lists = tile_lists((2, 4, 8))
+    assert (1,) in lists and (8, 1) in lists and (8, 2, 1) in lists
+    assert all(list(t) == sorted(t, reverse=True) and t[-1] == 1 for t in lists)
+    assert len(set(lists)) == len(lists) == 1 + 3 + 3
+    specs = schedules(by_name("q4_0"), 64, VNNI, "int8", ICELAKE)
+    assert len(set(specs)) == len(specs) == 2 * len(
+        tile_lists(token_tiles(by_name("q4_0"), VNNI, "int8"))
+    )
+
+
+def test_layouts() -> None:
+    # 288 bytes a K-block: two of them are whole cache lines, if there are two
+    assert [x.blocks for x in layouts(by_name("q4_0"), 64)] == [1, 2]
+    assert [x.blocks for x in layouts(by_name("q4_0"), 96)] == [1]
+    assert [x.blocks for x in layouts(by_name("q4_k"), 512)] == [1]
+    assert [x.blocks for x in layouts(by_name("f16"), 512)] == [1]
+
+
+def test_tiles_must_not_need_twice_the_registers() -> None:
+    assert token_tiles(by_name("q4_0"), ISAS["scalar"], "int8") == ()
+    assert set(token_tiles(by_name("q4_0"), VNNI, "int8")) <= set(TOKEN_TILES)
+    assert not fits(kernel(), 8, 2) and fits(kernel(), 6, 2) and fits(kernel(), 1, 1)
+    avx2 = token_tiles(by_name("q4_0"), ISAS["avx2"], "int8")
+    assert avx2 and max(avx2) < max(token_tiles(by_name("q4_0"), VNNI, "int8"))
+
+
+@pytest.mark.parametrize("format", [f for f in CATALOG.values() if not f.float_kind][::5])
+def test_activation_rows_hold_the_padded_columns(format: object) -> None:
+    spec = replace(kernel(), format=format)  # type: ignore[arg-type]
+    assert activation_bytes(spec, 1000) >= 1000

@@ -1,0 +1,65 @@
+"""Machine rows: the table is complete, and wrong names are answered with near ones."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from qigen.backends.cpu.isa import ISAS
+from qigen.errors import Unsupported
+from qigen.paths import resource_folder
+from qigen.targets import Machine, by_name, rows
+from qigen.targets.features import FEATURES, named
+from qigen.targets.machine import CLASSES
+
+
+@pytest.mark.parametrize("machine", rows().values(), ids=rows())
+def test_row_is_complete(machine: Machine) -> None:
+    assert machine.description and machine.source
+    assert machine.l1d_bytes < machine.l2_bytes <= machine.l3_bytes
+    assert list(machine.read_gb_s) == sorted(machine.read_gb_s)
+    assert set(machine.rates) == ({256, 512} if machine.has(["avx512f"]) else {256})
+    for rates in machine.rates.values():
+        assert set(rates.per_cycle) == set(CLASSES)
+        assert 1 < rates.ghz < 6
+    assert {"dot", "fma", "logic", "convert"} <= set(machine.latency)
+
+
+def test_names_and_features() -> None:
+    assert {"generic", "x86-64-v3", "x86-64-v4", "znver4", "icelake-server"} <= set(rows())
+    assert by_name("znver4").has(["avx512vnni", "avx512bf16"])
+    assert not by_name("x86-64-v4").has(["avx512vnni"])
+    assert not by_name("x86-64-v3").has(["avx512f"])
+    # every target runs something, and each ISA is the best one somewhere
+    best = {
+        next(isa.name for isa in reversed(ISAS.values()) if machine.has(isa.features))
+        for machine in rows().values()
+    }
+    assert {"scalar", "avx2", "avx512vnni"} <= best
+
+
+def test_unknown_name() -> None:
+    with pytest.raises(Unsupported, match="znver4"):
+        by_name("zenver4")
+
+
+def test_bandwidth_saturates() -> None:
+    machine = by_name("znver4")
+    assert machine.read_bandwidth(1) == pytest.approx(28e3)
+    assert machine.read_bandwidth(2) > machine.read_bandwidth(1)
+    assert machine.read_bandwidth(100) == machine.read_bandwidth(1000) == pytest.approx(60e3)
+
+
+def test_features_are_those_of_the_runtime() -> None:
+    header = (resource_folder("runtime") / "include" / "qigen" / "generated.h").read_text()
+    known = re.findall(r"static constexpr uint64_t (\w+) = 1ull", header)
+    assert list(FEATURES) == known
+    for isa in ISAS.values():
+        assert set(isa.features) <= set(FEATURES)
+
+
+def test_linux_names() -> None:
+    flags = ["fpu", "pni", "bmi1", "abm", "avx512_vnni", "avx512_bf16", "avx_vnni", "avx2"]
+    expected = ("sse3", "avx2", "bmi", "lzcnt", "avxvnni", "avx512vnni", "avx512bf16")
+    assert named(flags) == expected
