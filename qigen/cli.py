@@ -728,13 +728,21 @@ def formats(as_json: bool) -> None:
 
 
 @_command
-def targets(as_json: bool) -> None:
+@click.option("--calibrate", is_flag=True, help="Measure this machine first and keep the result.")
+def targets(calibrate: bool, as_json: bool) -> None:
     """List instruction sets and machines, and this machine."""
     import dataclasses
 
     from qigen import targets
     from qigen.backends.cpu.isa import ISAS
 
+    if calibrate:
+        from qigen.targets.calibrate import calibrate as measure
+        from qigen.targets.calibrate import save
+        from qigen.toolchain import find_compiler
+
+        save(measure(targets.native(), find_compiler().run))
+        targets.native.cache_clear()
     here = targets.native()
     machines = {"native": here, **targets.rows()}
     if as_json:

@@ -350,7 +350,7 @@ def _build(
         "model_uid": program.uid.hex(),
         "target": {"machine": machine.name, "isa": isa.name, "features": list(isa.features)},
         "source": {
-            "path": str(source.metadata.path),
+            "path": str(source.metadata.path.resolve()),
             "container": source.metadata.container,
             "licence": source.metadata.licence,
             "sha256": source.metadata.sha256(),

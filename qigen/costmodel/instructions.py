@@ -253,5 +253,6 @@ def _looped(text: str, isa: Isa, times: float) -> Count:
     return counted({kind: n * times for kind, n in once.items()})
 
 
+@functools.lru_cache(maxsize=8)
 def _rendered(spec: MatmulSpec) -> str:
     return render_matmul(spec, ("store",)).text

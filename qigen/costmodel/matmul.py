@@ -42,7 +42,7 @@ TOKEN_TILES = (2, 3, 4, 6, 8, 10, 12)
 PREFETCH = (1024, 2048, 4096, 8192)
 """Prefetch distances to consider, in bytes."""
 
-_OVERLAP = 6.0
+_OVERLAP = 5.0
 _FORWARD = 5  # cycles from a store to the load of the same bytes
 _EXPOSED = 0.5  # of the shorter of computing and reading adds to the longer without prefetches
 _CROWDED = 2  # times the registers: tiles that need more are not considered

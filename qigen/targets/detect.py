@@ -6,12 +6,14 @@ import contextlib
 import functools
 import math
 import os
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
 import archspec.cpu  # type: ignore[import-untyped]
 import psutil  # type: ignore[import-untyped,unused-ignore]
 
+from qigen.targets import calibrate
 from qigen.targets.features import of_this_machine
 from qigen.targets.machine import Machine, rows
 
@@ -21,10 +23,13 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 @functools.lru_cache(maxsize=1)
 def native() -> Machine:
-    """The machine that this runs on, named ``native``; the same object at every call."""
+    """The machine that this runs on, named ``native``; the same object at every call.
+
+    What :mod:`qigen.targets.calibrate` measured on it before replaces the table's values.
+    """
     row = nearest_row(archspec.cpu.host(), of_this_machine())
     caches = cache_sizes()
-    return replace(
+    machine = replace(
         row,
         name="native",
         description=f"this machine, like {row.name}: {row.description}",
@@ -34,6 +39,16 @@ def native() -> Machine:
         l2_bytes=caches.get("l2", row.l2_bytes),
         l3_bytes=caches.get("l3", row.l3_bytes),
     )
+    calibration = calibrate.load()
+    if calibration is None:
+        return machine
+    if not calibration.fits(machine):
+        warnings.warn(
+            f"this machine changed since it was calibrated on {calibration.date}; calibrate again",
+            stacklevel=2,
+        )
+        return machine
+    return calibration.applied(machine)
 
 
 def nearest_row(host: archspec.cpu.Microarchitecture, features: tuple[str, ...]) -> Machine:

@@ -17,12 +17,15 @@ STORIES = Path(__file__).parents[1] / "data" / "stories260k"
 
 @pytest.fixture(scope="session", autouse=True)
 def kernel_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """One cache for all compilations of the session, unless QIGEN_CACHE names one."""
+    """One cache for all compilations of the run, unless QIGEN_CACHE names one."""
     if not any(shutil.which(name) for name in ("g++", "clang++", "c++")):
         pytest.skip("needs a C++ compiler")
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # that of all workers
     with pytest.MonkeyPatch.context() as patch:
         if "QIGEN_CACHE" not in os.environ:
-            patch.setenv("QIGEN_CACHE", str(tmp_path_factory.mktemp("objects")))
+            patch.setenv("QIGEN_CACHE", str(folder / "kernels"))
         yield
 
 

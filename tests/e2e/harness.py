@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -27,7 +28,8 @@ Logits = NDArray[np.float32]
 # The vocabulary of the tiny models has no byte tokens, so its unknown token has to be named.
 KEYS = {"tokenizer.ggml.unknown_token_id": 0}
 
-JOBS = 2
+# Compilers at a time; the processes of pytest-xdist have one each.
+JOBS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
 
 
 class TokenScaleInterpreter(Interpreter):

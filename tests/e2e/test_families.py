@@ -22,7 +22,7 @@ ISAS = [isa.name for isa in isa_candidates(targets.native())]
 # Greatest error of a logit, in standard deviations of the logits. Float arithmetic alone is far
 # below these: what they leave room for is a number that lies between two codes (of an activation,
 # of a key or value) and is rounded up by one side and down by the other. One such key changes every
-# later row a little, which makes other numbers fall on the other side: up to the noise of the codes.
+# later row a little, and so makes other numbers fall on the other side: up to the codes' own noise.
 TOLERANCE = {
     ("f32", "f16"): 2e-3,
     ("f32", "int8"): 2e-2,
@@ -138,6 +138,19 @@ MIXED_FORMATS: dict[str, Any] = {
 
 def test_mixed_formats(compiled: Build) -> None:
     check(compiled(**MIXED_FORMATS))
+
+
+@pytest.mark.slow
+def test_more_kinds_of_layers_than_letters(compiled: Build) -> None:
+    """28 layers, no two with the same formats: each is a function of the generated source."""
+    matrices = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_down")
+    mixed = tuple(
+        (f"blk.{layer}.{name}.", "f32")
+        for layer in range(28)
+        for bit, name in enumerate(matrices)
+        if layer >> bit & 1
+    )
+    check(compiled(quant="q8_0", mixed=mixed, overrides={"n_layers": 28}))
 
 
 @pytest.mark.parametrize("isa", ISAS)
