@@ -164,9 +164,13 @@ def _print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> No
     from rich.text import Text
 
     table = Table(box=SIMPLE_HEAD, show_header=any(columns), pad_edge=False)
-    for column in columns:
+    for i, column in enumerate(columns):
         right = column.startswith(">")
-        table.add_column(column.removeprefix(">"), justify="right" if right else "left")
+        table.add_column(
+            column.removeprefix(">"),
+            justify="right" if right else "left",
+            no_wrap=i == 0,  # names are never cut
+        )
     for row in rows:
         table.add_row(*(Text(str(cell)) for cell in row))  # Text: nothing in it is markup
     console = Console(highlight=False)

@@ -27,6 +27,9 @@ PANEL = 128
 """Weights along K that the f32 kernels decode at a time: 16 rows x 128 x 4 bytes is 8 KiB of L1."""
 
 
+_ARITHMETIC = {"f32": "a32", "bf16": "a16", "int8": "a8", "int8-token": "a8t"}
+
+
 @dataclass(frozen=True)
 class Bound:
     """The proven worst case of an integer accumulator.
@@ -86,9 +89,8 @@ class MatmulSpec:
     @property
     def name(self) -> str:
         """E.g. ``matmul_q4_0_a8__avx512vnni_16x8_kb1``."""
-        arithmetic = {"f32": "a32", "bf16": "a16", "int8": "a8", "int8-token": "a8t"}[self.activations]
         return (
-            f"matmul_{self.format.name}_{arithmetic}__{self.isa.name}"
+            f"matmul_{self.format.name}_{_ARITHMETIC[self.activations]}__{self.isa.name}"
             f"_{self.layout.rows * self.row_tile}x{self.tiles[0]}_kb{self.layout.blocks}"
         )
 
