@@ -113,12 +113,12 @@ def plan_model(
     """The plan of a fused graph for ``threads`` threads of a machine.
 
     ``max_tokens`` bounds the tokens of a step (default: as many as pay, see :func:`step_tokens`);
-    it is never below ``max_batch`` nor above ``max_seq``. ``measured`` times replace predictions,
-    and correct those of the same product. Raises UsageError for unknown activations, Unsupported
-    if no kernel of the ISA can multiply a format.
+    it is never below ``max_batch``, nor above the greater of that and ``max_seq``. ``measured``
+    times replace predictions, and correct those of the same product. Raises UsageError for unknown
+    activations, Unsupported if no kernel of the ISA can multiply a format.
     """
-    if max_batch > max_seq or min(threads, max_batch, max_tokens or 1) < 1:
-        raise UsageError("threads, max_batch and max_tokens are at least 1, max_batch <= max_seq")
+    if min(threads, max_batch, max_tokens or 1) < 1:
+        raise UsageError("threads, max_batch and max_tokens are at least 1")
     search = _Search(products(graph), isa, machine, activations, threads, measured or {})
     chosen = search.choose()
     wanted = max_tokens or search.step_tokens(chosen)

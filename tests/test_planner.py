@@ -142,8 +142,10 @@ def test_tokens_of_a_step() -> None:
     assert plan(max_tokens=24).max_tokens == 24
     assert plan(max_tokens=4, max_batch=8).max_tokens == 8
     assert plan(max_seq=10).max_tokens == 10
-    with pytest.raises(UsageError):
-        plan(max_batch=20, max_seq=10)
+    assert plan(max_batch=20, max_seq=10).max_tokens == 20  # one token of each of 20 sessions
+    for limit in ("threads", "max_batch"):
+        with pytest.raises(UsageError):
+            plan(**{limit: 0})
 
 
 def test_measured_times_win() -> None:

@@ -148,6 +148,20 @@ def test_batches_that_cannot_be(model: Compiled) -> None:
     assert [s.position for s in sessions] == [0] * (most + 1)
 
 
+def test_sessions_shorter_than_a_batch_is_wide(compiled: Build) -> None:
+    """Two positions, eight sessions."""
+    model = compiled(activations="int8", max_seq=2)
+    sessions = [model.session() for _ in range(8)]
+    for column in (TOKENS[:8], TOKENS[8:16]):
+        found = model.model().batch_eval(sessions, column)
+    for i, row in enumerate(found):
+        alone = model.session()
+        alone.eval([TOKENS[i]])
+        assert np.array_equal(row, alone.eval([TOKENS[8 + i]]))
+        with pytest.raises(BadInput, match="max-seq"):
+            alone.eval([1])
+
+
 def test_sessions_of_many_threads(model: Compiled) -> None:
     """Sessions share one pool; each gets what it would get alone."""
     prompts = [TOKENS[i * 50 : i * 50 + 150] for i in range(4)]
