@@ -8,6 +8,7 @@ A table stands between the lines ``<!-- begin NAME (docs/build.py) -->`` and ``<
 
 from __future__ import annotations
 
+import ast
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -159,6 +160,23 @@ def bounds() -> str:
     return f"{table}\n\nThe limits are {limits} and {I32_MAX} for the sums."
 
 
+def tolerances() -> str:
+    """What the end-to-end tests allow a logit to differ by."""
+    tree = ast.parse((ROOT / "tests" / "e2e" / "test_families.py").read_text(encoding="utf-8"))
+    table = next(
+        ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "TOLERANCE"
+    )
+    return markdown(
+        ("activations", "KV cache", ">standard deviations"),
+        (
+            (f"`{activations}`", f"`{kv}`", f"{limit:g}")
+            for (activations, kv), limit in table.items()
+        ),
+    )
+
+
 def machines() -> str:
     """The machine rows."""
     return markdown(
@@ -169,7 +187,16 @@ def machines() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     table.__name__.replace("_", "-"): table
-    for table in (gguf_formats, rounded_formats, families, operators, isas, bounds, machines)
+    for table in (
+        gguf_formats,
+        rounded_formats,
+        families,
+        operators,
+        isas,
+        bounds,
+        tolerances,
+        machines,
+    )
 }
 
 _TABLE = re.compile(
