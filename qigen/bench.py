@@ -45,7 +45,11 @@ _STREAM_CACHES = 4  # times the last cache's size at least
 _PREFILL = 512
 _DECODE = 64
 
-_START = "import sys; sys.path.append({!r}); from qigen.bench_worker import main; main()"
+# without the working directory: in a checkout it would hide the installed package
+_START = (
+    "import sys; sys.path[:] = [p for p in sys.path if p] + [{!r}]; "
+    "from qigen.bench_worker import main; main()"
+)
 
 
 def stream_read_gb_s(threads: int) -> float:
