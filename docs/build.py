@@ -22,7 +22,8 @@ from qigen.formats.algebra import Format
 from qigen.formats.catalog import CATALOG
 from qigen.formats.layout import Layout
 from qigen.frontends.families import FAMILIES
-from qigen.ir import schema
+from qigen.ir import ops, schema  # noqa: F401  (ops registers the operators)
+from qigen.ir.tensor import TensorOp
 
 ROOT = Path(__file__).parents[1]
 
@@ -109,7 +110,7 @@ def families() -> str:
 
 
 def operators() -> str:
-    """The operators of the IR."""
+    """The operators of language models."""
     return markdown(
         ("operator", "inputs", "attributes", "made by"),
         (
@@ -120,7 +121,21 @@ def operators() -> str:
                 "a pass" if op.fused else "frontends",
             )
             for op in sorted(schema.operators().values(), key=lambda op: (op.fused, op.name))
+            if not isinstance(op, TensorOp)
         ),
+    )
+
+
+def onnx_operators() -> str:
+    """The operators of ONNX files, by domain."""
+    rows: dict[str, list[str]] = {}
+    for name, op in sorted(schema.operators().items()):
+        domain, _, short = name.rpartition(".")
+        if isinstance(op, TensorOp) and domain:
+            rows.setdefault({"onnx": "ai.onnx", "ms": "com.microsoft"}[domain], []).append(short)
+    return markdown(
+        ("domain", "operators with kernels of their own"),
+        ((f"`{domain}`", ", ".join(names)) for domain, names in rows.items()),
     )
 
 
@@ -192,6 +207,7 @@ TABLES: dict[str, Callable[[], str]] = {
         rounded_formats,
         families,
         operators,
+        onnx_operators,
         isas,
         bounds,
         tolerances,

@@ -25,9 +25,15 @@ from qigen.formats.algebra import QuantizedTensor
 from qigen.formats.blocks import to_blocks
 from qigen.formats.catalog import by_name
 from qigen.formats.layout import Layout, pack, packed_shape, unpack
-from qigen.ir.graph import Constant, constant_shape, load_constant
+from qigen.ir.graph import (
+    Constant,
+    constant_bytes,
+    constant_format,
+    constant_shape,
+    load_constant,
+)
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 """QIGEN_ABI_VERSION of runtime/include/qigen.h."""
 
 MAGIC = b"QIGENWB1"
@@ -41,6 +47,8 @@ Progress = Callable[[str, int, int], None]
 
 def tensor_bytes(tensor: PackedTensor, constants: Mapping[str, Constant]) -> int:
     """Bytes of a tensor in weights.bin, before alignment."""
+    if tensor.raw:
+        return constant_bytes(constants[tensor.parts[0]])
     shapes = [constant_shape(constants[part]) for part in tensor.parts]
     if tensor.spec is None:
         return 4 * align(shapes[0][0], 16)
@@ -64,6 +72,10 @@ def pack_tensor(
     tensor: PackedTensor, constants: Mapping[str, Constant]
 ) -> npt.NDArray[np.uint8]:
     """uint8: the tensor as it lies in weights.bin."""
+    if tensor.raw:
+        array = load_constant(constants[tensor.parts[0]])
+        assert isinstance(array, np.ndarray), tensor.name
+        return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
     if tensor.spec is None:
         vector = np.asarray(load_constant(constants[tensor.parts[0]]), np.float32)
         out = np.zeros(align(len(vector), 16), np.float32)
@@ -125,7 +137,13 @@ def describe_tensors(
         entry = {
             "name": tensor.name,
             "parts": parts,
-            "format": tensor.spec.format.name if tensor.spec else "vector",
+            "format": (
+                tensor.spec.format.name
+                if tensor.spec
+                else constant_format(constants[tensor.parts[0]])
+                if tensor.raw
+                else "vector"
+            ),
             "offset": offsets[tensor.name],
             "bytes": tensor_bytes(tensor, constants),
             "blake2b": hashes[tensor.name],

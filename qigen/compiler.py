@@ -7,15 +7,10 @@ output folder appears whole or not at all.
 from __future__ import annotations
 
 import dataclasses
-import errno
 import hashlib
 import json
 import os
-import re
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from qigen import targets, toolchain
@@ -24,16 +19,27 @@ from qigen.artifact import (
     MANIFEST_VERSION,
     Artifact,
     describe_tensors,
-    file_entry,
     place_tensors,
     write_header,
-    write_manifest,
     write_weights,
 )
 from qigen.backends.base import Isa, KernelSource
 from qigen.backends.cpu.isa import by_name as isa_by_name
 from qigen.backends.cpu.matmul import MatmulSpec, render_matmul
 from qigen.backends.cpu.ops import render_ops
+from qigen.build import (
+    KERNEL_FLAGS,
+    Progress,
+    check_output,
+    finish,
+    included,
+    link,
+    runtime_units,
+    shown_name,
+    staging_folder,
+    write_interface,
+    write_sources,
+)
 from qigen.codegen.lower import Lowering, PackedTensor, Program, lower_program
 from qigen.codegen.render import render
 from qigen.errors import QigenError, Unsupported, UsageError
@@ -41,6 +47,7 @@ from qigen.formats import catalog
 from qigen.frontends import build_graph, load_model
 from qigen.frontends.model import LanguageModel
 from qigen.frontends.tokenizer import Tokenizer
+from qigen.graph_compiler import GraphOptions, compile_graph, is_onnx, parse_shapes
 from qigen.ir.graph import Graph, constant_shape
 from qigen.ir.plan import Plan
 from qigen.passes.memory import MemoryPlan, plan_memory
@@ -49,23 +56,11 @@ from qigen.paths import resource_folder
 from qigen.planner import isa_candidates, plan_model, spec_for
 from qigen.quantize.weights import requantized
 
-Progress = Callable[[str, int, int], None]
-
 DEFAULT_MAX_SEQ = 4096
 """Positions of a session when the user does not say: what the model was made for, up to this."""
 
 ACTIVATIONS = ("f32", "bf16", "int8", "int8-token")
 KV_FORMATS = ("f16", "int8", "int4")
-
-_COMMON_FLAGS = (
-    "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden",
-    "-ffunction-sections", "-fdata-sections", "-fno-math-errno", "-ffp-contract=off",
-)  # fmt: skip
-# Generated code: no exceptions, and nothing the linker could merge with the runtime's copies.
-_KERNEL_FLAGS = (
-    *_COMMON_FLAGS, "-O3", "-fno-exceptions", "-fno-rtti", "-fno-threadsafe-statics", "-Wno-psabi",
-)  # fmt: skip
-_RUNTIME_FLAGS = (*_COMMON_FLAGS, "-O2", "-pthread")
 
 
 def compile(
@@ -83,15 +78,20 @@ def compile(
     keep_sources: str | os.PathLike[str] | None = None,
     isa: str | None = None,
     threads: int | None = None,
+    shape: Mapping[str, Sequence[int | str]] | None = None,
     progress: Progress | None = None,
 ) -> Artifact:
-    """Compile a model file (GGUF) or folder (Hugging Face) into the artifact folder ``output``.
+    """Compile a model into the artifact folder ``output``.
+
+    ``model`` is a GGUF file, a Hugging Face folder or an ONNX file.
 
     ``target`` is "native" or a name from :mod:`qigen.targets`; ``isa`` forces an ISA row.
     ``weights`` is "keep" (the file's own codes) or a format name that every matrix is rounded to.
     ``activations``: "f32", "int8" (a scale for 32 values), "int8-token"; None lets the planner
     choose. ``kv`` is "f16" or "int8". ``max_seq`` bounds the positions of a session (default: the
-    model's own, up to 4096), ``max_batch`` the sessions of one batched step.
+    model's own, up to 4096), ``max_batch`` the sessions of one batched step. ``shape`` fixes
+    dimensions of an ONNX model's inputs by name: numbers, "?" for one that stays open, "..64" for
+    one that stays open up to 64.
 
     Raises BadInput (damaged model), Unsupported, UsageError, ToolchainError. An artifact that
     exists at ``output`` is replaced when all is done; on failure nothing is left behind.
@@ -99,11 +99,24 @@ def compile(
     _check_options(activations, kv, max_batch, tune, weights)
     report = progress or (lambda stage, done, total: None)
     out = Path(output).resolve()  # of a link, the target is replaced
-    _check_output(out)
+    check_output(out)
     compiler = toolchain.find_compiler()
     machine = targets.native() if target == "native" else targets.by_name(target)
     row = isa_by_name(isa) if isa else isa_candidates(machine)[0]
 
+    if is_onnx(Path(model)):
+        return compile_graph(
+            Path(model),
+            out,
+            isa=row,
+            machine=machine,
+            options=GraphOptions(weights, activations, parse_shapes(shape or {})),
+            jobs=jobs or os.cpu_count() or 1,
+            keep_sources=Path(keep_sources) if keep_sources else None,
+            progress=progress,
+        )
+    if shape:
+        raise UsageError("--shape is for ONNX models; language models take any number of tokens")
     report("read", 0, 1)
     source = load_model(Path(model))
     limit = source.config.max_position
@@ -126,7 +139,7 @@ def compile(
     )
     memory = plan_memory(graph, plan.max_tokens)
     program = _lower(graph, source, plan, memory, row, max_seq, max_batch)
-    with _staging(out) as staging, toolchain.ObjectCache(
+    with staging_folder(out) as staging, toolchain.ObjectCache(
         compiler, jobs or os.cpu_count() or 1
     ) as cache:
         _build(graph, source, plan, memory, program, row, machine, tokenizer, compiler, cache,
@@ -151,57 +164,6 @@ def _check_options(
         raise Unsupported("choosing formats by budget is not built yet; name a format")
     if weights != "keep":
         catalog.by_name(weights)
-
-
-def _check_output(out: Path) -> None:
-    if out.exists() and not (out / "manifest.json").is_file():
-        raise UsageError("it exists and is no artifact; choose another output", str(out))
-    if not out.parent.is_dir():
-        raise UsageError("its parent folder does not exist", str(out))
-
-
-@contextmanager
-def _staging(out: Path) -> Iterator[Path]:
-    """A folder beside ``out`` that takes its place if the block succeeds and vanishes if not."""
-    try:
-        name = tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent)
-    except OSError as error:
-        raise UsageError(f"cannot write there: {error.strerror}", str(out)) from None
-    staging = Path(name)
-    staging.chmod(0o755)
-    try:
-        yield staging
-        _replace(staging, out)
-    except OSError as error:
-        shutil.rmtree(staging, ignore_errors=True)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise UsageError(
-                "the disk is full; free some space there, in the temporary folder and in "
-                f"{toolchain.cache_folder()}, or choose another output",
-                str(out),
-            ) from None
-        raise
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
-
-
-def _replace(staging: Path, out: Path) -> None:
-    """Move a folder to ``out``. What is there goes only when that has succeeded."""
-    if not out.exists():
-        staging.replace(out)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    aside = old / out.name
-    try:
-        out.replace(aside)
-        staging.replace(out)
-    except BaseException:
-        if aside.exists():
-            aside.replace(out)
-        old.rmdir()
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _tokenizer(source: LanguageModel) -> Tokenizer | None:
@@ -242,7 +204,7 @@ def _lower(
     program = lower_program(
         lowering,
         offsets_of,
-        name=re.sub(r"[^\w.+ -]", "_", source.metadata.name) or "model",
+        name=shown_name(source.metadata.name),
         isa=isa.name,
         kv=plan.kv,
         abi=ABI_VERSION,
@@ -272,7 +234,7 @@ def _build(
     report: Progress,
 ) -> None:
     """Fill the staging folder."""
-    runtime = resource_folder("runtime")
+    runtime = runtime_units()
     headers = {
         isa.header: render(isa.template),
         "kernels.h": render("cpu/kernels.h.j2"),
@@ -281,27 +243,18 @@ def _build(
     }
     kernels = _kernels(program, plan)
     ops = render_ops(isa, program.head_dims, program.kv, program.token_tiles)
-    sources = sorted((runtime / "src").glob("*.cpp"))
-    total = len(kernels) + len(sources) + 2
+    total = len(kernels) + len(runtime) + 2
     compiled: list[str] = []
 
     def done(name: str) -> None:
         compiled.append(name)
         report("compile", len(compiled), total)
 
-    include = (runtime / "include",)
-    flags = (*_KERNEL_FLAGS, *isa.flags)
-    futures = [
-        cache.compile(
-            toolchain.Unit(
-                file.stem, file.read_text(), _RUNTIME_FLAGS, {}, (*include, runtime / "src")
-            ),
-            done,
-        )
-        for file in sources
-    ]
+    include = (resource_folder("runtime") / "include",)
+    flags = (*KERNEL_FLAGS, *isa.flags)
+    futures = [cache.compile(unit, done) for unit in runtime]
     units = [
-        toolchain.Unit(k.name, k.text, flags, _included(k.text, headers)) for k in kernels
+        toolchain.Unit(k.name, k.text, flags, included(k.text, headers)) for k in kernels
     ]
     units.append(toolchain.Unit(ops.name, ops.text, flags, headers, include))
     futures += [cache.compile(unit, done) for unit in units]
@@ -327,22 +280,12 @@ def _build(
     model_unit = toolchain.Unit("model", text, flags, model_headers, include)
     futures.append(cache.compile(model_unit, done))
     if keep_sources is not None:
-        _keep(keep_sources, model_headers, [*units, model_unit])
-    # the runtime's objects come first: what both define is taken from the one without ISA flags
-    objects = [future.result() for future in futures]
+        write_sources(keep_sources, model_headers, [*units, model_unit])
     report("link", 0, 1)
-    toolchain.link_shared(compiler, objects, runtime / "qigen.map", staging / "model.so")
+    link(compiler, futures, staging)
     if tokenizer is not None:
         tokenizer.save(staging)
-    (staging / "model.h").write_text(
-        render("model/model.h.j2", model=program, stem=_identifier(program.name))
-    )
-    shutil.copyfile(runtime / "include" / "qigen.h", staging / "qigen.h")
-    cmake = staging / "cmake"
-    cmake.mkdir()
-    (cmake / "qigen_model-config.cmake").write_text(
-        render("model/config.cmake.j2", stem=_identifier(program.name))
-    )
+    write_interface(staging, program, program.name)
     manifest = {
         "manifest_version": MANIFEST_VERSION,
         "abi": ABI_VERSION,
@@ -380,13 +323,8 @@ def _build(
             "objects_compiled": cache.misses,
         },
         "tensors": describe_tensors(program.tensors, graph.constants, hashes),
-        "files": {
-            str(f.relative_to(staging)): file_entry(f)
-            for f in sorted(staging.rglob("*"))
-            if f.is_file()
-        },
     }
-    write_manifest(staging, manifest)
+    finish(staging, manifest)
     report("link", 1, 1)
 
 
@@ -420,28 +358,11 @@ def _kernels(program: Program, plan: Plan) -> list[KernelSource]:
     return kernels
 
 
-def _included(text: str, headers: dict[str, str]) -> dict[str, str]:
-    """The headers that a kernel includes, so that its cache key holds nothing else."""
-    return {name: body for name, body in headers.items() if f'"{name}"' in text}
-
-
-def _keep(folder: Path, headers: dict[str, str], units: list[toolchain.Unit]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text in headers.items():
-        (folder / name).write_text(text)
-    for unit in units:
-        (folder / f"{unit.name}.cpp").write_text(unit.text)
-
-
 def _uid(plan: Plan, program: Program, hashes: dict[str, str]) -> bytes:
     """What ties model.so to its weights: a hash of the program and of every tensor."""
     about = dataclasses.replace(program, uid=b"")
     text = json.dumps([plan.to_json(), hashes, repr(about.parts), repr(about.calls)])
     return hashlib.blake2b(text.encode(), digest_size=32).digest()
-
-
-def _identifier(name: str) -> str:
-    return re.sub(r"\W", "_", name, flags=re.ASCII)
 
 
 def _banner(program: Program, plan: Plan, memory: MemoryPlan) -> str:

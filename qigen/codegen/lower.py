@@ -45,6 +45,7 @@ class PackedTensor:
     name: str
     parts: tuple[str, ...]
     spec: MatmulSpec | None  # None: an f32 vector, padded to whole vectors of 16
+    raw: bool = False  # the array as it is
 
 
 @dataclass(frozen=True)

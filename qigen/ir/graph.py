@@ -5,9 +5,10 @@ out. It is in static single assignment form, its nodes are stored in execution o
 that are known only at run time are strings (``"T"``, ``"R"``). What outlives a step (the key/value
 cache) is a :class:`State`.
 
-Data types of values: ``"f32"`` and ``"i32"`` for activations, ``"kv"`` for the token that orders an
-attention node behind the cache write it depends on. The value of a constant has the name of its
-format (``"f32"``, ``"q4_k"``, ``"u4g128"``, ...) as its data type.
+Data types of values: those of :mod:`qigen.ir.types` for activations (language models have ``"f32"``
+and ``"i32"``), ``"kv"`` for the token that orders an attention node behind the cache write it
+depends on. The value of a constant has the name of its format (``"f32"``, ``"q4_k"``, ``"u4g128"``,
+...) as its data type. An input or output of a node called ``""`` is absent.
 """
 
 from __future__ import annotations
@@ -22,13 +23,12 @@ import numpy.typing as npt
 
 from qigen.errors import BadInput
 from qigen.formats.algebra import Format, QuantizedTensor
-from qigen.ir import schema
+from qigen.ir import schema, types
+from qigen.ir.dims import Sym
 
 Array: TypeAlias = npt.NDArray[Any]
-Dim: TypeAlias = int | str
+Dim: TypeAlias = int | str | Sym
 Shape: TypeAlias = tuple[Dim, ...]
-
-_NUMPY_DTYPES = {"float32": "f32", "float16": "f16", "float64": "f64", "int32": "i32"}
 
 
 class LazyConstant(Protocol):
@@ -54,10 +54,7 @@ Constant: TypeAlias = npt.NDArray[Any] | QuantizedTensor | LazyConstant
 def constant_format(data: Constant) -> str:
     """Name of the format of a constant; for a plain array the name of its numpy type."""
     if isinstance(data, np.ndarray):
-        name = data.dtype.name
-        if name not in _NUMPY_DTYPES:
-            raise BadInput(f"a constant array cannot be {name}; use float32, float16 or int32")
-        return _NUMPY_DTYPES[name]
+        return types.of_array(data).name
     return data.format.name
 
 
@@ -133,6 +130,10 @@ class Graph:
     states: dict[str, State] = field(default_factory=dict)
     nodes: list[Node] = field(default_factory=list)
     meta: dict[str, Any] = field(default_factory=dict)
+    known: dict[str, Array] = field(default_factory=dict)
+    """Integers of small tensors that follow from sizes: object arrays of int and Sym."""
+    declared: dict[str, Shape] = field(default_factory=dict)
+    """Shapes that a model declares for values, sizes that it leaves open as -1."""
 
     # -- building ---------------------------------------------------------------------------------
 
@@ -188,7 +189,8 @@ class Graph:
         else:
             node.outputs = [f"{node.name}.{i}" for i in range(count)]
         for value in schema.infer(node, self):
-            self._add_value(value)
+            if value.name:
+                self._add_value(value)
         self.nodes.append(node)
         return node
 
@@ -225,7 +227,8 @@ class Graph:
         uses: dict[str, list[Node]] = {name: [] for name in self.values}
         for node in self.nodes:
             for name in node.inputs:
-                uses.setdefault(name, []).append(node)
+                if name:
+                    uses.setdefault(name, []).append(node)
         return uses
 
     def constant_bytes(self, name: str) -> int:
@@ -262,6 +265,8 @@ class Graph:
                 for n in self.nodes
             ],
             dict(self.meta),
+            dict(self.known),
+            dict(self.declared),
         )
 
     def rebuilt(self, nodes: Iterable[Node]) -> Graph:
@@ -273,10 +278,17 @@ class Graph:
         kept: list[Node] = []
         needed = set(self.outputs)
         for node in reversed(list(nodes)):
-            if needed.intersection(node.outputs) or schema.operator(node.op, node.name).effect:
+            if needed.intersection(filter(None, node.outputs)) or schema.operator(node.op, node.name).effect:
                 kept.append(node)
                 needed.update(node.inputs)
-        result = Graph(self.name, list(self.inputs), list(self.outputs), meta=dict(self.meta))
+        result = Graph(
+            self.name,
+            list(self.inputs),
+            list(self.outputs),
+            meta=dict(self.meta),
+            known=dict(self.known),
+            declared=dict(self.declared),
+        )
         for name in self.inputs:
             result.values[name] = self.values[name]
         for name, data in self.constants.items():
@@ -287,7 +299,8 @@ class Graph:
         result.states = {name: s for name, s in self.states.items() if name in states}
         for node in reversed(kept):
             for value in schema.infer(node, result):
-                result._add_value(value)
+                if value.name:
+                    result._add_value(value)
             result.nodes.append(node)
         return result
 
@@ -319,7 +332,7 @@ class Graph:
                     "op": node.op,
                     "layer": node.layer,
                     "inputs": list(node.inputs),
-                    "outputs": {name: show(name) for name in node.outputs},
+                    "outputs": {name: show(name) for name in node.outputs if name},
                     "attrs": {k: _plain(v) for k, v in node.attrs.items()},
                 }
                 for node in self.nodes
@@ -330,7 +343,7 @@ class Graph:
     def __str__(self) -> str:
         lines = [f"graph {self.name}({', '.join(str(self.values[n]) for n in self.inputs)})"]
         for node in self.nodes:
-            results = ", ".join(str(self.values[n]) for n in node.outputs)
+            results = ", ".join(str(self.values[n]) for n in node.outputs if n)
             attrs = " ".join(f"{k}={v}" for k, v in node.attrs.items())
             layer = "" if node.layer is None else f"  # layer {node.layer}"
             lines.append(f"  {results} = {node.op}({', '.join(node.inputs)}) {attrs}{layer}")

@@ -119,7 +119,10 @@ class Operator(ABC):
         for attr in self.attrs:
             if attr.name not in given and attr.default is REQUIRED:
                 raise BadInput(f"{self.name} needs the attribute '{attr.name}'", node.name)
-            result[attr.name] = attr.check(given.get(attr.name, attr.default), node.name)
+            value = given.get(attr.name, attr.default)
+            # None is an attribute that is not there, where the schema allows that
+            absent = value is None and attr.default is None
+            result[attr.name] = None if absent else attr.check(value, node.name)
         return result
 
     def n_outputs(self, node: Node) -> int:

@@ -8,8 +8,9 @@ from qigen.errors import BadInput
 from qigen.formats.algebra import QuantizedTensor, check_columns
 from qigen.ir import schema
 from qigen.ir.graph import Graph, Node, State, constant_format, constant_shape
+from qigen.ir.types import TYPES
 
-_DTYPES = ("f32", "i32", "kv")
+_DTYPES = (*TYPES, "kv")
 
 
 def verify(graph: Graph) -> list[str]:
@@ -25,7 +26,7 @@ def verify(graph: Graph) -> list[str]:
     _check_nodes(graph)
     _check_states(graph)
     read = {name for node in graph.nodes for name in node.inputs} | set(graph.outputs)
-    defined = [*graph.constants, *(out for node in graph.nodes for out in node.outputs)]
+    defined = [*graph.constants, *(out for node in graph.nodes for out in node.outputs if out)]
     return [name for name in defined if name not in read]
 
 
@@ -56,10 +57,10 @@ def _check_constants(graph: Graph) -> None:
                 f"constant {value} does not say what it is: {constant_format(data)}{list(shape)}",
                 name,
             )
-        if 0 in shape or len(shape) not in (1, 2):
-            raise BadInput(f"a constant has 1 or 2 dimensions, not the shape {list(shape)}", name)
         if isinstance(data, np.ndarray):
             continue
+        if 0 in shape or len(shape) not in (1, 2):
+            raise BadInput(f"a constant has 1 or 2 dimensions, not the shape {list(shape)}", name)
         try:
             check_columns(data.format, shape[-1])
         except BadInput as error:
@@ -88,7 +89,7 @@ def _check_nodes(graph: Graph) -> None:
         names.add(node.name)
         operator = schema.operator(node.op, node.name)
         for name in node.inputs:
-            if name not in defined:
+            if name and name not in defined:
                 raise BadInput(f"input '{name}' is not defined before it is used", node.name)
         complete = operator.complete(node, node.attrs)
         for attr in operator.attrs:
@@ -98,6 +99,8 @@ def _check_nodes(graph: Graph) -> None:
                     f"attribute {attr.name} is {given!r}; its schema asks for {wanted!r}", node.name
                 )
         for result in schema.infer(node, graph):
+            if not result.name:
+                continue
             if result.name in defined:
                 raise BadInput(f"output '{result.name}' is defined a second time", node.name)
             stored = graph.value(result.name, node.name)

@@ -43,7 +43,7 @@ class MemoryPlan:
 
 
 @dataclass
-class _Buffer:
+class Buffer:
     """Memory of one value, or of several that take it over from each other, while it is live."""
 
     values: list[str]
@@ -52,7 +52,7 @@ class _Buffer:
     last: int  # index of the node that reads it last
     offset: int = 0
 
-    def meets(self, other: _Buffer) -> bool:
+    def meets(self, other: Buffer) -> bool:
         return self.first <= other.last and other.first <= self.last
 
 
@@ -90,8 +90,8 @@ def plan_memory(graph: Graph, max_tokens: int, max_rows: int | None = None) -> M
     strides: dict[str, int] = {}
     sizes: dict[str, int] = {}
     aliases: dict[str, str] = {}
-    owner: dict[str, _Buffer] = {}
-    buffers: list[_Buffer] = []
+    owner: dict[str, Buffer] = {}
+    buffers: list[Buffer] = []
     for i, node in enumerate(graph.nodes):
         for name in node.outputs:
             value = graph.values[name]
@@ -108,12 +108,12 @@ def plan_memory(graph: Graph, max_tokens: int, max_rows: int | None = None) -> M
                 buffer.values.append(name)
                 buffer.last = last
             else:
-                buffer = _Buffer([name], sizes[name], i, last)
+                buffer = Buffer([name], sizes[name], i, last)
                 buffers.append(buffer)
             owner[name] = buffer
     live = [sum(b.size for b in buffers if b.first <= i <= b.last) for i in range(len(graph.nodes))]
     peak = max(range(len(live)), key=live.__getitem__, default=-1)
-    buffers, arena_bytes = min((_place(buffers, key) for key in _ORDERS), key=lambda p: p[1])
+    buffers, arena_bytes = place(buffers)
     offsets = {name: buffer.offset for buffer in buffers for name in buffer.values}
     return MemoryPlan(
         offsets={name: offsets[name] for name in sizes},
@@ -142,18 +142,23 @@ def _extent(value: Value, bounds: Mapping[str, int]) -> tuple[int, int]:
     return rows, columns
 
 
-_ORDERS: tuple[Callable[[_Buffer], tuple[int, ...]], ...] = (
+_ORDERS: tuple[Callable[[Buffer], tuple[int, ...]], ...] = (
     lambda b: (-b.size, b.first),
     lambda b: (-b.size * (b.last - b.first + 1), b.first),
     lambda b: (b.first, -b.size),
 )
 
 
+def place(buffers: list[Buffer]) -> tuple[list[Buffer], int]:
+    """The buffers with offsets, and the bytes they take: the best of three orders (plan_memory)."""
+    return min((_place(buffers, key) for key in _ORDERS), key=lambda p: p[1])
+
+
 def _place(
-    buffers: list[_Buffer], order: Callable[[_Buffer], tuple[int, ...]]
-) -> tuple[list[_Buffer], int]:
+    buffers: list[Buffer], order: Callable[[Buffer], tuple[int, ...]]
+) -> tuple[list[Buffer], int]:
     """The buffers with offsets by best fit in the given order, and the bytes they take."""
-    placed: list[_Buffer] = []
+    placed: list[Buffer] = []
     total = 0
     for buffer in sorted(buffers, key=order):
         end, best = 0, None

@@ -1,4 +1,4 @@
-/* qigen.h: the C interface of every qigen artifact, version 1 (C11).
+/* qigen.h: the C interface of every qigen artifact, version 2 (C11).
  *
  * An artifact is a folder: model.so (the compiled model together with its runtime), weights.bin and
  * files for the tokenizer. Every model.so exports exactly the functions below, so a program that is
@@ -37,7 +37,7 @@ extern "C" {
 #endif
 
 /* Version of this interface, of weights.bin and of the generated code. */
-#define QIGEN_ABI_VERSION 1u
+#define QIGEN_ABI_VERSION 2u
 
 /* What a function reports. 2 to 6 are the exit codes of the command line. */
 typedef int32_t qigen_status;
@@ -122,7 +122,32 @@ QIGEN_API int32_t qigen_model_is_eos(const qigen_model* model, int32_t id);
  */
 
 #define QIGEN_MAX_RANK 8
-enum { QIGEN_FLOAT32 = 1, QIGEN_INT32 = 2, QIGEN_INT64 = 3 };
+enum {
+  QIGEN_FLOAT32 = 1,
+  QIGEN_INT32 = 2,
+  QIGEN_INT64 = 3,
+  QIGEN_FLOAT64 = 4,
+  QIGEN_FLOAT16 = 5,
+  QIGEN_BFLOAT16 = 6,
+  QIGEN_INT8 = 7,
+  QIGEN_UINT8 = 8,
+  QIGEN_INT16 = 9,
+  QIGEN_UINT16 = 10,
+  QIGEN_UINT32 = 11,
+  QIGEN_UINT64 = 12,
+  QIGEN_BOOL = 13, /* a byte, 0 or 1 */
+  /* one value a byte */
+  QIGEN_FLOAT8E4M3FN = 14,
+  QIGEN_FLOAT8E4M3FNUZ = 15,
+  QIGEN_FLOAT8E5M2 = 16,
+  QIGEN_FLOAT8E5M2FNUZ = 17,
+  QIGEN_FLOAT8E8M0 = 18,
+  QIGEN_FLOAT4E2M1 = 19,
+  QIGEN_INT4 = 20,
+  QIGEN_UINT4 = 21,
+  QIGEN_INT2 = 22,
+  QIGEN_UINT2 = 23
+};
 
 /* A dense row-major tensor. */
 typedef struct qigen_tensor {
@@ -143,9 +168,23 @@ QIGEN_API qigen_status qigen_model_get_output(const qigen_model* model, int32_t 
 /* Runs the model once, without state. Inputs are found by name. For each output, the caller sets
  * name, data and bytes; dtype, rank and shape are filled in. If data of an output is NULL, only the
  * descriptions of the outputs are filled in and nothing is computed: the way to learn their sizes.
+ * A size that only the computation decides (how many elements are not zero, say) is then -1: see
+ * qigen_model_call.
  * Language models: input_ids int32 or int64, [n] or [1, n]  ->  logits float32 [1, n, vocab]. */
 QIGEN_API qigen_status qigen_model_run(qigen_model* model, const qigen_tensor* inputs,
                                        size_t n_inputs, qigen_tensor* outputs, size_t n_outputs);
+
+/* The outputs of one call of a model. */
+typedef struct qigen_result qigen_result;
+
+/* As qigen_model_run, in memory of the library: for outputs whose sizes only the call decides. The
+ * result holds all outputs, in the order of qigen_model_get_output, until it is freed. */
+QIGEN_API qigen_status qigen_model_call(qigen_model* model, const qigen_tensor* inputs,
+                                        size_t n_inputs, qigen_result** result);
+/* Output number `index` with its data. */
+QIGEN_API qigen_status qigen_result_get(const qigen_result* result, int32_t index,
+                                        qigen_tensor* tensor);
+QIGEN_API void qigen_result_free(qigen_result* result);
 
 /* ---- sessions of a language model -------------------------------------------------------------
  */

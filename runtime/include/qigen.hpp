@@ -183,6 +183,42 @@ class Sampler {
   uint64_t rng_;
 };
 
+// The outputs of Model::call. Their memory belongs to it.
+class Result {
+ public:
+  Result(Result&& other) noexcept { swap(other); }
+  Result& operator=(Result&& other) noexcept {
+    swap(other);
+    return *this;
+  }
+  ~Result() {
+    if (result_) artifact_->api.result_free(result_);
+  }
+
+  int32_t size() const { return artifact_->info.n_outputs; }
+  // Output number `index`, with its data.
+  qigen_tensor operator[](int32_t index) const {
+    qigen_tensor tensor{};
+    artifact_->check(artifact_->api.result_get(result_, index, &tensor));
+    return tensor;
+  }
+
+ private:
+  friend class Model;
+  Result(std::shared_ptr<const detail::Artifact> artifact, const std::vector<qigen_tensor>& inputs)
+      : artifact_(std::move(artifact)) {
+    artifact_->check(
+        artifact_->api.model_call(artifact_->model, inputs.data(), inputs.size(), &result_));
+  }
+  void swap(Result& other) {
+    std::swap(artifact_, other.artifact_);
+    std::swap(result_, other.result_);
+  }
+
+  std::shared_ptr<const detail::Artifact> artifact_;
+  qigen_result* result_ = nullptr;
+};
+
 // An open artifact. Copies share it. Usable from any number of threads.
 class Model {
  public:
@@ -237,6 +273,9 @@ class Model {
     artifact_->check(artifact_->api.model_run(artifact_->model, inputs.data(), inputs.size(),
                                               outputs->data(), outputs->size()));
   }
+
+  // Runs the model once; the library allocates the outputs. See qigen_model_call.
+  Result call(const std::vector<qigen_tensor>& inputs) const { return Result(artifact_, inputs); }
 
   // Descriptions of the inputs and outputs of run().
   std::vector<qigen_tensor> inputs() const {

@@ -42,6 +42,9 @@ typedef struct qigen_api {
   qigen_status (*model_get_input)(const qigen_model*, int32_t, qigen_tensor*);
   qigen_status (*model_get_output)(const qigen_model*, int32_t, qigen_tensor*);
   qigen_status (*model_run)(qigen_model*, const qigen_tensor*, size_t, qigen_tensor*, size_t);
+  qigen_status (*model_call)(qigen_model*, const qigen_tensor*, size_t, qigen_result**);
+  qigen_status (*result_get)(const qigen_result*, int32_t, qigen_tensor*);
+  void (*result_free)(qigen_result*);
   int32_t (*model_is_eos)(const qigen_model*, int32_t);
   qigen_status (*token_text)(const qigen_model*, int32_t, const char**, size_t*);
   qigen_status (*session_create)(qigen_model*, int32_t, qigen_session**);
@@ -64,6 +67,9 @@ typedef struct qigen_api {
   X(model_get_input)           \
   X(model_get_output)          \
   X(model_run)                 \
+  X(model_call)                \
+  X(result_get)                \
+  X(result_free)               \
   X(model_is_eos)              \
   X(token_text)                \
   X(session_create)            \

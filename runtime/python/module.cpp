@@ -76,16 +76,52 @@ std::vector<int32_t> token_ids(const py::object& object) {
   return ids;
 }
 
+// numpy's names of the element types, by their numbers in qigen.h; those from kFirstForeign on, and
+// bfloat16, come from the package ml_dtypes.
+constexpr const char* kDtypes[] = {"",
+                                   "float32",
+                                   "int32",
+                                   "int64",
+                                   "float64",
+                                   "float16",
+                                   "bfloat16",
+                                   "int8",
+                                   "uint8",
+                                   "int16",
+                                   "uint16",
+                                   "uint32",
+                                   "uint64",
+                                   "bool",
+                                   "float8_e4m3fn",
+                                   "float8_e4m3fnuz",
+                                   "float8_e5m2",
+                                   "float8_e5m2fnuz",
+                                   "float8_e8m0fnu",
+                                   "float4_e2m1fn",
+                                   "int4",
+                                   "uint4",
+                                   "int2",
+                                   "uint2"};
+constexpr int32_t kDtypeCount = sizeof kDtypes / sizeof *kDtypes;
+constexpr int32_t kFirstForeign = QIGEN_FLOAT8E4M3FN;
+
 const char* dtype_name(int32_t dtype) {
-  switch (dtype) {
-    case QIGEN_FLOAT32:
-      return "float32";
-    case QIGEN_INT32:
-      return "int32";
-    case QIGEN_INT64:
-      return "int64";
-  }
+  if (dtype > 0 && dtype < kDtypeCount) return kDtypes[dtype];
   throw qigen::Error(QIGEN_INTERNAL, "the artifact has a tensor of unknown type");
+}
+
+py::dtype numpy_dtype(int32_t dtype) {
+  if (dtype != QIGEN_BFLOAT16 && dtype < kFirstForeign) return py::dtype(dtype_name(dtype));
+  return py::dtype::from_args(py::module_::import("ml_dtypes").attr(dtype_name(dtype)));
+}
+
+// Number of a numpy type, 0 for one that no tensor can have.
+int32_t dtype_number(const py::dtype& dtype) {
+  const auto name = py::cast<std::string>(dtype.attr("name"));
+  for (int32_t i = 1; i < kDtypeCount; ++i) {
+    if (name == kDtypes[i]) return i;
+  }
+  return 0;
 }
 
 std::vector<int64_t> shape_of(const qigen_tensor& tensor) {
@@ -136,9 +172,7 @@ py::dict run(const qigen::Model& model, const py::dict& arrays) {
     names.push_back(py::cast<std::string>(key));
     qigen_tensor tensor{};
     tensor.name = names.back().c_str();
-    for (int32_t dtype : {QIGEN_FLOAT32, QIGEN_INT32, QIGEN_INT64}) {
-      if (py::dtype(dtype_name(dtype)).equal(array.dtype())) tensor.dtype = dtype;
-    }
+    tensor.dtype = dtype_number(array.dtype());
     tensor.rank = static_cast<int32_t>(array.ndim());
     std::copy_n(array.shape(), tensor.rank, tensor.shape);
     tensor.data = const_cast<void*>(array.data());
@@ -146,12 +180,27 @@ py::dict run(const qigen::Model& model, const py::dict& arrays) {
     inputs.push_back(tensor);
     keep.push_back(array);
   }
-  // Once for the shapes, once for the numbers.
+  // Once for the shapes, once for the numbers, unless only the run decides the shapes.
   std::vector<qigen_tensor> outputs = model.outputs();
   model.run(inputs, &outputs);
   py::dict results;
+  if (std::any_of(outputs.begin(), outputs.end(), [](const qigen_tensor& tensor) {
+        return std::any_of(tensor.shape, tensor.shape + tensor.rank,
+                           [](int64_t size) { return size < 0; });
+      })) {
+    const qigen::Result result = [&] {
+      py::gil_scoped_release unlocked;
+      return model.call(inputs);
+    }();
+    for (int32_t i = 0; i < result.size(); ++i) {
+      const qigen_tensor tensor = result[i];
+      // without a base, the array copies
+      results[tensor.name] = py::array(numpy_dtype(tensor.dtype), shape_of(tensor), tensor.data);
+    }
+    return results;
+  }
   for (qigen_tensor& tensor : outputs) {
-    py::array array(py::dtype(dtype_name(tensor.dtype)), shape_of(tensor));
+    py::array array(numpy_dtype(tensor.dtype), shape_of(tensor));
     tensor.data = array.mutable_data();
     tensor.bytes = static_cast<size_t>(array.nbytes());
     results[tensor.name] = array;

@@ -23,6 +23,12 @@ struct qigen_session {
   Session session;
 };
 
+// The model's outputs; it keeps the model, whose descriptions the names point into.
+struct qigen_result {
+  std::shared_ptr<Model> model;
+  qigen::runtime::Outputs outputs;
+};
+
 namespace {
 
 void require(bool good, const char* problem) {
@@ -106,6 +112,28 @@ qigen_status qigen_model_run(qigen_model* model, const qigen_tensor* inputs, siz
     run_tensors(model->model, inputs, n_inputs, outputs, n_outputs);
   });
 }
+
+qigen_status qigen_model_call(qigen_model* model, const qigen_tensor* inputs, size_t n_inputs,
+                              qigen_result** result) {
+  return guarded([&] {
+    require(model && (inputs || n_inputs == 0) && result,
+            "qigen_model_call needs a model, inputs and a place for the result");
+    *result = nullptr;
+    *result = new qigen_result{model->model, call_tensors(model->model, inputs, n_inputs)};
+  });
+}
+
+qigen_status qigen_result_get(const qigen_result* result, int32_t index, qigen_tensor* tensor) {
+  return guarded([&] {
+    require(result && tensor, "qigen_result_get needs a result and a tensor");
+    const auto& tensors = result->outputs.tensors;
+    require(index >= 0 && static_cast<size_t>(index) < tensors.size(),
+            "the result has no output of that number");
+    *tensor = tensors[index];
+  });
+}
+
+void qigen_result_free(qigen_result* result) { delete result; }
 
 qigen_status qigen_session_create(qigen_model* model, int32_t max_seq, qigen_session** session) {
   return guarded([&] {

@@ -54,7 +54,8 @@ Model::Model(const std::string& folder, const qigen_load_options& options)
       vocabulary_(open_vocabulary(folder + "/vocab.bin", description_.vocab)),
       pool_(thread_count(options.threads), options.pin != 0, spin_time(options.spin_us)),
       arena_(description_.arena_bytes + pool_.threads() * description_.arena_bytes_per_thread,
-             "arena") {}
+             "arena"),
+      graph_(description_.graph ? std::make_unique<Graph>(*description_.graph) : nullptr) {}
 
 void Model::check_tokens(const int32_t* tokens, int32_t n) const {
   for (int32_t i = 0; i < n; ++i) {
@@ -73,6 +74,14 @@ void Model::run(Step step) {
   pool_.run(description_.step, step);
 }
 
+void Model::run(const GraphStep& graph, uint8_t* arena) {
+  Step step{};
+  step.weights = weights_.data();
+  step.arena = arena ? arena : arena_.data();
+  step.graph = &graph;
+  pool_.run(description_.step, step);
+}
+
 void Model::get_info(qigen_model_info* info) const {
   qigen_model_info full{};
   full.struct_size = info->struct_size;
@@ -86,8 +95,8 @@ void Model::get_info(qigen_model_info* info) const {
   full.d_model = description_.d_model;
   full.n_layers = description_.n_layers;
   full.threads = pool_.threads();
-  full.n_inputs = 1;
-  full.n_outputs = 1;
+  full.n_inputs = graph_ ? graph_->description().n_inputs : 1;
+  full.n_outputs = graph_ ? graph_->description().n_outputs : 1;
   full.n_eos = vocabulary_.eos_count();
   full.eos = vocabulary_.eos();
   full.weights_bytes = description_.weights_bytes;

@@ -5,6 +5,7 @@
 #include <memory>
 #include <string>
 
+#include "graph.h"
 #include "memory.h"
 #include "qigen.h"
 #include "thread_pool.h"
@@ -30,6 +31,12 @@ class Model {
   // Runs one step on all threads; weights and arena are filled in here.
   void run(Step step);
 
+  // A graph model's run with everything but weights: `arena` is the caller's.
+  void run(const GraphStep& graph, uint8_t* arena);
+
+  // The graph of a graph model; null for a language model.
+  Graph* graph() const { return graph_.get(); }
+
   void get_info(qigen_model_info* info) const;
   void get_input(int32_t index, qigen_tensor* tensor) const;
   void get_output(int32_t index, qigen_tensor* tensor) const;
@@ -40,6 +47,7 @@ class Model {
   Vocabulary vocabulary_;
   ThreadPool pool_;
   LazyMemory arena_;
+  std::unique_ptr<Graph> graph_;
 };
 
 class Session {
@@ -83,8 +91,12 @@ class Session {
 // Appends one token to each of n different sessions in one step; logits: [n][vocab].
 void batch_eval(Session* const* sessions, const int32_t* tokens, int32_t n, float* logits);
 
-// See qigen_model_run.
+// See qigen_model_run. Language models and graph models.
 void run_tensors(const std::shared_ptr<Model>& model, const qigen_tensor* inputs, size_t n_inputs,
                  qigen_tensor* outputs, size_t n_outputs);
+
+// See qigen_model_call.
+Outputs call_tensors(const std::shared_ptr<Model>& model, const qigen_tensor* inputs,
+                     size_t n_inputs);
 
 }  // namespace qigen::runtime

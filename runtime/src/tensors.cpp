@@ -52,17 +52,20 @@ std::vector<int32_t> token_ids(const qigen_tensor& tensor) {
 }  // namespace
 
 void Model::get_input(int32_t index, qigen_tensor* tensor) const {
+  if (graph_) return graph_->get_input(index, tensor);
   check_index(index, "input");
   *tensor = {kInput, QIGEN_INT32, 2, {1, -1}, nullptr, 0};
 }
 
 void Model::get_output(int32_t index, qigen_tensor* tensor) const {
+  if (graph_) return graph_->get_output(index, tensor);
   check_index(index, "output");
   *tensor = {kOutput, QIGEN_FLOAT32, 3, {1, -1, description_.vocab}, nullptr, 0};
 }
 
 void run_tensors(const std::shared_ptr<Model>& model, const qigen_tensor* inputs, size_t n_inputs,
                  qigen_tensor* outputs, size_t n_outputs) {
+  if (model->graph()) return model->graph()->run(*model, inputs, n_inputs, outputs, n_outputs);
   if (n_inputs != 1 || !inputs[0].name || std::strcmp(inputs[0].name, kInput) != 0) {
     throw Failure(QIGEN_BAD_INPUT, "a language model has one input, %s; give exactly that one",
                   kInput);
@@ -95,6 +98,20 @@ void run_tensors(const std::shared_ptr<Model>& model, const qigen_tensor* inputs
   }
   Session session(model, static_cast<int32_t>(n));
   session.eval(ids.data(), static_cast<int32_t>(n), static_cast<float*>(output.data), true);
+}
+
+Outputs call_tensors(const std::shared_ptr<Model>& model, const qigen_tensor* inputs,
+                     size_t n_inputs) {
+  if (model->graph()) return model->graph()->call(*model, inputs, n_inputs);
+  Outputs outputs;
+  qigen_tensor logits{};
+  model->get_output(0, &logits);
+  run_tensors(model, inputs, n_inputs, &logits, 1);
+  logits.bytes = sizeof(float) * logits.shape[1] * logits.shape[2];
+  logits.data = outputs.allocate(logits.bytes);
+  run_tensors(model, inputs, n_inputs, &logits, 1);
+  outputs.tensors.push_back(logits);
+  return outputs;
 }
 
 }  // namespace qigen::runtime

@@ -98,7 +98,7 @@ def input_twice(g: Graph) -> None:
 
 
 def input_of_wrong_type(g: Graph) -> None:
-    g.values["rows"] = Value("rows", ("R",), "i64")
+    g.values["rows"] = Value("rows", ("R",), "q4_0")
 
 
 def no_output(g: Graph) -> None:

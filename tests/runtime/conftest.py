@@ -36,7 +36,7 @@ def write_weights(
     path: Path,
     *,
     magic: bytes = b"QIGENWB1",
-    abi: int = 1,
+    abi: int = 2,
     file_bytes: int = 8192,
     uid: int = 0x5A,
     weights: NDArray[np.float32] | None = None,

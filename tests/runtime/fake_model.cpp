@@ -87,4 +87,5 @@ const qigen::ModelDescription qigen::qigen_model_description = {
     /*arena_bytes_per_thread=*/kArenaPerThread,
     /*kv_bytes_per_position=*/8,
     /*step=*/step,
+    /*graph=*/nullptr,
 };

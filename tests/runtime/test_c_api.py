@@ -95,7 +95,7 @@ def test_exports_and_needs(fake: Any) -> None:
 
 
 def test_load_and_eval(fake: Any, library: c.CDLL, model: c.c_void_p) -> None:
-    assert library.qigen_abi_version() == 1
+    assert library.qigen_abi_version() == 2
     session = c.c_void_p()
     assert library.qigen_session_create(model, 0, c.byref(session)) == OK
     tokens = np.arange(20, dtype=np.int32)
@@ -305,8 +305,8 @@ def test_loader_asks_for_the_abi_first(artifact: Path, tmp_path: Path) -> None:
     compiler = shutil.which("gcc")
     assert compiler
     source = tmp_path / "other.c"
-    source.write_text("unsigned qigen_abi_version(void) { return 2; }\n")
+    source.write_text("unsigned qigen_abi_version(void) { return 3; }\n")
     (artifact / "model.so").unlink()
     subprocess.run([compiler, "-shared", "-fPIC", source, "-o", artifact / "model.so"], check=True)
-    with pytest.raises(MachineMismatch, match="ABI version 2"):
+    with pytest.raises(MachineMismatch, match="ABI version 3"):
         runtime.Model(str(artifact))

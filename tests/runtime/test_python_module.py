@@ -266,9 +266,9 @@ def test_weights_of_another_model(
 def test_other_abi(
     fake: Any, artifact: Path, tmp_path: Path, weights_writer: Callable[..., None]
 ) -> None:
-    weights_writer(artifact / "weights.bin", weights=fake.weights, abi=2)
+    weights_writer(artifact / "weights.bin", weights=fake.weights, abi=3)
     error = load_error(artifact)
-    assert isinstance(error, MachineMismatch) and "version 2" in str(error)
+    assert isinstance(error, MachineMismatch) and "version 3" in str(error)
     error = load_error(fake.artifact(tmp_path / "kernels", "FAKE_ABI=9"))
     assert isinstance(error, MachineMismatch) and "version 9" in str(error)
 

@@ -60,6 +60,8 @@ struct KvCache {
   int64_t capacity;  // positions, a multiple of 64
 };
 
+struct GraphStep;
+
 // One step: n_tokens tokens go through the whole model together.
 // Tokens of one session are adjacent and their positions ascend by one; a step holds either tokens
 // of one session or one token each of several. 1 <= n_tokens <= max_tokens; ids and positions are
@@ -75,6 +77,46 @@ struct Step {
   const int32_t* logit_rows;  // [n_logits], ascending indices of tokens
   float* logits;              // [n_logits][logits_stride], of any alignment
   int64_t logits_stride;      // in floats
+  const GraphStep* graph;     // models of named tensors: what follows; all of the above but weights
+                              // and arena is then empty
+};
+
+// One run of a model of named tensors (a graph model).
+struct GraphStep {
+  const void* const* inputs;  // [n_inputs], dense, of any alignment
+  void* const* outputs;       // [n_outputs]; null where only the run decides the size
+  const int64_t* symbols;     // [n_symbols] sizes that the inputs have
+  const int64_t* offsets;     // [n_buffers] bytes in the arena
+  int64_t* slots;             // [n_slots] what one thread finds out for all
+  // 64-byte aligned memory that lives until the results are taken, or null if there is none.
+  void* (*allocate)(void* heap, uint64_t bytes);
+  void* heap;
+  void** results;                     // [n_outputs] data of outputs that were null
+  int64_t (*result_shapes)[8];        // [n_outputs]
+  std::atomic<const char*>* failure;  // first problem that a kernel met in its inputs
+};
+
+// An input or output of a graph model. shape[i] >= 0 is a size. Below 0 it is symbol number
+// -1 - shape[i] for an input; of an output it says that the sizes follow from `plan` or the run.
+struct TensorDescription {
+  const char* name;
+  int32_t dtype;  // as in qigen.h
+  int32_t rank;
+  int64_t shape[8];
+};
+
+struct GraphDescription {
+  int32_t n_inputs, n_outputs, n_symbols, n_buffers, n_slots;
+  const TensorDescription* inputs;
+  const TensorDescription* outputs;
+  const char* const* symbols;  // names of the dimensions that inputs decide
+  const int64_t* limits;       // largest value of each symbol; 0: none
+  // Index of the first and the last node that touches each buffer; null: offsets are fixed.
+  const int32_t (*lifetimes)[2];
+  const int64_t* offsets;  // if fixed
+  // Bytes of the buffers (null: not wanted) and shapes of the outputs for these symbols; a size
+  // that only the run decides is -1. Returns the problem if the sizes make no sense, else null.
+  const char* (*plan)(const int64_t* symbols, int64_t* bytes, int64_t (*output_shapes)[8]);
 };
 
 QIGEN_ALWAYS_INLINE void cpu_relax() {
@@ -145,6 +187,7 @@ struct ModelDescription {
   // Called once by every thread of the pool with its own `thread` in 0 … n_threads-1; must not
   // throw. The logits are complete when all calls have returned.
   void (*step)(const Step&, int thread, int n_threads, Barrier&);
+  const GraphDescription* graph;  // null for a language model
 };
 
 // Hidden although its name begins like the exported ones.

@@ -1,0 +1,145 @@
+"""What every compilation shares: the staging folder, the flags, the runtime's objects."""
+
+from __future__ import annotations
+
+import errno
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from qigen import toolchain
+from qigen.artifact import file_entry, write_manifest
+from qigen.codegen.render import render
+from qigen.errors import UsageError
+from qigen.paths import resource_folder
+
+Progress = Callable[[str, int, int], None]
+
+_COMMON_FLAGS = (
+    "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden",
+    "-ffunction-sections", "-fdata-sections", "-fno-math-errno", "-ffp-contract=off",
+)  # fmt: skip
+# Generated code: no exceptions, and nothing the linker could merge with the runtime's copies.
+KERNEL_FLAGS = (
+    *_COMMON_FLAGS, "-O3", "-fno-exceptions", "-fno-rtti", "-fno-threadsafe-statics", "-Wno-psabi",
+)  # fmt: skip
+RUNTIME_FLAGS = (*_COMMON_FLAGS, "-O2", "-pthread")
+
+
+def check_output(out: Path) -> None:
+    if out.exists() and not (out / "manifest.json").is_file():
+        raise UsageError("it exists and is no artifact; choose another output", str(out))
+    if not out.parent.is_dir():
+        raise UsageError("its parent folder does not exist", str(out))
+
+
+@contextmanager
+def staging_folder(out: Path) -> Iterator[Path]:
+    """A folder beside ``out`` that takes its place if the block succeeds and vanishes if not."""
+    try:
+        name = tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent)
+    except OSError as error:
+        raise UsageError(f"cannot write there: {error.strerror}", str(out)) from None
+    staging = Path(name)
+    staging.chmod(0o755)
+    try:
+        yield staging
+        _replace(staging, out)
+    except OSError as error:
+        shutil.rmtree(staging, ignore_errors=True)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise UsageError(
+                "the disk is full; free some space there, in the temporary folder and in "
+                f"{toolchain.cache_folder()}, or choose another output",
+                str(out),
+            ) from None
+        raise
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def _replace(staging: Path, out: Path) -> None:
+    """Move a folder to ``out``. What is there goes only when that has succeeded."""
+    if not out.exists():
+        staging.replace(out)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    aside = old / out.name
+    try:
+        out.replace(aside)
+        staging.replace(out)
+    except BaseException:
+        if aside.exists():
+            aside.replace(out)
+        old.rmdir()
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def included(text: str, headers: dict[str, str]) -> dict[str, str]:
+    """The headers that a kernel includes, so that its cache key holds nothing else."""
+    return {name: body for name, body in headers.items() if f'"{name}"' in text}
+
+
+def write_sources(folder: Path, headers: dict[str, str], units: list[toolchain.Unit]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in headers.items():
+        (folder / name).write_text(text)
+    for unit in units:
+        (folder / f"{unit.name}.cpp").write_text(unit.text)
+
+
+
+
+def runtime_units() -> list[toolchain.Unit]:
+    """The runtime, which becomes part of every artifact."""
+    runtime = resource_folder("runtime")
+    folders = (runtime / "include", runtime / "src")
+    return [
+        toolchain.Unit(file.stem, file.read_text(), RUNTIME_FLAGS, {}, folders)
+        for file in sorted((runtime / "src").glob("*.cpp"))
+    ]
+
+
+def link(compiler: toolchain.Compiler, objects: Sequence[Future[Path]], staging: Path) -> None:
+    """Link ``model.so``. The runtime's objects come first: what both define is taken from the one
+    without ISA flags."""
+    script = resource_folder("runtime") / "qigen.map"
+    toolchain.link_shared(compiler, [o.result() for o in objects], script, staging / "model.so")
+
+
+def write_interface(staging: Path, model: Any, name: str) -> None:
+    """The headers and the CMake package of an artifact."""
+    stem = identifier(name)
+    (staging / "model.h").write_text(render("model/model.h.j2", model=model, stem=stem))
+    include = resource_folder("runtime") / "include"
+    shutil.copyfile(include / "qigen.h", staging / "qigen.h")
+    cmake = staging / "cmake"
+    cmake.mkdir()
+    (cmake / "qigen_model-config.cmake").write_text(render("model/config.cmake.j2", stem=stem))
+
+
+def finish(staging: Path, manifest: Mapping[str, Any]) -> None:
+    """Write the manifest, which lists all files that are there."""
+    files = {
+        str(f.relative_to(staging)): file_entry(f)
+        for f in sorted(staging.rglob("*"))
+        if f.is_file()
+    }
+    write_manifest(staging, {**manifest, "files": files})
+
+
+def identifier(name: str) -> str:
+    """A name as an identifier of C and CMake."""
+    return re.sub(r"\W", "_", name, flags=re.ASCII)
+
+
+def shown_name(name: str) -> str:
+    """A model's name without what a C string or a terminal could choke on."""
+    return re.sub(r"[^\w.+ -]", "_", name) or "model"

@@ -1,0 +1,450 @@
+"""Lowering of tensor graphs: the program that ``templates/tensor/model.cpp.j2`` writes down.
+
+Every node is one call of a function (:class:`qigen.ir.tensor.Call`). Decided here is where values
+lie (in the caller's memory, in weights.bin, in the arena or, where only the run knows the size, on
+the heap) and where the threads must wait for each other.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from qigen.codegen.lower import PackedTensor, align
+from qigen.errors import Unsupported
+from qigen.ir import dims, schema
+from qigen.ir.dims import Sym
+from qigen.ir.graph import Dim, Graph, Node, Shape
+from qigen.ir.tensor import (
+    Alias,
+    Argument,
+    Call,
+    Floats,
+    Ints,
+    Problem,
+    Ref,
+    Refs,
+    RunInts,
+    TensorOp,
+    Word,
+    fresh_names,
+)
+from qigen.ir.types import TYPES
+from qigen.passes.memory import Buffer, place
+
+
+@dataclass
+class Storage:
+    """Where the memory of one value, and of its aliases, lies."""
+
+    kind: str  # "input", "weight", "buffer", "output" or "heap"
+    index: int
+    bytes: Dim = 0
+    first: int = 0  # the nodes that touch it
+    last: int = 0
+    constant: str = ""
+
+
+@dataclass(frozen=True)
+class Line:
+    """A statement of the step, or a comment line, or a barrier."""
+
+    kind: str  # "comment", "call", "tensor", "size", "wait", "result"
+    text: str
+
+
+@dataclass(frozen=True)
+class Interface:
+    """An input or output: name, number of its type, sizes (numbers; -1 - i for symbol i)."""
+
+    name: str
+    dtype: int
+    shape: tuple[int, ...]
+
+    @property
+    def literal(self) -> str:
+        """The name as a C++ string."""
+        return json.dumps(self.name, ensure_ascii=False)
+
+
+@dataclass
+class GraphProgram:
+    """All that the template of a graph model needs."""
+
+    name: str
+    isa: str
+    abi: int
+    cpu_features: str
+    headers: tuple[str, ...]
+    kernels: tuple[str, ...]  # declarations of functions in other translation units
+    inputs: tuple[Interface, ...]
+    outputs: tuple[Interface, ...]
+    output_shapes: tuple[tuple[str, ...], ...]  # C++ expressions; "-1": only the run decides
+    symbols: tuple[str, ...]
+    symbol_names: tuple[str, ...]
+    limits: tuple[int, ...]
+    slots: int
+    buffer_bytes: tuple[str, ...]  # C++ expressions
+    lifetimes: tuple[tuple[int, int], ...] | None
+    offsets: tuple[int, ...]
+    lines: tuple[Line, ...]
+    tensors: list[PackedTensor]
+    arena_bytes: int
+    lower_bound_bytes: int
+    peak_node: str
+    barriers: int
+    weights_bytes: int = 0
+    uid: bytes = bytes(32)
+    notes: tuple[str, ...] = ()
+
+
+KernelLookup = Callable[[Node, Graph], "Call | Alias | None"]
+"""The call of a node whose kernel is a translation unit of its own; None for all others."""
+
+
+class GraphLowering:
+    """Lowers a tensor graph; ``special`` gives the calls of nodes with generated kernels."""
+
+    def __init__(self, graph: Graph, special: KernelLookup) -> None:
+        self.graph = graph
+        self.special = special
+        self.calls: list[Call | Alias] = []
+        self.storage: dict[str, Storage] = {}
+        self.identifiers: dict[str, str] = {}
+        self.slots = 0
+        self.lines: list[Line] = []
+        self.defined: set[str] = set()
+        self.symbols = _input_symbols(graph)
+
+    # -- where values lie -------------------------------------------------------------------------
+
+    def _root(self, name: str) -> str:
+        while name in self._aliases:
+            name = self._aliases[name]
+        return name
+
+    def place_values(self) -> list[Storage]:
+        """Decide the storage of every value; returns the arena's buffers."""
+        graph = self.graph
+        self._aliases: dict[str, str] = {}
+        for node in graph.nodes:
+            call = self.special(node, graph)
+            if call is None:
+                operator = schema.operator(node.op, node.name)
+                assert isinstance(operator, TensorOp), node.op
+                call = operator.call(node, graph)
+            if isinstance(call, Alias) and node.outputs[0] in graph.outputs:
+                call = Call("tensor.h", "copy_tensor", (),
+                            (Ref(node.outputs[0]), Ref(call.source),
+                             TYPES[graph.values[node.outputs[0]].dtype].bytes))
+            if isinstance(call, Alias):
+                self._aliases[node.outputs[0]] = call.source
+            self.calls.append(call)
+        for i, name in enumerate(graph.inputs):
+            self.storage[name] = Storage("input", i)
+        buffers: list[Storage] = []
+        for i, node in enumerate(graph.nodes):
+            for name in node.outputs:
+                if name and name not in self._aliases:
+                    self.storage[name] = self._storage(name, i, buffers)
+            for name in (*node.inputs, *node.outputs):
+                root = self._root(name)
+                if root in self.storage:
+                    self.storage[root].last = i
+        return buffers
+
+    def _storage(self, name: str, node: int, buffers: list[Storage]) -> Storage:
+        value = self.graph.values[name]
+        size = dims.product(value.shape) * TYPES[value.dtype].bytes
+        known = not isinstance(size, Sym) or size.names() <= set(self.symbols)
+        if name in self.graph.outputs:
+            index = self.graph.outputs.index(name)
+            if known:
+                return Storage("output", index, size, node, node)
+            return Storage("heap", self._slot(), size, node, node)
+        if not known:
+            return Storage("heap", self._slot(), size, node, node)
+        storage = Storage("buffer", len(buffers), size, node, node)
+        buffers.append(storage)
+        return storage
+
+    def _slot(self) -> int:
+        self.slots += 1
+        return self.slots - 1
+
+    # -- text -------------------------------------------------------------------------------------
+
+    def identifier(self, name: str) -> str:
+        """The C++ name of a value's tensor."""
+        if name not in self.identifiers:
+            base = re.sub(r"\W+", "_", name, flags=re.ASCII).strip("_")[-48:]
+            self.identifiers[name] = f"t{len(self.identifiers)}_{base}".rstrip("_")
+        return self.identifiers[name]
+
+    def argument(self, a: Argument, node: Node) -> str:
+        """An argument of a call as C++."""
+        if isinstance(a, Ref):
+            return self.tensor(a.name) if a.name else "Tensor{}"
+        if isinstance(a, Refs):
+            return f"{{{', '.join(self.tensor(n) if n else 'Tensor{}' for n in a.names)}}}"
+        if isinstance(a, Ints):
+            if len(a.values) > 16:
+                raise Unsupported(f"{node.op} has a list of {len(a.values)} numbers; 16 are the "
+                                  "most", node.name)
+            return f"Ints{{{len(a.values)}, {{{', '.join(integer(v) for v in a.values)}}}}}"
+        if isinstance(a, Floats):
+            return f"Floats{{{len(a.values)}, {{{', '.join(number(v) for v in a.values)}}}}}"
+        if isinstance(a, RunInts):
+            return f"ints<{TYPES[self.graph.values[a.name].dtype].c}>({self.tensor(a.name)})"
+        if isinstance(a, Word):
+            return a.text
+        if isinstance(a, Problem):
+            return quoted(f"node {node.name} ({node.op.removeprefix('onnx.')}): {a.text}")
+        if isinstance(a, bool):
+            return "true" if a else "false"
+        if isinstance(a, float):
+            return number(a)
+        return integer(a)
+
+    def tensor(self, name: str) -> str:
+        """The tensor of a value, which is declared first if it has not been yet."""
+        identifier = self.identifier(name)
+        if name in self.defined:
+            return identifier
+        self.defined.add(name)
+        value = self.graph.values[name]
+        if name in self.graph.constants:
+            root = name
+            self.storage.setdefault(name, Storage("weight", 0, constant=name))
+        else:
+            root = self._root(name)
+        if (root in self.graph.constants and root != name) or root != name:
+            data = f"{self.tensor(root)}.data"
+        else:
+            storage = self.storage[root]
+            data = {
+                "input": f"c.input({storage.index})",
+                "output": f"c.output({storage.index})",
+                "buffer": f"c.buffer({storage.index})",
+                "weight": f"c.weight(@{root}@)",
+                "heap": f"c.heap({storage.index}, {integer(storage.bytes)})",
+            }[storage.kind]
+        shape = ", ".join(integer(d) for d in value.shape)
+        self.lines.append(
+            Line("tensor", f"const Tensor {identifier} = {{{data}, {len(value.shape)}, {{{shape}}}}};")
+        )
+        return identifier
+
+    def statement(self, call: Call, node: Node, first: str = "") -> str:
+        types = ", ".join(TYPES[t].c if t in TYPES else t for t in call.types)
+        arguments = ["c", *([first] if first else []), *(self.argument(a, node) for a in call.args)]
+        return f"{call.function}{f'<{types}>' if types else ''}({', '.join(arguments)});"
+
+
+def integer(value: Any) -> str:
+    """A size or attribute as C++."""
+    if isinstance(value, Sym):
+        return str(value)
+    n = int(value)
+    if n == -(2**63):
+        return "INT64_MIN"
+    return f"{n}ll" if abs(n) >= 2**31 else str(n)
+
+
+def number(value: float) -> str:
+    """A double as C++."""
+    if math.isnan(value):
+        return '__builtin_nan("")'
+    if math.isinf(value):
+        return "__builtin_inf()" if value > 0 else "-__builtin_inf()"
+    return repr(float(value))
+
+
+def quoted(text: str) -> str:
+    """A C++ string literal of printable ASCII."""
+    safe = "".join(ch if " " <= ch <= "~" else "?" for ch in text)
+    return '"' + safe.replace("\\", "\\\\").replace('"', '\\"').replace("?", "\\?") + '"'
+
+
+def _input_symbols(graph: Graph) -> list[str]:
+    names: dict[str, None] = {}
+    for name in graph.inputs:
+        for d in graph.values[name].shape:
+            if isinstance(d, Sym):
+                names[str(d)] = None
+    return list(names)
+
+
+def lower_graph(
+    graph: Graph,
+    special: KernelLookup,
+    offsets_of: Callable[[list[PackedTensor]], Mapping[str, int]],
+    *,
+    name: str,
+    isa: str,
+    abi: int,
+    cpu_features: str,
+    kernels: Callable[[], Iterable[str]],
+    headers: Iterable[str] = (),
+) -> GraphProgram:
+    """The program of a graph. ``kernels`` gives the declarations that ``special`` calls need."""
+    lowering = GraphLowering(graph, special)
+    buffers = lowering.place_values()
+    static = not any(isinstance(b.bytes, Sym) for b in buffers)
+    placed = _place(buffers) if static else None
+    used: dict[str, None] = dict.fromkeys(headers)
+    barriers = _lines(lowering, placed, used)
+    constants = [s.constant for s in lowering.storage.values() if s.kind == "weight"]
+    tensors = [PackedTensor(c, (c,), None, raw=True) for c in constants]
+    weight_offsets = offsets_of(tensors)
+    lines = tuple(
+        Line(x.kind, re.sub(r"@(.+?)@\)", lambda m: f"{weight_offsets[m[1]]})", x.text))
+        if x.kind == "tensor" and "c.weight(@" in x.text else x
+        for x in lowering.lines
+    )
+    symbols = lowering.symbols
+    limits: dict[str, int] = graph.meta.get("limits", {})
+    output_names: dict[str, str] = graph.meta.get("output_names", {})
+    live = [
+        sum(int(b.bytes) for b in buffers if b.first <= i <= b.last) if static else 0
+        for i in range(len(graph.nodes))
+    ]
+    peak = max(range(len(live)), key=live.__getitem__, default=-1)
+    return GraphProgram(
+        name=name,
+        isa=isa,
+        abi=abi,
+        cpu_features=cpu_features,
+        headers=tuple(used),
+        kernels=tuple(kernels()),
+        inputs=tuple(_interface(graph, n, n, symbols) for n in graph.inputs),
+        outputs=tuple(_interface(graph, n, output_names.get(n, n), []) for n in graph.outputs),
+        output_shapes=tuple(
+            _planned(graph.values[n].shape, set(symbols)) for n in graph.outputs
+        ),
+        symbols=tuple(symbols),
+        symbol_names=tuple(symbols),
+        limits=tuple(limits.get(s, 0) for s in symbols),
+        slots=lowering.slots,
+        buffer_bytes=tuple(integer(b.bytes) for b in buffers),
+        lifetimes=None if placed is not None else tuple((b.first, b.last) for b in buffers),
+        offsets=tuple(placed[0]) if placed is not None else (),
+        lines=lines,
+        tensors=tensors,
+        arena_bytes=placed[1] if placed is not None else 0,
+        lower_bound_bytes=live[peak] if live else 0,
+        peak_node=graph.nodes[peak].name if live else "",
+        barriers=barriers,
+    )
+
+
+def _interface(graph: Graph, name: str, shown: str, symbols: list[str]) -> Interface:
+    value = graph.values[name]
+    shape = tuple(
+        int(d) if not isinstance(d, Sym) else -1 - symbols.index(str(d)) if symbols else -1
+        for d in value.shape
+    )
+    return Interface(shown, TYPES[value.dtype].number, shape)
+
+
+def _planned(shape: Shape, symbols: set[str]) -> tuple[str, ...]:
+    return tuple(
+        "-1" if isinstance(d, Sym) and not d.names() <= symbols else integer(d) for d in shape
+    )
+
+
+def _place(buffers: list[Storage]) -> tuple[list[int], int]:
+    placed, total = place(
+        [
+            Buffer([str(b.index)], align(max(int(b.bytes), 1)), b.first, b.last)
+            for b in buffers
+        ]
+    )
+    by_index = {int(b.values[0]): b.offset for b in placed}
+    return [by_index[b.index] for b in buffers], total
+
+
+def _lines(
+    lowering: GraphLowering, placed: tuple[list[int], int] | None, used: dict[str, None]
+) -> int:
+    """Write the statements; returns the number of barriers of a run."""
+    graph = lowering.graph
+    barriers = 0
+    reads: list[Storage] = []  # since the last barrier
+    writes: list[Storage] = []
+
+    def region(names: Iterable[str]) -> list[Storage]:
+        found = []
+        for n in names:
+            root = lowering._root(n)
+            if n and root in lowering.storage and lowering.storage[root].kind != "weight":
+                found.append(lowering.storage[root])
+        return found
+
+    def meet(a: Storage, b: Storage) -> bool:
+        if a is b:
+            return True
+        if a.kind != "buffer" or b.kind != "buffer":
+            return False
+        if placed is None:
+            return a.last < b.first or b.last < a.first
+        low, high = sorted((a, b), key=lambda s: placed[0][s.index])
+        return placed[0][high.index] < placed[0][low.index] + align(int(low.bytes))
+
+    def wait() -> None:
+        nonlocal barriers
+        lowering.lines.append(Line("wait", "c.wait();"))
+        barriers += 1
+        reads.clear()
+        writes.clear()
+
+    for node, call in zip(graph.nodes, lowering.calls, strict=True):
+        if isinstance(call, Alias):
+            continue
+        sizes = fresh_names(node, graph)
+        ins, outs = region(node.inputs), region(node.outputs)
+        clash = any(meet(r, w) for r in ins for w in writes) or any(
+            meet(o, x) for o in outs for x in (*reads, *writes)
+        )
+        if clash or (sizes and writes):
+            wait()
+        results = ", ".join(str(graph.values[o]) for o in node.outputs if o)
+        lowering.lines.append(Line("comment", f"{node.name} ({node.op}): {results}"))
+        if sizes:
+            operator = schema.operator(node.op, node.name)
+            assert isinstance(operator, TensorOp)
+            measure = operator.measure(node, graph)
+            if measure is None:
+                raise Unsupported("the sizes of its results depend on data", node.name)
+            used[measure.header] = None
+            first = lowering.slots
+            lowering.slots += len(sizes)
+            text = lowering.statement(measure, node, f"c.graph.slots + {first}")
+            lowering.lines.append(Line("call", f"if (c.thread == 0) {text}"))
+            wait()
+            for i, symbol in enumerate(sizes):
+                lowering.lines.append(
+                    Line("size", f"const int64_t {symbol} = c.graph.slots[{first + i}];")
+                )
+                lowering.lines.append(Line("size", f"if ({symbol} < 0) return;"))
+        for o in node.outputs:
+            if o and lowering.storage[lowering._root(o)].kind == "heap":
+                identifier = lowering.tensor(o)
+                lowering.lines.append(Line("size", f"if (!{identifier}) return;"))
+                barriers += 1
+                reads.clear()
+                writes.clear()
+        used[call.header] = None
+        lowering.lines.append(Line("call", lowering.statement(call, node)))
+        reads += ins
+        writes += outs
+        for o in node.outputs:
+            if o in graph.outputs and lowering.storage[o].kind == "heap":
+                lowering.lines.append(
+                    Line("result", f"c.result({graph.outputs.index(o)}, {lowering.identifier(o)});")
+                )
+    return barriers

@@ -1,0 +1,262 @@
+"""From an ONNX file to an artifact: import -> passes -> lower -> render -> compile -> manifest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from qigen import build, targets, toolchain
+from qigen.artifact import (
+    ABI_VERSION,
+    MANIFEST_VERSION,
+    Artifact,
+    describe_tensors,
+    place_tensors,
+    write_header,
+    write_weights,
+)
+from qigen.backends.base import Isa
+from qigen.build import Progress, check_output, staging_folder
+from qigen.codegen.graph import GraphProgram, lower_graph
+from qigen.codegen.graph_kernels import GraphKernels
+from qigen.codegen.lower import PackedTensor
+from qigen.codegen.render import render
+from qigen.errors import UsageError
+from qigen.frontends.onnx import import_model, read_model
+from qigen.frontends.onnx.importer import Size
+from qigen.frontends.onnx.reader import checksum, opsets
+from qigen.ir.dims import Sym
+from qigen.ir.graph import Graph
+from qigen.ir.verify import verify
+from qigen.passes.graph import optimize_graph
+from qigen.paths import resource_folder
+
+
+@dataclass(frozen=True)
+class GraphOptions:
+    """What a user may ask of the compilation of a graph model."""
+
+    weights: str = "keep"
+    activations: str | None = None
+    shapes: Mapping[str, tuple[Size, ...]] = field(default_factory=dict)
+
+
+def is_onnx(path: Path) -> bool:
+    """Whether a path names an ONNX file (by its ending: a protobuf has no magic)."""
+    return path.suffix in (".onnx", ".ort") or path.name.endswith(".onnx.pb")
+
+
+def parse_shapes(shapes: Mapping[str, Sequence[int | str]]) -> dict[str, tuple[Size, ...]]:
+    """Dimensions as the user gives them: a number, ``?`` (open) or ``..N`` (open up to N)."""
+    result: dict[str, tuple[Size, ...]] = {}
+    for name, sizes in shapes.items():
+        parsed = []
+        for size in sizes:
+            text = str(size)
+            limit = text.removeprefix("..")
+            if text == "?":
+                parsed.append(Size("?"))
+            elif text.isdecimal():
+                parsed.append(Size(int(text)))
+            elif text.startswith("..") and limit.isdecimal() and int(limit) > 0:
+                parsed.append(Size("?", int(limit)))
+            else:
+                raise UsageError(
+                    f"{text} in the shape of {name} is no size; give a number, ? or ..LIMIT"
+                )
+        result[name] = tuple(parsed)
+    return result
+
+
+def compile_graph(
+    path: Path,
+    out: Path,
+    *,
+    isa: Isa,
+    machine: targets.Machine,
+    options: GraphOptions,
+    jobs: int,
+    keep_sources: Path | None = None,
+    progress: Progress | None = None,
+    model: onnx.ModelProto | None = None,
+) -> Artifact:
+    """Compile an ONNX model (the file at ``path``, or ``model``) into the folder ``out``."""
+    report = progress or (lambda stage, done, total: None)
+    check_output(out)
+    compiler = toolchain.find_compiler()
+    report("read", 0, 1)
+    source = read_model(path) if model is None else model
+    graph = import_model(source, str(path), options.shapes)
+    verify(graph)
+    graph = optimize_graph(graph, options.weights, options.activations)
+    verify(graph)
+    report("read", 1, 1)
+    kernels = GraphKernels(isa, machine)
+    sizes: list[int] = []
+
+    def offsets_of(tensors: list[PackedTensor]) -> dict[str, int]:
+        offsets, size = place_tensors(tensors, graph.constants)
+        sizes.append(size)
+        return offsets
+
+    program = lower_graph(
+        graph,
+        kernels.call,
+        offsets_of,
+        name=build.shown_name(graph.name),
+        isa=isa.name,
+        abi=ABI_VERSION,
+        cpu_features=" | ".join(f"CpuFeature::{name}" for name in isa.features) or "0",
+        kernels=kernels.declarations,
+    )
+    program.weights_bytes = sizes[-1]
+    with staging_folder(out) as staging, toolchain.ObjectCache(compiler, jobs) as cache:
+        runtime = build.runtime_units()
+        sources = kernels.sources()
+        total = len(runtime) + len(sources) + 1
+        compiled: list[str] = []
+
+        def done(name: str) -> None:
+            compiled.append(name)
+            report("compile", len(compiled), total)
+
+        include = (resource_folder("runtime") / "include",)
+        flags = (*build.KERNEL_FLAGS, *isa.flags)
+        headers = kernels.headers()
+        futures = [cache.compile(unit, done) for unit in runtime]
+        units = [
+            toolchain.Unit(k.name, k.text, flags, build.included(k.text, headers), include)
+            for k in sources
+        ]
+        futures += [cache.compile(unit, done) for unit in units]
+        with (staging / "weights.bin").open("wb") as stream:
+            hashes = write_weights(stream, program.tensors, graph.constants, report)
+            program.uid = _uid(program, hashes)
+            write_header(stream, program.weights_bytes, program.uid)
+        text = render("tensor/model.cpp.j2", model=program, banner=_banner(program))
+        model_headers = _included_headers(text, {**headers, **_plain_headers()})
+        # the kernels that take the time are units of their own; -O2 halves the time of this one
+        model_flags = tuple("-O2" if f == "-O3" else f for f in flags)
+        unit = toolchain.Unit("model", text, model_flags, model_headers, include)
+        futures.append(cache.compile(unit, done))
+        if keep_sources is not None:
+            build.write_sources(keep_sources, {**headers, **model_headers}, [*units, unit])
+        report("link", 0, 1)
+        build.link(compiler, futures, staging)
+        build.write_interface(staging, program, program.name)
+        build.finish(
+            staging,
+            {
+                "manifest_version": MANIFEST_VERSION,
+                "abi": ABI_VERSION,
+                "kind": "graph",
+                "name": program.name,
+                "model_uid": program.uid.hex(),
+                "target": {
+                    "machine": machine.name, "isa": isa.name, "features": list(isa.features),
+                },
+                "source": {
+                    "path": str(path.resolve()),
+                    "container": "onnx",
+                    "producer": f"{source.producer_name} {source.producer_version}".strip(),
+                    "opsets": opsets(source),
+                    "licence": None,
+                    "sha256": checksum(source),
+                    "notes": list(graph.meta.get("notes", ())),
+                },
+                "interface": {
+                    "inputs": _interface(graph, graph.inputs),
+                    "outputs": _interface(graph, graph.outputs),
+                    "limits": dict(graph.meta.get("limits", {})),
+                },
+                "operators": _count(node.op for node in graph.nodes),
+                "plan": {"kernels": kernels.choices()},
+                "quantization": graph.meta.get("quantization", []),
+                "memory": {
+                    "activations_bytes": program.arena_bytes,
+                    "activations_lower_bound_bytes": program.lower_bound_bytes,
+                    "peak_node": program.peak_node,
+                    "arena_bytes": program.arena_bytes,
+                    "planned_at": "compile" if program.lifetimes is None else "run",
+                },
+                "barriers_per_step": program.barriers,
+                "compiler": {
+                    "version": compiler.version,
+                    "flags": list(flags),
+                    "objects_cached": cache.hits,
+                    "objects_compiled": cache.misses,
+                },
+                "tensors": describe_tensors(program.tensors, graph.constants, hashes),
+            },
+        )
+        report("link", 1, 1)
+    return Artifact(out)
+
+
+def _interface(graph: Graph, names: list[str]) -> list[dict[str, Any]]:
+    shown: dict[str, str] = graph.meta.get("output_names", {})
+    return [
+        {
+            "name": shown.get(name, name),
+            "dtype": graph.values[name].dtype,
+            "shape": [
+                str(d) if isinstance(d, Sym) else d for d in graph.values[name].shape
+            ],
+        }
+        for name in names
+    ]
+
+
+def _count(names: Any) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for name in names:
+        counts[name] = counts.get(name, 0) + 1
+    return dict(sorted(counts.items()))
+
+
+def _plain_headers() -> dict[str, str]:
+    """The headers of templates/tensor, which need no rendering."""
+    folder = resource_folder("templates") / "tensor"
+    return {file.name: file.read_text() for file in sorted(folder.glob("*.h"))}
+
+
+def _included_headers(text: str, headers: Mapping[str, str]) -> dict[str, str]:
+    """The headers that a source includes, directly or through others."""
+    found: dict[str, str] = {}
+    queue = [text]
+    while queue:
+        body = queue.pop()
+        for name, header in headers.items():
+            if name not in found and f'#include "{name}"' in body:
+                found[name] = header
+                queue.append(header)
+    return found
+
+
+def _uid(program: GraphProgram, hashes: Mapping[str, str]) -> bytes:
+    """What ties model.so to its weights."""
+    text = json.dumps([[line.text for line in program.lines], dict(hashes), program.name])
+    return hashlib.blake2b(text.encode(), digest_size=32).digest()
+
+
+def _banner(program: GraphProgram) -> str:
+    arena = (
+        f"Arena {program.arena_bytes:,} bytes ({program.lower_bound_bytes:,} live at the most, at "
+        f"{program.peak_node})"
+        if program.lifetimes is None
+        else f"Arena placed at run time for {len(program.lifetimes)} values"
+    )
+    return "\n".join(
+        f"// {line}"
+        for line in (
+            f"{program.name}: one run of the model. Template: tensor/model.cpp.j2.",
+            f"ISA {program.isa}; {program.barriers} barriers a run.",
+            f"{arena}.",
+        )
+    )
