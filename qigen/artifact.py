@@ -202,12 +202,21 @@ class Artifact:
             )
 
     @property
+    def is_graph(self) -> bool:
+        """Whether it is a model of named tensors, not a language model."""
+        return self.manifest.get("kind") == "graph"
+
+    @property
     def weights_path(self) -> Path:
         """The packed weights."""
         return self.path / "weights.bin"
 
     def explain(self) -> list[dict[str, Any]]:
-        """What was chosen for every matrix, the runners-up and why (the manifest's plan)."""
+        """What was chosen for every matrix, and why (the manifest's plan).
+
+        The entries of a language model are those of ``ir/plan.py``, with the runners-up; of a graph
+        'node', 'kernel' and what that kernel is about.
+        """
         kernels: list[dict[str, Any]] = self.manifest["plan"]["kernels"]
         return kernels
 

@@ -19,13 +19,16 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil  # type: ignore[import-untyped, unused-ignore]
 
 from qigen import _runtime, targets
 from qigen.artifact import Artifact
 from qigen.errors import BadInput, QigenError, Unsupported, UsageError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Progress = Callable[[str, int, int], None]
 
@@ -48,7 +51,7 @@ _DECODE = 64
 # without the working directory: in a checkout it would hide the installed package
 _START = (
     "import sys; sys.path[:] = [p for p in sys.path if p] + [{!r}]; "
-    "from qigen.bench_worker import main; main()"
+    "from {} import main; main()"
 )
 
 
@@ -87,6 +90,10 @@ def bench(
     Raises UsageError, BadInput, MachineMismatch; Unsupported if a peer is unknown or not installed.
     """
     artifact = Artifact(path)
+    if artifact.is_graph:
+        raise Unsupported(
+            "this is no language model; measure it with qigen.bench_graph", str(artifact.path)
+        )
     limits = artifact.manifest["limits"]
     tokens = {
         "prefill": min(_PREFILL, limits["max_seq"]) if prefill is None else prefill,
@@ -114,7 +121,7 @@ def bench(
     with contextlib.ExitStack() as stack:
         report("load", 0, 1)
         before = psutil.cpu_times()
-        ours = _Worker(
+        ours = Worker(
             "qigen", path=str(path), threads=threads, pin=pin, positions=positions, batch=batch
         )
         stack.enter_context(ours)
@@ -127,10 +134,10 @@ def bench(
                 "path": str(model), "threads": threads, "positions": positions, "batch": batch
             }  # fmt: skip
             settings[name] = run.best_settings(name, options, report)
-            workers: list[tuple[dict[str, Any], _Worker]] = []
+            workers: list[tuple[dict[str, Any], Worker]] = []
             for chosen in settings[name].values():
                 if chosen not in [known for known, _ in workers]:
-                    worker = stack.enter_context(_Worker(name, **options, **chosen))
+                    worker = stack.enter_context(Worker(name, **options, **chosen))
                     run.warm_up(worker)
                     workers.append((chosen, worker))
             sides[name] = {
@@ -183,7 +190,7 @@ def bench(
         "isa": artifact.manifest["target"]["isa"],
         "batch": batch,
         "context": context,
-        "machine": _machine(before, after),
+        "machine": machine(before, after),
         "peers": {},
     }
     for name in peers:
@@ -210,7 +217,7 @@ class _Run:
         self.context = context
         self.batch = batch
 
-    def rate(self, worker: _Worker, phase: str) -> float:
+    def rate(self, worker: Worker, phase: str) -> float:
         """Tokens a second."""
         prefill = phase == "prefill"
         count = self.tokens[phase]
@@ -219,7 +226,7 @@ class _Run:
         )["seconds"]
         return count * (1 if prefill else self.batch) / float(seconds)
 
-    def warm_up(self, worker: _Worker) -> None:
+    def warm_up(self, worker: Worker) -> None:
         """One run of each phase, so that memory is resident and clocks are up."""
         for phase in PHASES:
             self.rate(worker, phase)
@@ -231,7 +238,7 @@ class _Run:
         best: dict[str, tuple[float, dict[str, Any]]] = {}
         for done, candidate in enumerate(_LLAMA_SETTINGS):
             report(f"settings of {name}", done, len(_LLAMA_SETTINGS))
-            with _Worker(name, **options, **candidate) as worker:
+            with Worker(name, **options, **candidate) as worker:
                 self.warm_up(worker)
                 for phase in PHASES:
                     rate = max(self.rate(worker, phase) for _ in range(_TRIALS))
@@ -241,15 +248,17 @@ class _Run:
         return {phase: candidate for phase, (_, candidate) in best.items()}
 
 
-class _Worker:
+class Worker:
     """A side in its own process. Use as a context manager."""
+
+    module = "qigen.bench_worker"
 
     def __init__(self, side: str, **options: Any) -> None:
         self.side = side
         # What libraries print is wanted only if the process fails.
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115, closed in __exit__
         # Last on the path, so that an installed package is taken as it is.
-        start = _START.format(str(Path(__file__).resolve().parents[1]))
+        start = _START.format(str(Path(__file__).resolve().parents[1]), self.module)
         self._process = subprocess.Popen(
             [sys.executable, "-c", start],
             stdin=subprocess.PIPE,
@@ -258,12 +267,12 @@ class _Worker:
             encoding="utf-8",
         )
         try:
-            loaded = self.ask(side=side, **options)
+            self.loaded = self.ask(side=side, **options)
         except BaseException:
             self._close()
             raise
-        self.load_s = float(loaded["load_s"])
-        self.threads = int(loaded["threads"])
+        self.load_s = float(self.loaded["load_s"])
+        self.threads = int(self.loaded["threads"])
 
     def ask(self, **request: Any) -> dict[str, Any]:
         """The answer to a request; raises what the process reports."""
@@ -288,7 +297,7 @@ class _Worker:
             raise kinds[error["kind"]](error["message"], error["where"])
         return answer
 
-    def __enter__(self) -> _Worker:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -334,7 +343,7 @@ def gguf_bytes_read_per_token(path: str | os.PathLike[str]) -> int:
     return sum(len(t.data) for name, t in tensors.items() if name not in looked_up)
 
 
-def _machine(before: Any, after: Any) -> dict[str, Any]:
+def machine(before: Any, after: Any) -> dict[str, Any]:
     """The machine and what else went on while it was measured."""
     elapsed = sum(after) - sum(before)
     steal = getattr(after, "steal", 0.0) - getattr(before, "steal", 0.0)

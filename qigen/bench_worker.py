@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -183,7 +183,10 @@ def serve(side: Side, request: dict[str, Any]) -> dict[str, Any]:
     return {"seconds": time.perf_counter() - start}
 
 
-def main() -> None:
+def main(
+    sides: Mapping[str, Callable[..., Any]] = SIDES,
+    serve: Callable[[Any, dict[str, Any]], dict[str, Any]] = serve,
+) -> None:
     """Loads a side and serves requests until standard input ends."""
     # Libraries write to standard output as they please, so the answers go elsewhere.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
@@ -195,8 +198,9 @@ def main() -> None:
 
     try:
         options = json.loads(sys.stdin.readline())
-        side = SIDES[options.pop("side")](**options)
-        answer({"load_s": side.load_s, "threads": side.threads})
+        side = sides[options.pop("side")](**options)
+        about = getattr(side, "about", {})
+        answer({"load_s": side.load_s, "threads": side.threads, **about})
         for line in sys.stdin:
             answer(serve(side, json.loads(line)))
     except QigenError as error:

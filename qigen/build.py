@@ -82,9 +82,17 @@ def _replace(staging: Path, out: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def included(text: str, headers: dict[str, str]) -> dict[str, str]:
-    """The headers that a kernel includes, so that its cache key holds nothing else."""
-    return {name: body for name, body in headers.items() if f'"{name}"' in text}
+def included(text: str, headers: Mapping[str, str]) -> dict[str, str]:
+    """The headers that a source includes, directly or through others: its cache key holds no more."""
+    found: dict[str, str] = {}
+    queue = [text]
+    while queue:
+        body = queue.pop()
+        for name, header in headers.items():
+            if name not in found and f'#include "{name}"' in body:
+                found[name] = header
+                queue.append(header)
+    return found
 
 
 def write_sources(folder: Path, headers: dict[str, str], units: list[toolchain.Unit]) -> None:

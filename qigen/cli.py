@@ -18,15 +18,16 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from qigen import __version__
-from qigen.errors import BadInput, QigenError, UsageError
+from qigen.errors import BadInput, QigenError, Unsupported, UsageError
 
 if TYPE_CHECKING:
-    from qigen.compiler import Progress
+    from qigen.artifact import Artifact
+    from qigen.build import Progress
     from qigen.model import Model
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -263,47 +264,161 @@ def _load(path: Path, threads: int, pin: bool = False) -> Model:
     show_default=True,
     help="Schedules by the cost model, or also measured.",
 )
+@click.option(
+    "--shape",
+    "shapes",
+    multiple=True,
+    metavar="NAME=1x3x640x640",
+    help="Sizes of an ONNX model's input: numbers, ? (open) or ..N (open up to N).",
+)
+@click.option(
+    "--calibration",
+    type=click.Path(path_type=Path),
+    help="Typical inputs of an ONNX model, for what is quantized.",
+)
 @click.option("--explain", is_flag=True, help="Show what was chosen for every matrix, and why.")
 @click.option("--jobs", type=_Count, help="Compilers at a time. [default: all cores]")
 @click.option(
     "--keep-sources", type=click.Path(path_type=Path), help="Also write the C++ to this folder."
 )
-def compile(model: Path, output: Path, explain: bool, as_json: bool, **options: Any) -> None:
-    """Compile MODEL, a GGUF file or a Hugging Face folder, into an artifact."""
+def compile(
+    model: Path,
+    output: Path,
+    shapes: tuple[str, ...],
+    explain: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Compile MODEL, a GGUF file, a Hugging Face folder or an ONNX file, into an artifact."""
+    from qigen.arrays import parse_shapes
     from qigen.compiler import compile
 
     start = time.perf_counter()
+    shape = parse_shapes(shapes)
     with _progress(as_json) as progress:
-        artifact = compile(model, output, progress=progress, **options)
+        artifact = compile(model, output, shape=shape, progress=progress, **options)
     seconds = time.perf_counter() - start
     manifest = artifact.manifest
     summary: dict[str, Any] = {
         "artifact": str(output),
         "name": manifest["name"],
         "target": manifest["target"],
-        "activations": _activations(artifact.explain()),
-        "kv": manifest["plan"]["kv"],
-        "limits": manifest["limits"],
+        **(_graph_summary(manifest) if artifact.is_graph else _language_summary(artifact)),
         "weight_bytes": manifest["files"]["weights.bin"]["bytes"],
-        "weight_bytes_per_token": manifest["weights_read_per_token"],
         "seconds": seconds,
         "objects_compiled": manifest["compiler"]["objects_compiled"],
         "objects_cached": manifest["compiler"]["objects_cached"],
         "notes": manifest["source"]["notes"],
     }
     if as_json:
-        _print_json(summary | ({"explain": artifact.explain()} if explain else {}))
+        _print_json(summary | (_explanation(artifact) if explain else {}))
         return
-    arithmetic = ", ".join(f"{fmt} with {how}" for fmt, how in summary["activations"].items())
+    if artifact.is_graph:
+        about = f", {sum(summary['operators'].values())} operators, {_memory(manifest)}"
+    else:
+        arithmetic = ", ".join(f"{fmt} with {how}" for fmt, how in summary["activations"].items())
+        about = (
+            f" ({arithmetic} activations), {summary['limits']['max_seq']} positions of "
+            f"{summary['kv']} KV cache"
+        )
     click.echo(
         f"{output}: {summary['name']} for {manifest['target']['isa']} in {seconds:.1f} s, "
-        f"{_size(summary['weight_bytes'])} of weights ({arithmetic} activations), "
-        f"{summary['limits']['max_seq']} positions of {summary['kv']} KV cache"
+        f"{_size(summary['weight_bytes'])} of weights{about}"
     )
     for note in summary["notes"]:
         click.echo(f"note: {note}")
-    if explain:
+    if explain and artifact.is_graph:
+        _print_graph(manifest)
+    elif explain:
         _print_explanation(artifact.explain())
+
+
+def _language_summary(artifact: Artifact) -> dict[str, Any]:
+    manifest = artifact.manifest
+    return {
+        "activations": _activations(artifact.explain()),
+        "kv": manifest["plan"]["kv"],
+        "limits": manifest["limits"],
+        "weight_bytes_per_token": manifest["weights_read_per_token"],
+    }
+
+
+def _graph_summary(manifest: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "kind": manifest["kind"],
+        **manifest["interface"],
+        "operators": manifest["operators"],
+        "memory": manifest["memory"],
+    }
+
+
+def _explanation(artifact: Artifact) -> dict[str, Any]:
+    """What --json --explain adds."""
+    explained: dict[str, Any] = {"explain": artifact.explain()}
+    if artifact.is_graph:
+        explained["quantization"] = artifact.manifest["quantization"]
+    return explained
+
+
+def _memory(manifest: dict[str, Any]) -> str:
+    """The arena of a graph model in words."""
+    memory = manifest["memory"]
+    if memory["planned_at"] == "run":
+        return "an arena that is laid out for the sizes of each run"
+    least = memory["activations_lower_bound_bytes"]
+    return f"an arena of {_size(memory['arena_bytes'])} ({_size(least)} live at the most)"
+
+
+def _shape(sizes: Iterable[object]) -> str:
+    return "x".join(map(str, sizes)) or "scalar"
+
+
+def _print_rows(title: str, rows: list[dict[str, Any]]) -> None:
+    """Dictionaries as a table; a column for every key, numbers to the right."""
+    if not rows:
+        return
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    numbers = {
+        key for key in columns if all(isinstance(row.get(key, 0), (int, float)) for row in rows)
+    }
+
+    def cell(value: object) -> str:
+        if isinstance(value, float):
+            return f"{value:.6g}"
+        if isinstance(value, dict):
+            return _schedule(value)
+        if isinstance(value, (list, tuple)):
+            return ", ".join(map(cell, value))
+        return "" if value is None else str(value)
+
+    click.echo(title)
+    _print_table(
+        [f">{key}".replace("_", " ") if key in numbers else key.replace("_", " ")
+         for key in columns],
+        ([cell(row.get(key)) for key in columns] for row in rows),
+    )  # fmt: skip
+
+
+def _print_graph(manifest: dict[str, Any]) -> None:
+    """What a graph model became: its interface, kernels, quantization and memory."""
+    interface = manifest["interface"]
+    for title in ("inputs", "outputs"):
+        rows = [entry | {"shape": _shape(entry["shape"])} for entry in interface[title]]
+        _print_rows(title, rows)
+    limits = [{"size": name, "most": most} for name, most in interface["limits"].items()]
+    _print_rows("limits", limits)
+    _print_rows("kernels", manifest["plan"]["kernels"])
+    _print_rows("formats", manifest["plan"].get("formats", []))
+    _print_rows("quantization", manifest["quantization"])
+    memory = manifest["memory"]
+    row: dict[str, Any] = {"arena": "laid out for the sizes of each run"}
+    if memory["planned_at"] == "compile":
+        row = {
+            "arena": _size(memory["arena_bytes"]),
+            "lower_bound": _size(memory["activations_lower_bound_bytes"]),
+            "most_is_live_at": memory["peak_node"],
+        }
+    _print_rows("memory", [row | {"barriers": manifest["barriers_per_step"]}])
 
 
 def _activations(kernels: list[dict[str, Any]]) -> dict[str, str]:
@@ -446,7 +561,10 @@ def tokenize(artifact: Path, prompt: str, chat: bool, as_json: bool) -> None:
     from qigen.text import Tokenizer
 
     # Not through the model, so that it works for artifacts of other machines too.
-    tokenizer = Tokenizer.load(Artifact(artifact).path)
+    opened = Artifact(artifact)
+    if opened.is_graph:
+        raise Unsupported("this is no language model: it has no tokens", str(artifact))
+    tokenizer = Tokenizer.load(opened.path)
     messages = [{"role": "user", "content": prompt}]
     ids = tokenizer.encode_chat(messages) if chat else tokenizer.encode(prompt)
     pieces = [tokenizer.piece(token).decode("utf-8", "backslashreplace") for token in ids]
@@ -474,49 +592,42 @@ def run(
     pin: bool,
     as_json: bool,
 ) -> None:
-    """Run the model once on arrays in .npy files."""
-    import numpy as np
+    """Run the model once on arrays in .npy files.
 
-    arrays: dict[str, Any] = {}
-    for entry in inputs:
-        name, equals, file = entry.partition("=")
-        if not (name and equals and file) or name in arrays:
-            raise UsageError(f"--input {entry}: write NAME=FILE.npy, each name once")
-        try:
-            arrays[name] = np.load(file, allow_pickle=False)
-        except OSError as error:
-            raise BadInput(f"the file cannot be read ({error.strerror or error})", file) from None
-        except (ValueError, EOFError) as error:
-            raise BadInput(f"this is no .npy file of numbers ({error})", file) from None
-        if not isinstance(arrays[name], np.ndarray):
-            raise BadInput("this is an archive; give a single array", file)
-    results = _load(artifact, threads, pin).run(arrays)
-    output.mkdir(parents=True, exist_ok=True)
-    written = []
-    for name, array in results.items():
-        target = output / f"{name.replace('/', '_')}.npy"
-        with _whole_file(target) as stream:
-            np.save(stream, array)
-        written.append(
-            {"name": name, "file": str(target), "dtype": str(array.dtype), "shape": array.shape}
-        )
+    Results are written all or none; characters that are unfit for a file's name become _.
+    """
+    from qigen.arrays import parse_files, read_inputs, write_arrays
+
+    files = parse_files(inputs)
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"--output {output} is a file; name a folder")
+    model = _load(artifact, threads, pin)
+    arrays = read_inputs(files, model.inputs)
+    start = time.perf_counter()
+    results = model.run(arrays)
+    seconds = time.perf_counter() - start
+    written = write_arrays(output, results)
+
+    def about(files: dict[str, Path], arrays: dict[str, Any]) -> list[dict[str, Any]]:
+        return [
+            {"name": n, "file": str(files[n]), "dtype": str(a.dtype), "shape": list(a.shape)}
+            for n, a in arrays.items()
+        ]
+
+    outputs = about(written, results)
     if as_json:
-        _print_json({"outputs": written})
+        _print_json(
+            {
+                "artifact": str(artifact),
+                "threads": model.info["threads"],
+                "run_s": seconds,
+                "inputs": about(files, arrays),
+                "outputs": outputs,
+            }
+        )
         return
-    for row in written:
-        click.echo(f"{row['file']}: {row['dtype']}{list(row['shape'])}")
-
-
-@contextlib.contextmanager
-def _whole_file(file: Path) -> Iterator[IO[bytes]]:
-    """A file to write that is there whole afterwards or, on a failure, as it was before."""
-    draft = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        with draft.open("wb") as stream:
-            yield stream
-        draft.replace(file)
-    finally:
-        draft.unlink(missing_ok=True)
+    for row in outputs:
+        click.echo(f"{row['file']}: {row['name']}, {row['dtype']}{row['shape']}")
 
 
 @_command
@@ -586,24 +697,122 @@ def eval(
 @click.option(
     "--context",
     type=click.IntRange(min=0),
-    default=0,
-    show_default=True,
-    help="Tokens in the cache when the decode begins.",
+    help="Tokens in the cache when the decode begins. [default: 0]",
 )
-@click.option("--batch", type=_Count, default=1, show_default=True, help="Sequences a decode step.")
-@click.option("--repeat", type=_Count, default=5, show_default=True, help="Runs; medians count.")
-@click.option("--vs", default="", metavar="PEER[,PEER]", help="Take turns with: llama.cpp")
+@click.option("--batch", type=_Count, help="Sequences a decode step. [default: 1]")
+@click.option(
+    "--input",
+    "inputs",
+    multiple=True,
+    metavar="NAME=FILE.npy",
+    help="An input of an ONNX model. [default: random numbers; ones where integers are wanted]",
+)
+@click.option(
+    "--shape",
+    "shapes",
+    multiple=True,
+    metavar="NAME=1x3x640x640",
+    help="Sizes of an input that the artifact leaves open.",
+)
+@click.option("--repeat", type=_Count, default=5, show_default=True, help="Turns; medians count.")
+@click.option(
+    "--vs",
+    default="",
+    metavar="PEER[,PEER]",
+    help="Take turns with: llama.cpp; for an ONNX model onnxruntime, openvino",
+)
 @click.option(
     "--peer-model",
+    "--source",
     type=click.Path(path_type=Path),
-    help="The peers' GGUF. [default: what the artifact was made of]",
+    help="The peers' file. [default: what the artifact was made of]",
+)
+@click.option(
+    "--peer-precision",
+    type=click.Choice(["f32", "bf16", "int8"]),
+    help="Arithmetic of the peers of an ONNX model. [default: f32]",
 )
 @_thread_options
 def bench(artifact: Path, vs: str, as_json: bool, **options: Any) -> None:
-    """Measure tokens a second, beside the memory's read bandwidth and beside peers."""
-    from qigen.bench import PHASES, bench
+    """Measure how fast an artifact is, beside peers.
+
+    Of a language model tokens a second, beside the memory's read bandwidth; of an ONNX model the
+    time of a run.
+    """
+    from qigen.arrays import parse_files, parse_shapes
+    from qigen.artifact import Artifact
 
     peers = [name.strip() for name in vs.split(",") if name.strip()]
+    is_graph = Artifact(artifact).is_graph
+    kind = "a language model" if is_graph else "an ONNX model"
+    for option in _LANGUAGE_OPTIONS if is_graph else _GRAPH_OPTIONS:
+        if options[option] in (None, ()):
+            del options[option]
+        else:
+            name = option.rstrip("s") if option in ("inputs", "shapes") else option
+            raise UsageError(f"--{name.replace('_', '-')} is for benchmarks of {kind}")
+    options = {name: value for name, value in options.items() if value is not None}
+    if is_graph:
+        options["inputs"] = parse_files(options["inputs"])
+        options["shapes"] = parse_shapes(options["shapes"])
+        _bench_graph(artifact, peers, as_json, options)
+    else:
+        _bench_language_model(artifact, peers, as_json, options)
+
+
+_LANGUAGE_OPTIONS = ("prefill", "decode", "context", "batch")
+_GRAPH_OPTIONS = ("inputs", "shapes", "peer_precision")
+
+
+def _bench_graph(
+    artifact: Path, peers: list[str], as_json: bool, options: dict[str, Any]
+) -> None:
+    from qigen.bench_graph import bench_graph
+
+    with _progress(as_json) as progress:
+        result = bench_graph(artifact, peers=peers, progress=progress, **options)
+    if as_json:
+        _print_json(result)
+        return
+    sides = {"qigen": result, **result["peers"]}
+    _print_table(
+        ("", "precision", ">ms", ">fastest", ">slowest", ">ours/theirs", ">peak memory", ">load ms",
+         ">largest difference"),
+        (
+            (
+                name,
+                side["precision"],
+                f"{side['latency_ms']:.3f}",
+                f"{min(side['runs']):.3f}",
+                f"{max(side['runs']):.3f}",
+                f"{side['ratio']:.2f}" if "ratio" in side else "",
+                _size(side["peak_rss_bytes"]),
+                f"{side['load_s'] * 1e3:.0f}",
+                f"{side['max_difference']:.2g}" if side.get("max_difference") is not None else "",
+            )
+            for name, side in sides.items()
+        ),
+    )  # fmt: skip
+    click.echo(
+        f"{result['model']} ({result['isa']}), {result['threads']} threads, "
+        + ", ".join(f"{i['name']} {_shape(i['shape'])}" for i in result["inputs"])
+        + f"; {len(result['runs'])} turns of {result['runs_a_turn']} runs, ratios of speeds; "
+        f"load average {result['machine']['load_average'][0]:.1f}"
+    )
+    _note_load(result)
+
+
+def _note_load(result: dict[str, Any]) -> None:
+    machine = result["machine"]
+    if machine["load_average"][0] > machine["cores"] + result["threads"]:
+        click.echo("note: other programs are running, so neither figures nor ratios are reliable")
+
+
+def _bench_language_model(
+    artifact: Path, peers: list[str], as_json: bool, options: dict[str, Any]
+) -> None:
+    from qigen.bench import PHASES, bench
+
     with _progress(as_json) as progress:
         result = bench(artifact, peers=peers, progress=progress, **options)
     if as_json:
@@ -635,9 +844,7 @@ def bench(artifact: Path, vs: str, as_json: bool, **options: Any) -> None:
         f"{result['stream_read_gb_s']:.1f} GB/s; load average "
         f"{result['machine']['load_average'][0]:.1f}"
     )
-    machine = result["machine"]
-    if machine["load_average"][0] > machine["cores"] + result["threads"]:
-        click.echo("note: other programs are running, so neither figures nor ratios are reliable")
+    _note_load(result)
     for name, side in result["peers"].items():
         for phase in PHASES:
             click.echo(f"{name} {phase}: {_schedule(side[phase]['settings'])}")
@@ -650,7 +857,7 @@ def bench(artifact: Path, vs: str, as_json: bool, **options: Any) -> None:
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--tensors", is_flag=True, help="List every tensor.")
 def inspect(file: Path, tensors: bool, as_json: bool) -> None:
-    """Show what is in FILE: an artifact, a GGUF file or a Hugging Face folder."""
+    """Show what is in FILE: an artifact, a GGUF or ONNX file or a Hugging Face folder."""
     from qigen.describe import describe
 
     about = describe(file)
@@ -668,19 +875,26 @@ def inspect(file: Path, tensors: bool, as_json: bool) -> None:
     ]
     if about["kind"] == "artifact":
         manifest = about["manifest"]
+        is_graph = manifest.get("kind") == "graph"
         rows += [
             ("isa", manifest["target"]["isa"]),
             ("target", manifest["target"]["machine"]),
-            ("KV cache", manifest["plan"]["kv"]),
-            *((key.replace("_", " "), value) for key, value in manifest["limits"].items()),
             ("weights", _size(manifest["files"]["weights.bin"]["bytes"])),
-            ("weights read a token", _size(manifest["weights_read_per_token"])),
-            ("KV cache a position", _size(manifest["memory"]["kv_bytes_per_position"])),
-            ("arena", _size(manifest["memory"]["arena_bytes"])),
+            *([("memory", _memory(manifest))] if is_graph else _language_rows(manifest)),
             ("source", manifest["source"]["path"]),
             ("compiler", manifest["compiler"]["version"]),
         ]
+    if about["kind"] == "onnx":
+        rows += [
+            ("producer", about["producer"]),
+            ("opsets", ", ".join(f"{n or 'ai.onnx'} {v}" for n, v in about["opsets"].items())),
+            ("bytes", _size(about["bytes"])),
+        ]
     _print_table(("", ""), rows)
+    for title in ("inputs", "outputs"):
+        _print_rows(title, [e | {"shape": _shape(e["shape"])} for e in about.get(title, ())])
+    operators = about.get("operators", {})
+    _print_rows("operators", [{"operator": name, "nodes": n} for name, n in operators.items()])
     _print_table(
         ("format", ">tensors", ">weights", ">size", ">bits a weight"),
         (
@@ -689,7 +903,7 @@ def inspect(file: Path, tensors: bool, as_json: bool) -> None:
                 total["tensors"],
                 total["weights"],
                 _size(total["bytes"]),
-                f"{8 * total['bytes'] / total['weights']:.3f}",
+                f"{8 * total['bytes'] / total['weights']:.3f}" if total["weights"] else "",
             )
             for name, total in about["formats"].items()
         ),
@@ -698,10 +912,22 @@ def inspect(file: Path, tensors: bool, as_json: bool) -> None:
         _print_table(
             ("tensor", "format", ">shape", ">size"),
             (
-                (t["name"], t["format"], "x".join(map(str, t["shape"])), _size(t["bytes"]))
+                (t["name"], t["format"], _shape(t["shape"]), _size(t["bytes"]))
                 for t in about["tensors"]
             ),
         )
+
+
+def _language_rows(manifest: dict[str, Any]) -> list[tuple[str, object]]:
+    """Of a language model's artifact."""
+    memory = manifest["memory"]
+    return [
+        ("KV cache", manifest["plan"]["kv"]),
+        *((key.replace("_", " "), value) for key, value in manifest["limits"].items()),
+        ("weights read a token", _size(manifest["weights_read_per_token"])),
+        ("KV cache a position", _size(memory["kv_bytes_per_position"])),
+        ("arena", _size(memory["arena_bytes"])),
+    ]
 
 
 @_command

@@ -47,7 +47,13 @@ from qigen.formats import catalog
 from qigen.frontends import build_graph, load_model
 from qigen.frontends.model import LanguageModel
 from qigen.frontends.tokenizer import Tokenizer
-from qigen.graph_compiler import GraphOptions, compile_graph, is_onnx, parse_shapes
+from qigen.graph_compiler import (
+    SHORT_FORMATS,
+    GraphOptions,
+    compile_graph,
+    is_onnx,
+    parse_shapes,
+)
 from qigen.ir.graph import Graph, constant_shape
 from qigen.ir.plan import Plan
 from qigen.passes.memory import MemoryPlan, plan_memory
@@ -58,6 +64,8 @@ from qigen.quantize.weights import requantized
 
 DEFAULT_MAX_SEQ = 4096
 """Positions of a session when the user does not say: what the model was made for, up to this."""
+
+DEFAULT_MAX_BATCH = 8
 
 ACTIVATIONS = ("f32", "bf16", "int8", "int8-token")
 KV_FORMATS = ("f16", "int8", "int4")
@@ -72,13 +80,14 @@ def compile(
     activations: str | None = None,
     kv: str = "f16",
     max_seq: int | None = None,
-    max_batch: int = 8,
+    max_batch: int = DEFAULT_MAX_BATCH,
     tune: str = "model",
     jobs: int | None = None,
     keep_sources: str | os.PathLike[str] | None = None,
     isa: str | None = None,
     threads: int | None = None,
     shape: Mapping[str, Sequence[int | str]] | None = None,
+    calibration: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> Artifact:
     """Compile a model into the artifact folder ``output``.
@@ -91,7 +100,8 @@ def compile(
     choose. ``kv`` is "f16" or "int8". ``max_seq`` bounds the positions of a session (default: the
     model's own, up to 4096), ``max_batch`` the sessions of one batched step. ``shape`` fixes
     dimensions of an ONNX model's inputs by name: numbers, "?" for one that stays open, "..64" for
-    one that stays open up to 64.
+    one that stays open up to 64. ``calibration`` names a file with inputs of an ONNX model that are
+    typical of what it will get.
 
     Raises BadInput (damaged model), Unsupported, UsageError, ToolchainError. An artifact that
     exists at ``output`` is replaced when all is done; on failure nothing is left behind.
@@ -105,25 +115,39 @@ def compile(
     row = isa_by_name(isa) if isa else isa_candidates(machine)[0]
 
     if is_onnx(Path(model)):
+        for option, given in (
+            ("--max-seq", max_seq is not None),
+            ("--max-batch", max_batch != DEFAULT_MAX_BATCH),
+            ("--kv", kv != "f16"),
+        ):
+            if given:
+                raise UsageError(f"{option} is for language models; leave it out for an ONNX model")
         return compile_graph(
             Path(model),
             out,
             isa=row,
             machine=machine,
-            options=GraphOptions(weights, activations, parse_shapes(shape or {})),
+            options=GraphOptions(
+                weights,
+                activations,
+                parse_shapes(shape or {}),
+                Path(calibration) if calibration is not None else None,
+            ),
             jobs=jobs or os.cpu_count() or 1,
             keep_sources=Path(keep_sources) if keep_sources else None,
             progress=progress,
         )
     if shape:
         raise UsageError("--shape is for ONNX models; language models take any number of tokens")
+    if calibration is not None:
+        raise Unsupported("--calibration is for ONNX models; language models have no use for it")
     report("read", 0, 1)
     source = load_model(Path(model))
     limit = source.config.max_position
     max_seq = min(limit, DEFAULT_MAX_SEQ) if max_seq is None else max_seq
     graph = optimize(build_graph(source, max_seq))
     if weights != "keep":
-        graph = requantized(graph, catalog.by_name(weights))
+        graph = requantized(graph, catalog.by_name(SHORT_FORMATS.get(weights, weights)))
     tokenizer = _tokenizer(source)
     report("read", 1, 1)
 
@@ -163,7 +187,7 @@ def _check_options(
     if weights == "auto":
         raise Unsupported("choosing formats by budget is not built yet; name a format")
     if weights != "keep":
-        catalog.by_name(weights)
+        catalog.by_name(SHORT_FORMATS.get(weights, weights))
 
 
 def _tokenizer(source: LanguageModel) -> Tokenizer | None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import os
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 
 from qigen.artifact import Artifact
 from qigen.errors import BadInput, Unsupported
@@ -16,6 +18,10 @@ from qigen.formats.catalog import CATALOG
 from qigen.frontends.gguf import load_gguf, read_gguf
 from qigen.frontends.huggingface import load_huggingface
 from qigen.frontends.model import LanguageModel
+from qigen.frontends.onnx import import_model
+from qigen.frontends.onnx.reader import opsets, parse_model, prepare_model
+from qigen.graph_compiler import is_onnx
+from qigen.ir.types import PACKED_BITS, of_onnx
 
 _SHOWN_NUMBERS = 8  # of an array in the metadata
 
@@ -23,10 +29,11 @@ _SHOWN_NUMBERS = 8  # of an array in the metadata
 def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
     """What ``qigen inspect --json`` prints.
 
-    'kind' is "artifact", "gguf" or "huggingface". All have 'name', 'tensors' (name, format, shape,
-    bytes), 'formats' (the same by format: tensors, weights, bytes) and 'config'. A sound GGUF file
-    that cannot be compiled has a 'problem' instead of a 'config'. Raises BadInput for anything else
-    and for damaged files, Unsupported for folders of unknown models.
+    'kind' is "artifact", "gguf", "huggingface" or "onnx". All have 'name', 'tensors' (name, format,
+    shape, bytes), 'formats' (the same by format: tensors, weights, bytes) and 'config' (null for
+    what is no language model). ONNX files, and artifacts of them, have 'inputs', 'outputs' and
+    'operators'. A sound file that cannot be compiled has a 'problem'. Raises BadInput for anything
+    else and for damaged files, Unsupported for folders of unknown models.
     """
     path = Path(path)
     if path.is_dir() and (path / "manifest.json").is_file():
@@ -39,7 +46,7 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
             "(config.json)",
             str(path),
         )
-    return _gguf(path)
+    return _onnx(path) if is_onnx(path) else _gguf(path)
 
 
 def formats() -> list[dict[str, Any]]:
@@ -79,23 +86,36 @@ def _artifact(path: Path) -> dict[str, Any]:
         {
             "name": " + ".join(part["name"] for part in tensor["parts"]),
             "format": tensor["format"],
-            "shape": [
-                sum(part["shape"][0] for part in tensor["parts"]),
-                *tensor["parts"][0]["shape"][1:],
-            ],
+            "shape": _joined([part["shape"] for part in tensor["parts"]]),
             "bytes": tensor["bytes"],
         }
         for tensor in artifact.tensors.values()
     ]
+    graph = {}
+    if artifact.is_graph:
+        interface = manifest["interface"]
+        graph = {
+            "inputs": interface["inputs"],
+            "outputs": interface["outputs"],
+            "operators": manifest["operators"],
+        }
     return {
         "kind": "artifact",
         "path": str(path),
         "name": manifest["name"],
-        "config": manifest["config"],
+        "config": manifest.get("config"),
         "formats": _by_format(tensors),
         "tensors": tensors,
+        **graph,
         "manifest": manifest,
     }
+
+
+def _joined(shapes: list[list[int]]) -> list[int]:
+    """The shape of matrices one below the other."""
+    if len(shapes) == 1:
+        return shapes[0]
+    return [sum(shape[0] for shape in shapes), *shapes[0][1:]]
 
 
 def _gguf(path: Path) -> dict[str, Any]:
@@ -123,6 +143,87 @@ def _gguf(path: Path) -> dict[str, Any]:
         return result | _config(load_gguf(path))
     except (BadInput, Unsupported) as error:
         return result | {"problem": error.message}
+
+
+def _onnx(path: Path) -> dict[str, Any]:
+    model = parse_model(path)
+    graph = model.graph
+    initial = {tensor.name for tensor in graph.initializer}
+
+    def dtype(number: int) -> str:
+        known = number in onnx.TensorProto.DataType.values()
+        return str(onnx.TensorProto.DataType.Name(number)).lower() if known else f"type {number}"
+
+    def interface(infos: Iterable[onnx.ValueInfoProto]) -> list[dict[str, Any]]:
+        return [
+            {
+                "name": info.name,
+                "dtype": dtype(info.type.tensor_type.elem_type),
+                "shape": [
+                    d.dim_value if d.HasField("dim_value") else d.dim_param or "?"
+                    for d in info.type.tensor_type.shape.dim
+                ],
+            }
+            for info in infos
+        ]
+
+    operators: Counter[str] = Counter()
+    tensors: list[dict[str, Any]] = []
+
+    def add(name: str, tensor: onnx.TensorProto) -> None:
+        bits = _element_bits(tensor.data_type)
+        tensors.append(
+            {
+                "name": name,
+                "format": dtype(tensor.data_type),
+                "shape": list(tensor.dims),
+                "bytes": (math.prod(tensor.dims) * bits + 7) // 8,
+            }
+        )
+
+    def walk(graph: onnx.GraphProto) -> None:
+        for tensor in graph.initializer:
+            add(tensor.name, tensor)
+        for node in graph.node:
+            domain = "" if node.domain == "ai.onnx" else node.domain
+            operators[f"{domain}.{node.op_type}" if domain else node.op_type] += 1
+            for attribute in node.attribute:
+                if attribute.HasField("g"):
+                    walk(attribute.g)
+                if attribute.HasField("t"):
+                    add(next(iter(node.output), node.name), attribute.t)
+
+    walk(graph)
+    problem = {}
+    try:
+        import_model(prepare_model(model, path), str(path))
+    except (BadInput, Unsupported) as error:
+        problem = {"problem": str(error).removeprefix(f"{path}: ")}
+    return {
+        "kind": "onnx",
+        "path": str(path),
+        "name": graph.name or path.stem,
+        "config": None,
+        "producer": f"{model.producer_name} {model.producer_version}".strip(),
+        "opsets": opsets(model),
+        "inputs": interface(i for i in graph.input if i.name not in initial),
+        "outputs": interface(graph.output),
+        "operators": dict(sorted(operators.items())),
+        "parameters": sum(math.prod(tensor["shape"]) for tensor in tensors),
+        "bytes": sum(tensor["bytes"] for tensor in tensors),
+        "formats": _by_format(tensors),
+        "tensors": tensors,
+        **problem,
+    }
+
+
+def _element_bits(number: int) -> int:
+    """Bits of an element of a type of onnx.TensorProto; 0 of strings and unknown types."""
+    try:
+        element = of_onnx(number)
+    except Unsupported:
+        return 0
+    return PACKED_BITS.get(element.name, 8 * element.bytes)
 
 
 def _huggingface(path: Path) -> dict[str, Any]:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 
-from qigen import build, targets, toolchain
+from qigen import _runtime, build, targets, toolchain
 from qigen.artifact import (
     ABI_VERSION,
     MANIFEST_VERSION,
@@ -22,20 +26,29 @@ from qigen.artifact import (
     write_weights,
 )
 from qigen.backends.base import Isa
+from qigen.backends.cpu.matmul import MatmulSpec
+from qigen.calibration import read_samples, with_static_codes
 from qigen.build import Progress, check_output, staging_folder
 from qigen.codegen.graph import GraphProgram, lower_graph
-from qigen.codegen.graph_kernels import GraphKernels
+from qigen.codegen.graph_kernels import GraphKernels, packed_formats, with_rows
 from qigen.codegen.lower import PackedTensor
 from qigen.codegen.render import render
-from qigen.errors import UsageError
+from qigen.errors import BadInput, UsageError
+from qigen.formats import catalog
+from qigen.formats.algebra import QuantizedTensor
 from qigen.frontends.onnx import import_model, read_model
 from qigen.frontends.onnx.importer import Size
 from qigen.frontends.onnx.reader import checksum, opsets
 from qigen.ir.dims import Sym
-from qigen.ir.graph import Graph
+from qigen.ir.graph import Array, Graph
 from qigen.ir.verify import verify
-from qigen.passes.graph import optimize_graph
+from qigen.passes.tensor import optimize_graph
 from qigen.paths import resource_folder
+from qigen.planner import Product, plan_products
+from qigen.quantize.rtn import quantize_rtn
+
+SHORT_FORMATS = {"int8": "s8g32", "int4": "u4g32"}
+"""Short names of formats."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +58,12 @@ class GraphOptions:
     weights: str = "keep"
     activations: str | None = None
     shapes: Mapping[str, tuple[Size, ...]] = field(default_factory=dict)
+    calibration: Path | None = None
 
 
 def is_onnx(path: Path) -> bool:
     """Whether a path names an ONNX file (by its ending: a protobuf has no magic)."""
-    return path.suffix in (".onnx", ".ort") or path.name.endswith(".onnx.pb")
+    return path.suffix == ".onnx" or path.name.endswith(".onnx.pb")
 
 
 def parse_shapes(shapes: Mapping[str, Sequence[int | str]]) -> dict[str, tuple[Size, ...]]:
@@ -89,15 +103,65 @@ def compile_graph(
     """Compile an ONNX model (the file at ``path``, or ``model``) into the folder ``out``."""
     report = progress or (lambda stage, done, total: None)
     check_output(out)
-    compiler = toolchain.find_compiler()
+    toolchain.find_compiler()
     report("read", 0, 1)
     source = read_model(path) if model is None else model
     graph = import_model(source, str(path), options.shapes)
     verify(graph)
-    graph = optimize_graph(graph, options.weights, options.activations)
+    about = {
+        "path": str(path.resolve()),
+        "container": "onnx",
+        "producer": f"{source.producer_name} {source.producer_version}".strip(),
+        "opsets": opsets(source),
+        "licence": None,
+        "sha256": checksum(source),
+    }
+    if options.calibration is not None:
+        if options.activations != "int8":
+            raise UsageError("--calibration is for --activations int8")
+        observed = functools.partial(_observed, isa=isa, machine=machine, jobs=jobs)
+        samples = read_samples(options.calibration, graph)
+        graph = with_static_codes(graph, samples, observed, report)
+    build_artifact(graph, about, out, isa, machine, options, jobs, keep_sources, report)
+    return Artifact(out)
+
+
+def _observed(
+    graph: Graph,
+    samples: Sequence[Mapping[str, Array]],
+    *,
+    isa: Isa,
+    machine: targets.Machine,
+    jobs: int,
+) -> Iterator[dict[str, Array]]:
+    """The outputs of a float graph for each sample, by its own compiled artifact."""
+    with tempfile.TemporaryDirectory(prefix="qigen-") as name:
+        out = Path(name) / "observed"
+        build_artifact(graph, {"notes": []}, out, isa, machine, GraphOptions(), jobs)
+        model = _runtime.Model(str(out))
+        for sample in samples:
+            yield model.run(sample)
+
+
+def build_artifact(
+    graph: Graph,
+    about: Mapping[str, Any],
+    out: Path,
+    isa: Isa,
+    machine: targets.Machine,
+    options: GraphOptions,
+    jobs: int,
+    keep_sources: Path | None = None,
+    report: Progress = lambda stage, done, total: None,
+) -> None:
+    """Optimize, lower and compile an imported graph; ``about`` is its source for the manifest."""
+    compiler = toolchain.find_compiler()
+    graph = optimize_graph(graph, options.activations, _rounding(options))
+    formats, choices = _plan_formats(graph, isa, machine, options.activations)
+    graph = with_rows(graph, formats)
     verify(graph)
     report("read", 1, 1)
-    kernels = GraphKernels(isa, machine)
+    kernels = GraphKernels(isa, machine, formats)
     sizes: list[int] = []
 
     def offsets_of(tensors: list[PackedTensor]) -> dict[str, int]:
@@ -114,6 +178,7 @@ def compile_graph(
         abi=ABI_VERSION,
         cpu_features=" | ".join(f"CpuFeature::{name}" for name in isa.features) or "0",
         kernels=kernels.declarations,
+        packed=packed_formats(graph, formats),
     )
     program.weights_bytes = sizes[-1]
     with staging_folder(out) as staging, toolchain.ObjectCache(compiler, jobs) as cache:
@@ -140,7 +205,7 @@ def compile_graph(
             program.uid = _uid(program, hashes)
             write_header(stream, program.weights_bytes, program.uid)
         text = render("tensor/model.cpp.j2", model=program, banner=_banner(program))
-        model_headers = _included_headers(text, {**headers, **_plain_headers()})
+        model_headers = build.included(text, {**headers, **_plain_headers()})
         # the kernels that take the time are units of their own; -O2 halves the time of this one
         model_flags = tuple("-O2" if f == "-O3" else f for f in flags)
         unit = toolchain.Unit("model", text, model_flags, model_headers, include)
@@ -161,22 +226,14 @@ def compile_graph(
                 "target": {
                     "machine": machine.name, "isa": isa.name, "features": list(isa.features),
                 },
-                "source": {
-                    "path": str(path.resolve()),
-                    "container": "onnx",
-                    "producer": f"{source.producer_name} {source.producer_version}".strip(),
-                    "opsets": opsets(source),
-                    "licence": None,
-                    "sha256": checksum(source),
-                    "notes": list(graph.meta.get("notes", ())),
-                },
+                "source": {**about, "notes": list(graph.meta.get("notes", ()))},
                 "interface": {
                     "inputs": _interface(graph, graph.inputs),
                     "outputs": _interface(graph, graph.outputs),
                     "limits": dict(graph.meta.get("limits", {})),
                 },
                 "operators": _count(node.op for node in graph.nodes),
-                "plan": {"kernels": kernels.choices()},
+                "plan": {"kernels": kernels.choices(), "formats": choices},
                 "quantization": graph.meta.get("quantization", []),
                 "memory": {
                     "activations_bytes": program.arena_bytes,
@@ -196,7 +253,41 @@ def compile_graph(
             },
         )
         report("link", 1, 1)
-    return Artifact(out)
+
+
+def _rounding(options: GraphOptions) -> Callable[[Array, str], QuantizedTensor] | None:
+    """What brings the float weights of a matrix to the format that was asked for.
+
+    int8 weights and activations need no format: they have integer products of their own.
+    """
+    weights = options.weights
+    if weights == "keep" or (weights == "int8" and options.activations == "int8"):
+        return None
+    row = catalog.by_name(SHORT_FORMATS.get(weights, weights))
+
+    def rounded(w: Array, name: str) -> QuantizedTensor:
+        try:
+            return quantize_rtn(np.ascontiguousarray(w, np.float32), row)
+        except BadInput as error:
+            raise BadInput(f"{row.name}: {error.message}", name) from None
+
+    return rounded
+
+
+def _plan_formats(
+    graph: Graph, isa: Isa, machine: targets.Machine, activations: str | None
+) -> tuple[dict[tuple[str, int, int], MatmulSpec], list[dict[str, Any]]]:
+    """The kernels of the matrices in formats of the catalog, and why they are those."""
+    uses: dict[tuple[str, int, int], int] = {}
+    for node in graph.nodes:
+        if node.op == "FormatProduct":
+            key = graph.values[node.inputs[1]].dtype, node.attrs["n"], node.attrs["k"]
+            uses[key] = uses.get(key, 0) + 1
+    if not uses:
+        return {}, []
+    products = [Product(catalog.by_name(f), n, k, count) for (f, n, k), count in uses.items()]
+    specs, choices = plan_products(products, isa, machine, activations or "f32", machine.cores)
+    return specs, [dataclasses.asdict(c) for c in choices]
 
 
 def _interface(graph: Graph, names: list[str]) -> list[dict[str, Any]]:
@@ -224,19 +315,6 @@ def _plain_headers() -> dict[str, str]:
     """The headers of templates/tensor, which need no rendering."""
     folder = resource_folder("templates") / "tensor"
     return {file.name: file.read_text() for file in sorted(folder.glob("*.h"))}
-
-
-def _included_headers(text: str, headers: Mapping[str, str]) -> dict[str, str]:
-    """The headers that a source includes, directly or through others."""
-    found: dict[str, str] = {}
-    queue = [text]
-    while queue:
-        body = queue.pop()
-        for name, header in headers.items():
-            if name not in found and f'#include "{name}"' in body:
-                found[name] = header
-                queue.append(header)
-    return found
 
 
 def _uid(program: GraphProgram, hashes: Mapping[str, str]) -> bytes:

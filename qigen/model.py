@@ -83,6 +83,19 @@ class Model:
         self.info = self._raw.info
 
     @property
+    def is_language_model(self) -> bool:
+        """Whether it evaluates tokens; else it has :meth:`run` alone."""
+        return self.info["vocab"] > 0
+
+    def _require_tokens(self) -> None:
+        if not self.is_language_model:
+            raise Unsupported(
+                "this is no language model: it has no tokens; run it on arrays with `qigen run` or "
+                "Model.run",
+                str(self.path),
+            )
+
+    @property
     def inputs(self) -> list[_runtime.TensorInfo]:
         """Name, dtype and shape of every input of :meth:`run`; -1 is any size."""
         return self._raw.inputs
@@ -97,16 +110,18 @@ class Model:
 
         A language model takes ``input_ids``, int32 or int64 ``[n]`` or ``[1, n]``, and gives
         ``logits``, float32 ``[1, n, vocab]``. Raises BadInput for a name, dtype or shape that the
-        model does not have.
+        model does not have, and for data that the model cannot work on.
         """
         return self._raw.run({name: np.asarray(array) for name, array in inputs.items()})
 
     def session(self, max_seq: int = 0) -> Session:
         """An empty session for up to ``max_seq`` positions (0: as many as the model has)."""
+        self._require_tokens()
         return Session(self._raw.session(max_seq), max_seq or self.info["max_seq"])
 
     def batch_eval(self, sessions: Sequence[Session], tokens: ArrayLike) -> NDArray[np.float32]:
         """Appends ``tokens[i]`` to ``sessions[i]``, all in one step: float32 ``[n, vocab]``."""
+        self._require_tokens()
         return self._raw.batch_eval([session._raw for session in sessions], tokens)
 
     def sampler(
@@ -144,6 +159,7 @@ class Model:
         """The checkpoint's tokenizer; Unsupported if it has none."""
         from qigen.text import TOKENIZER_FILE, Tokenizer  # slow to import
 
+        self._require_tokens()
         if not (self.path / TOKENIZER_FILE).is_file():
             raise Unsupported(
                 "the artifact has no tokenizer; evaluate token ids with a session instead",
@@ -169,6 +185,7 @@ class Model:
         Ends after ``max_tokens``, before a token that ends a text, or when the model has no more
         positions. Without a ``sampler`` the most probable token is taken.
         """
+        self._require_tokens()
         if max_tokens < 1:
             raise UsageError(f"cannot generate {max_tokens} tokens; ask for at least 1")
         limit = self.info["max_seq"]

@@ -135,6 +135,15 @@ def plan_model(
     )
 
 
+def plan_products(
+    products: Sequence[Product], isa: Isa, machine: Machine, activations: str, threads: int
+) -> tuple[dict[tuple[str, int, int], MatmulSpec], list[KernelChoice]]:
+    """The kernels of matrices by (format, N, K), and the entries of a plan that say why."""
+    search = _Search(list(products), isa, machine, activations, threads, {})
+    chosen = search.choose()
+    return chosen, [search.choice(p, chosen[p.key], m) for p in products for m in BUCKETS]
+
+
 class _Search:
     """The schedules of one model and what they take."""
 

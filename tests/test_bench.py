@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from qigen import _runtime
-from qigen.bench import _Worker, bench, gguf_bytes_read_per_token, stream_read_gb_s
+from qigen.bench import Worker, bench, gguf_bytes_read_per_token, stream_read_gb_s
 from qigen.bench_worker import peak_rss_bytes, serve
 from qigen.cli import main
 from qigen.errors import BadInput, QigenError, Unsupported, UsageError
@@ -129,9 +129,9 @@ def test_what_makes_no_sense(stories_artifact: Any, options: dict[str, int], mes
 
 def test_errors_of_a_worker_are_ours(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="no such artifact"):
-        _Worker("qigen", path=str(tmp_path / "x"), threads=1, pin=False, positions=1, batch=1)
+        Worker("qigen", path=str(tmp_path / "x"), threads=1, pin=False, positions=1, batch=1)
     with pytest.raises(QigenError, match="its process ended: KeyError"):
-        _Worker("nobody")
+        Worker("nobody")
 
 
 class Recorder:

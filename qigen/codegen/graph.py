@@ -19,10 +19,12 @@ from qigen.errors import Unsupported
 from qigen.ir import dims, schema
 from qigen.ir.dims import Sym
 from qigen.ir.graph import Dim, Graph, Node, Shape
+from qigen.ir.ops.graph import chain_inputs
 from qigen.ir.tensor import (
     Alias,
     Argument,
     Call,
+    Epilogue,
     Floats,
     Ints,
     Problem,
@@ -146,16 +148,42 @@ class GraphLowering:
             self.calls.append(call)
         for i, name in enumerate(graph.inputs):
             self.storage[name] = Storage("input", i)
+        last_use: dict[str, int] = {}
+        for i, node in enumerate(graph.nodes):
+            last_use.update((self._root(n), i) for n in (*node.inputs, *node.outputs) if n)
         buffers: list[Storage] = []
         for i, node in enumerate(graph.nodes):
             for name in node.outputs:
                 if name and name not in self._aliases:
-                    self.storage[name] = self._storage(name, i, buffers)
+                    self.storage[name] = self._in_place(node, name, i, last_use) or self._storage(
+                        name, i, buffers
+                    )
             for name in (*node.inputs, *node.outputs):
                 root = self._root(name)
                 if root in self.storage:
                     self.storage[root].last = i
         return buffers
+
+    def _in_place(
+        self, node: Node, name: str, index: int, last_use: Mapping[str, int]
+    ) -> Storage | None:
+        """The memory of an input that the node reads element by element and nobody needs later."""
+        graph = self.graph
+        if name in graph.outputs:
+            return None
+        value = graph.values[name]
+        roots = [self._root(n) for n in node.inputs]
+        for candidate in in_place_inputs(node):
+            root = self._root(candidate)
+            storage = self.storage.get(root)
+            if storage is None or storage.kind != "buffer" or last_use[root] != index:
+                continue
+            source = graph.values[candidate]
+            same = source.shape == value.shape and source.dtype == value.dtype
+            size = dims.product(graph.values[root].shape) * TYPES[graph.values[root].dtype].bytes
+            if same and size == storage.bytes and roots.count(root) == 1:
+                return storage
+        return None
 
     def _storage(self, name: str, node: int, buffers: list[Storage]) -> Storage:
         value = self.graph.values[name]
@@ -200,6 +228,11 @@ class GraphLowering:
             return f"Floats{{{len(a.values)}, {{{', '.join(number(v) for v in a.values)}}}}}"
         if isinstance(a, RunInts):
             return f"ints<{TYPES[self.graph.values[a.name].dtype].c}>({self.tensor(a.name)})"
+        if isinstance(a, Epilogue):
+            tensors = ", ".join(self.argument(Ref(n), node) for n in a.tensors)
+            chain = ", ".join(self.argument(Ref(n), node) for n in a.chain)
+            full = self.argument(Ints(a.full), node)
+            return f"{{{tensors}, {{{chain}}}, {full}, {number(a.y_scale)}f, {a.y_zero}}}"
         if isinstance(a, Word):
             return a.text
         if isinstance(a, Problem):
@@ -243,6 +276,16 @@ class GraphLowering:
         types = ", ".join(TYPES[t].c if t in TYPES else t for t in call.types)
         arguments = ["c", *([first] if first else []), *(self.argument(a, node) for a in call.args)]
         return f"{call.function}{f'<{types}>' if types else ''}({', '.join(arguments)});"
+
+
+def in_place_inputs(node: Node) -> list[str]:
+    """The inputs of which a fused node reads an element just before it writes the same one."""
+    if node.op == "Loop":
+        return list(node.inputs)
+    if "kinds" in node.attrs:
+        pairs = zip(chain_inputs(node), node.attrs["kinds"], strict=True)
+        return [name for name, kind in pairs if kind == "full"]
+    return []
 
 
 def integer(value: Any) -> str:
@@ -289,17 +332,22 @@ def lower_graph(
     abi: int,
     cpu_features: str,
     kernels: Callable[[], Iterable[str]],
-    headers: Iterable[str] = (),
+    packed: Iterable[PackedTensor] = (),
 ) -> GraphProgram:
-    """The program of a graph. ``kernels`` gives the declarations that ``special`` calls need."""
+    """The program of a graph.
+
+    ``kernels`` gives the declarations that ``special`` calls need, ``packed`` the constants that are
+    not stored as they are.
+    """
     lowering = GraphLowering(graph, special)
     buffers = lowering.place_values()
     static = not any(isinstance(b.bytes, Sym) for b in buffers)
     placed = _place(buffers) if static else None
-    used: dict[str, None] = dict.fromkeys(headers)
+    used: dict[str, None] = {}
     barriers = _lines(lowering, placed, used)
     constants = [s.constant for s in lowering.storage.values() if s.kind == "weight"]
-    tensors = [PackedTensor(c, (c,), None, raw=True) for c in constants]
+    given = {t.name: t for t in packed}
+    tensors = [given.get(c) or PackedTensor(c, (c,), None, raw=True) for c in constants]
     weight_offsets = offsets_of(tensors)
     lines = tuple(
         Line(x.kind, re.sub(r"@(.+?)@\)", lambda m: f"{weight_offsets[m[1]]})", x.text))

@@ -22,17 +22,17 @@ from qigen.codegen.render import render
 
 # Intrinsics without their prefix (_mm512_ ...) by class; the first that matches counts.
 _INTRINSICS: tuple[tuple[str, str | None], ...] = (
-    (r"cast|setzero|undefined", None),
+    (r"cast|setzero|setr|undefined|cvtss|cvtsi", None),
     (r"set1", "broadcast"),
     (r"broadcast", "shuffle"),
-    (r"(maskz_)?loadu?_", "load"),
-    (r"(mask_)?storeu?_", "store"),
+    (r"(maskz?_?)?loadu?_", "load"),
+    (r"(mask_?)?store[ul]?_", "store"),
     (r"dpbusd|dpbf16|maddubs|madd_", "dot"),
-    (r"fn?madd|mul_ps|add_ps|sub_ps|div_ps|max_ps|min_ps|round|reduce", "fma"),
-    (r"cvt|packs", "convert"),
+    (r"fn?madd|mul_ps|add_ps|sub_ps|div_ps|max_ps|min_ps|round|reduce|sqrt|scalef|mul_ep|mullo", "fma"),
+    (r"cvt|packu?s", "convert"),
     (r"s[rl]l|sra|avg", "shift"),
-    (r"shuffle|permute|unpack|extract|blend", "shuffle"),
-    (r"and|or|xor|ternarylogic|add_epi|sub|abs|sign|min_ep|max_ep", "logic"),
+    (r"shuffle|permute|unpack|extract|(mask_)?blend", "shuffle"),
+    (r"and|or|xor|ternarylogic|cmp|test|mov|mask_mov|mask_and|kor|add_epi|sub|abs|sign|min_ep|max_ep", "logic"),
     (r"prefetch", "load"),
 )
 

@@ -157,6 +157,21 @@ class Sym:
             total = total + product
         return total
 
+    def natural(self) -> bool:
+        """Whether it is never negative, given that no name is, as far as can be told."""
+        for term, factor in self._terms.items():
+            if factor < 0 or not all(self._natural_atom(atom) for atom in term):
+                return False
+        return True
+
+    def _natural_atom(self, atom: str) -> bool:
+        if atom not in self.calls:
+            return True
+        function, a, b = self.calls[atom]
+        if function == "max":
+            return natural(a) or natural(b)
+        return natural(b) and (function == "mod" or natural(a))
+
     def divided(self, other: Number) -> Number | None:
         """The quotient if ``other`` divides the expression as a polynomial, else None."""
         if _is_int(other):
@@ -200,6 +215,21 @@ def _simplest(terms: Mapping[Term, int], calls: Mapping[str, tuple[str, Any, Any
     return Sym(kept, calls)
 
 
+def natural(value: Number) -> bool:
+    """Whether a size or difference of sizes is certainly not negative."""
+    return value.natural() if isinstance(value, Sym) else int(value) >= 0
+
+
+def smaller(a: Number, b: Number) -> Number:
+    """The minimum; without a call where it is clear which it is."""
+    return a if natural(b - a) else b if natural(a - b) else call("min", a, b)
+
+
+def larger(a: Number, b: Number) -> Number:
+    """The maximum; without a call where it is clear which it is."""
+    return a if natural(a - b) else b if natural(b - a) else call("max", a, b)
+
+
 def call(function: str, a: Number, b: Number) -> Number:
     """``function`` of two dimensions, simplified."""
     if not isinstance(a, Sym) and not isinstance(b, Sym):
@@ -215,6 +245,12 @@ def call(function: str, a: Number, b: Number) -> Number:
     if function in ("min", "max"):
         if a == b:
             return a
+        inner = "max" if function == "min" else "min"
+        for one, other in ((a, b), (b, a)):  # max(min(x, y), y) = y
+            if isinstance(one, Sym) and list(one._terms.values()) == [1]:
+                made = one.calls.get("*".join(next(iter(one._terms))))
+                if made is not None and made[0] == inner and other in made[1:]:
+                    return other
         a, b = sorted((a, b), key=str)
     text = f"{function}({a}, {b})"
     return Sym({(text,): 1}, {text: (function, a, b)})

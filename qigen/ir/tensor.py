@@ -74,6 +74,17 @@ class RunInts:
 
 
 @dataclass(frozen=True)
+class Epilogue:
+    """What a product reads besides x and its weights: ``Epilogue`` of call_gemm.h."""
+
+    tensors: tuple[str, ...]  # bias, scale, zero, x_scale, x_zero
+    chain: tuple[str, ...]  # at most 4
+    full: tuple[int, ...]
+    y_scale: float
+    y_zero: int
+
+
+@dataclass(frozen=True)
 class Word:
     """An identifier or constant of C++, for instance an enumerator."""
 
@@ -87,7 +98,9 @@ class Problem:
     text: str
 
 
-Argument: TypeAlias = Ref | Refs | Ints | Floats | RunInts | Word | Problem | Sym | int | float | bool
+Argument: TypeAlias = (
+    Ref | Refs | Ints | Floats | RunInts | Word | Epilogue | Problem | Sym | int | float | bool
+)
 
 
 @dataclass(frozen=True)
@@ -122,6 +135,9 @@ class TensorOp(Operator):
     minimum: ClassVar[int] = 1
     maximum: ClassVar[int] = 1
     """How many inputs there may be."""
+    results: ClassVar[int] = 0
+    """The first results that exist even if the model does not name them: the kernel needs their
+    memory."""
     fold: ClassVar[bool] = True
     """Whether a node of constants may be computed when compiling."""
 

@@ -64,6 +64,9 @@ TYPES: dict[str, ElementType] = {
     for name, numpy, c, number, onnx in _ROWS
 }
 
+PACKED_BITS = {"i4": 4, "u4": 4, "f4e2m1": 4, "i2": 2, "u2": 2}
+"""Bits of an element in files where several share a byte."""
+
 _BY_NUMPY = {t.numpy: t for t in TYPES.values()}
 _BY_ONNX = {t.onnx: t for t in TYPES.values()}
 

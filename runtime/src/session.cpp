@@ -15,6 +15,11 @@ constexpr int64_t kKvBlock = 64;
 int64_t kv_capacity(int32_t max_seq) { return (max_seq + kKvBlock - 1) / kKvBlock * kKvBlock; }
 
 int32_t checked_max_seq(const Model& model, int32_t asked) {
+  if (model.graph()) {
+    throw Failure(QIGEN_UNSUPPORTED,
+                  "this is no language model and has no sessions; run it on its inputs instead "
+                  "(qigen_model_run)");
+  }
   const int32_t limit = model.description().max_seq;
   if (asked < 0 || asked > limit) {
     throw Failure(

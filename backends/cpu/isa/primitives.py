@@ -32,10 +32,12 @@ KINDS: dict[str, tuple[str, int]] = {
     "uint16*": ("uint16", LANES),
     "int32*": ("int32", LANES),
     "x4": ("int8", 4),
+    "u4": ("uint8", 4),
     "x2": ("uint16", 2),
 }
 """Operand kinds: element type and count. 'vb' is a vi seen as 64 bytes, 'vp' as 16 pairs of bf16
-bits; 'half*' are f16 bits; 'x4' and 'x2' the activations of a dot product of bytes or bf16."""
+bits; 'half*' are f16 bits; 'x4', 'u4' and 'x2' the activations of a dot product of signed bytes,
+unsigned bytes or bf16."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ class Primitive:
 
 _VF, _VI, _VB = Operand("vf"), Operand("vi"), Operand("vb")
 _SUMMABLE = Operand("vf", -1e4, 1e4)
+_FINITE = Operand("vf", -3e38, 3e38)
 _COUNT = Operand("int", 0, LANES)
 _CODE = Operand("vb", 0, 15)
 _POSITIVE_BF16 = (0x3000, 0x4700)  # 5e-10 to 3e4: no cancellation, so that sums are accurate
@@ -148,6 +151,10 @@ def _dot_bf16(acc: Array, w: Array, x: Array) -> Array:
     return _f32(acc + products.sum(axis=2))
 
 
+def _zip(a: Array, b: Array) -> Array:
+    return np.stack([a, b], axis=2).reshape(len(a), -1)
+
+
 def _shifts(name: str, meaning: Callable[[int, Array], Array]) -> Iterator[Primitive]:
     for n in _SHIFTS:
         yield Primitive(name, (_VI,), "vi", partial(meaning, n), f"{name}<{n}>({{0}})")
@@ -173,6 +180,7 @@ PRIMITIVES: tuple[Primitive, ...] = (
     Primitive("vf_max", (_VF, _VF), "vf", lambda a, b: _select(a > b, a, b)),
     Primitive("vf_min", (_VF, _VF), "vf", lambda a, b: _select(a < b, a, b)),
     Primitive("vf_abs", (_VF,), "vf", np.abs),
+    Primitive("vf_sqrt", (_VF,), "vf", np.sqrt),
     Primitive("vf_fma", (_VF, _VF, _VF), "vf", _fused, or_else=lambda a, b, c: a * b + c),
     Primitive("vf_fnma", (_VF, _VF, _VF), "vf", lambda a, b, c: _fused(-a, b, c),
               or_else=lambda a, b, c: c - a * b),
@@ -181,6 +189,21 @@ PRIMITIVES: tuple[Primitive, ...] = (
     Primitive("vf_reduce_max", (_SUMMABLE,), "float", lambda a: a.max(axis=1, keepdims=True)),
     Primitive("vf_from_i32", (_VI,), "vf", _f32),
     Primitive("vf_from_bits", (_VI,), "vf", lambda a: a.view(np.float32)),
+    Primitive("vi_bits", (_VF,), "vi", lambda a: a.view(np.int32)),
+    Primitive("vf_ldexp", (Operand("vf", 0.5, 4), Operand("vf", -250, 250)), "vf",
+              lambda a, n: np.ldexp(a, np.rint(n).astype(np.int32)), "vf_ldexp({0}, vf_round({1}))"),
+    # comparisons: masks, which are false where either operand is a NaN
+    Primitive("vf_lt", (_VF, _VF), "vf", lambda a, b: _select(a < b, a, b),
+              "vf_select(vf_lt({0}, {1}), {0}, {1})"),
+    Primitive("vf_le", (_VF, _VF), "vf", lambda a, b: _select(a <= b, a, -b),
+              "vf_select(vf_le({0}, {1}), {0}, vf_mul(vf_set1(-1.0f), {1}))"),
+    Primitive("vf_eq", (_VF, _VF), "vf", lambda a, b: _select(a == b, np.ones_like(a), b),
+              "vf_select(vf_eq({0}, {1}), vf_set1(1.0f), {1})"),
+    Primitive("vf_select", (_VF, _VF, _VF), "vf", lambda m, a, b: _select(m == 0, a, b),
+              "vf_select(vf_eq({0}, vf_zero()), {1}, {2})"),
+    Primitive("vf_any", (_VF, _VF), "int",
+              lambda a, b: (a < b).any(axis=1, keepdims=True).astype(np.int32),
+              "vf_any(vf_lt({0}, {1}))"),
     Primitive("vi_round_f32", (Operand("vf", -2147483520.0, 2147483520.0),), "vi",
               lambda a: np.rint(a).astype(np.int32)),
     # i32 lanes
@@ -189,18 +212,31 @@ PRIMITIVES: tuple[Primitive, ...] = (
     Primitive("vi_load", (Operand("int32*"),), "vi", lambda p: p),
     Primitive("vi_store", (_VI,), "int32*", lambda x: x, "vi_store({out}, {0})"),
     Primitive("vi_load_u16", (Operand("uint16*"),), "vi", lambda p: p.astype(np.int32)),
+    # the low halves
+    Primitive("vi_store_u16", (_VI,), "uint16*", lambda x: x.astype(np.uint16),
+              "vi_store_u16({out}, {0})"),
     Primitive("vi_load_u8", (Operand("uint8*"),), "vi", lambda p: p.astype(np.int32)),
+    Primitive("vi_load_u8_n", (Operand("uint8*"), _COUNT), "vi",
+              lambda p, n: _head(p, n).astype(np.int32)),
     Primitive("vi_store_i8", (Operand("vi", -128, 127),), "int8*", lambda x: x.astype(np.int8),
               "vi_store_i8({out}, {0})"),
+    # the low bytes
+    Primitive("vi_store_u8", (_VI,), "uint8*", lambda x: x.astype(np.uint8),
+              "vi_store_u8({out}, {0})"),
+    Primitive("vi_store_u8_n", (_VI, _COUNT), "uint8*", lambda x, n: _head(x.astype(np.uint8), n),
+              "vi_store_u8_n({out}, {0}, {1})"),
     Primitive("vi_and", (_VI, _VI), "vi", lambda a, b: a & b),
     Primitive("vi_or", (_VI, _VI), "vi", lambda a, b: a | b),
     Primitive("vi_xor", (_VI, _VI), "vi", lambda a, b: a ^ b),
     Primitive("vi_or_and", (_VI, _VI, _VI), "vi", lambda a, b, m: a | (b & m)),
     Primitive("vi_add", (_VI, _VI), "vi", lambda a, b: _wrap(a.astype(np.int64) + b)),
     Primitive("vi_sub", (_VI, _VI), "vi", lambda a, b: _wrap(a.astype(np.int64) - b)),
+    Primitive("vi_mul", (_VI, _VI), "vi", lambda a, b: _wrap(a.astype(np.int64) * b)),
     *_shifts("vi_srl", lambda n, a: (a.view(np.uint32) >> np.uint32(n)).view(np.int32)),
     *_shifts("vi_sll", lambda n, a: (a.view(np.uint32) << np.uint32(n)).view(np.int32)),
     *_shifts("vi_sra", lambda n, a: a >> np.int32(n)),
+    Primitive("vi_zip_low", (_VI, _VI), "vi", lambda a, b: _zip(a[:, :8], b[:, :8])),
+    Primitive("vi_zip_high", (_VI, _VI), "vi", lambda a, b: _zip(a[:, 8:], b[:, 8:])),
     Primitive("vi_reduce_add", (Operand("vi", -(2**26), 2**26),), "int",
               lambda a: a.sum(axis=1, keepdims=True, dtype=np.int32)),
     # bytes
@@ -210,6 +246,7 @@ PRIMITIVES: tuple[Primitive, ...] = (
               "vb_lookup(vb_table({0}), {1})"),
     Primitive("vb_digit3", (_VB,), "vb", lambda r: (r.astype(np.int32) * 3 >> 8).astype(np.uint8)),
     Primitive("vb_next3", (_VB,), "vb", lambda r: r * np.uint8(3)),
+    Primitive("vb_max", (_VB, _VB), "vb", np.maximum),
     # dot products: 129 * 127 * 2 is the most that a narrow lane of 16 bits takes in a step
     Primitive("vq_init", (_VI,), "vi", lambda z: z, "vq_finish(vq_init({0}))"),
     Primitive("vq_finish", (_VI,), "vi", lambda z: z, "vq_finish(vq_init({0}))"),
@@ -219,8 +256,15 @@ PRIMITIVES: tuple[Primitive, ...] = (
     Primitive("vq_dot_signed", (_VI, _VB, Operand("x4", -127, 127)), "vi",
               lambda z, c, x: _dot(z, c.view(np.int8), x),
               "vq_finish(vq_flush(vq_dot_signed(vq_init({0}), {1}, {2})))", narrow=True),
+    # exact: a lane holds the sum of 4 products of unsigned x by signed weights, whatever they are
+    Primitive("vi_dot_u8s8", (_VI, _VB, Operand("u4")), "vi",
+              lambda z, w, x: _dot(z, w.view(np.int8), x.astype(np.int64))),
+    # bf16, to nearest even
+    Primitive("vf_store_bf16", (_FINITE,), "uint16*", _bf16, "vf_store_bf16({out}, {0})"),
+    Primitive("vf_store_bf16_n", (_FINITE, _COUNT), "uint16*", lambda x, n: _head(_bf16(x), n),
+              "vf_store_bf16_n({out}, {0}, {1})"),
     # pairs of bf16, even k in the low half
-    Primitive("vi_pack_bf16", (Operand("vf", -3e38, 3e38), Operand("vf", -3e38, 3e38)), "vp",
+    Primitive("vi_pack_bf16", (_FINITE, _FINITE), "vp",
               lambda even, odd: np.stack([_bf16(even), _bf16(odd)], axis=2).reshape(len(even), -1)),
     Primitive("vf_dot_bf16", (Operand("vf", 0, 1e4), Operand("vp", *_POSITIVE_BF16),
                               Operand("x2", *_POSITIVE_BF16)), "vf", _dot_bf16, ulps=2),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ import onnx
 from onnx import numpy_helper
 
 from qigen.errors import BadInput, QigenError, Unsupported, UsageError
-from qigen.frontends.onnx import opsets
+from qigen.frontends.onnx import contrib, opsets
 from qigen.frontends.onnx.reader import opsets as model_opsets
 from qigen.ir import ops, schema, types  # noqa: F401  (importing ops registers the operators)
 from qigen.ir.dims import Sym
@@ -24,6 +25,11 @@ MAX_FOLDED_BYTES = 256 << 20
 
 MAX_UNROLLED = 1024
 """Iterations of a loop that are written out, at most."""
+
+MAX_UNROLLED_IN_ALL = 4 * MAX_UNROLLED
+"""The same of all loops together: they may lie in each other."""
+
+MAX_MESSAGE = 600
 
 CODES = ("i8", "u8", "i4", "u4", "i2", "u2")
 """Weights in these types are kept as they are: what turns them into floats is not computed."""
@@ -68,6 +74,8 @@ class _Importer:
         self.limits: dict[str, int] = {}
         self.fixed: dict[str, int] = {}  # dim_param -> number that --shape gave it
         self.taken: set[str] = set()
+        self.node_names: set[str] = set()
+        self.unrolled = 0  # iterations
 
     def run(self) -> Graph:
         graph, source = self.graph, self.model.graph
@@ -77,7 +85,8 @@ class _Importer:
         for initializer in source.initializer:
             self._initializer(scope, initializer)
         for sparse in source.sparse_initializer:
-            self._constant(scope, sparse.values.name, _dense(sparse))
+            name = sparse.values.name
+            self._constant(scope, name, _dense(sparse, f"tensor {name}"))
         for info in source.input:
             if info.name not in scope.names:
                 self._input(scope, info)
@@ -136,14 +145,14 @@ class _Importer:
         self, name: str, axis: int, d: onnx.TensorShapeProto.Dimension | None, asked: Size | None
     ) -> Dim:
         at = f"dimension {axis} of input {name}"
-        if d is not None and d.HasField("dim_value"):
-            if d.dim_value < 0:
-                raise BadInput(f"{at} is {d.dim_value}", self.where)
+        if d is not None and d.HasField("dim_value") and d.dim_value >= 0:
             if asked is not None and isinstance(asked.value, int) and asked.value != d.dim_value:
                 raise UsageError(f"--shape makes {at} {asked.value}; the model fixes it to "
                                  f"{d.dim_value}", self.where)
             return int(d.dim_value)
-        parameter = d.dim_param if d is not None and d.dim_param else f"{name}_{axis}"
+        # "?" and the like stand for sizes that have nothing to do with each other
+        named = d is not None and re.search(r"\w", d.dim_param)
+        parameter = d.dim_param if d is not None and named else f"{name}_{axis}"
         if asked is not None:
             if isinstance(asked.value, int):
                 before = self.fixed.setdefault(parameter, asked.value)
@@ -200,12 +209,13 @@ class _Importer:
         scope.names[name] = own
         return own
 
-    def _name(self, name: str) -> str:
-        """``name``, or with a number behind it if it is taken."""
+    def _name(self, name: str, taken: set[str] | None = None) -> str:
+        """``name``, or with a number behind it if it is taken (default: by a value)."""
+        taken = self.taken if taken is None else taken
         own, n = name, 1
-        while own in self.taken:
+        while own in taken:
             own, n = f"{name}_{n}", n + 1
-        self.taken.add(own)
+        taken.add(own)
         return own
 
     # -- nodes ------------------------------------------------------------------------------------
@@ -217,6 +227,8 @@ class _Importer:
             except QigenError as error:
                 if not error.where:
                     error.where = _label(node)
+                if len(error.message) > MAX_MESSAGE:  # of long lists of numbers
+                    error.message = error.message[:MAX_MESSAGE] + " ..."
                 raise
 
     def _node(self, scope: _Scope, proto: onnx.NodeProto) -> None:
@@ -283,7 +295,11 @@ class _Importer:
         while inputs and not inputs[-1]:
             inputs.pop()
         own = [self._name(scope.prefix + name) if name else "" for name in outputs]
-        node = Node(operator.name, self._name(scope.prefix + label), inputs, own)
+        own += [""] * (operator.results - len(own))
+        for i in range(operator.results):
+            own[i] = own[i] or self._name(f"{scope.prefix}{label}/result{i}")
+        outputs = outputs + [""] * (len(own) - len(outputs))
+        node = Node(operator.name, self._name(scope.prefix + label, self.node_names), inputs, own)
         node.attrs = operator.complete(node, attrs)
         scope.names.update({n: o for n, o in zip(outputs, own, strict=True) if n})
         for name, o in zip(outputs, own, strict=True):
@@ -393,6 +409,8 @@ class _Importer:
         return attrs
 
     def _constant_node(self, scope: _Scope, proto: onnx.NodeProto) -> None:
+        if len(proto.attribute) != 1 or len(proto.output) != 1:
+            raise BadInput("a Constant has one attribute and one output", _label(proto))
         attribute = proto.attribute[0]
         name = attribute.name
         if name == "value":
@@ -402,7 +420,7 @@ class _Importer:
         elif name in ("value_float", "value_floats"):
             data = np.array(onnx.helper.get_attribute_value(attribute), np.float32)
         elif name == "sparse_value":
-            data = _dense(attribute.sparse_tensor)
+            data = _dense(attribute.sparse_tensor, _label(proto))
         else:
             raise Unsupported("constants of strings are not supported", _label(proto))
         self._constant(scope, proto.output[0], data)
@@ -411,6 +429,8 @@ class _Importer:
 
     def _has_function(self, proto: onnx.NodeProto, version: int) -> bool:
         domain = "" if proto.domain == "ai.onnx" else proto.domain
+        if domain == contrib.DOMAIN:
+            return proto.op_type in contrib.BUILDERS
         try:
             found = onnx.defs.get_schema(proto.op_type, version, domain)
         except onnx.defs.SchemaError:
@@ -427,8 +447,14 @@ class _Importer:
         )
         if not self._has_function(proto, version):
             raise refused
-        found = onnx.defs.get_schema(proto.op_type, version, domain)
-        body = self._function_body(scope, found, proto, version)
+        body: onnx.FunctionProto | None
+        if domain == contrib.DOMAIN:
+            defaults: list[onnx.AttributeProto] = []
+            body = contrib.function(proto, self._kinds(scope, proto))
+        else:
+            found = onnx.defs.get_schema(proto.op_type, version, domain)
+            defaults = [a.default_value for a in found.attributes.values()]
+            body = self._function_body(scope, found, proto, version)
         if body is None:
             raise refused
         inner = _Scope({}, f"{scope.prefix}{proto.name or proto.output[0]}/", {
@@ -438,9 +464,9 @@ class _Importer:
             if actual:
                 inner.names[formal] = self._operand(scope, actual, proto)
         attributes = {a.name: a for a in proto.attribute}
-        for a in found.attributes.values():
-            if a.name not in attributes and a.default_value.type:
-                attributes[a.name] = a.default_value
+        for default in defaults:
+            if default.name not in attributes and default.type:
+                attributes[default.name] = default
         nodes = [_bound(n, attributes) for n in body.node]
         absent = set(body.input[len(proto.input):]) | {
             f for f, a in zip(body.input, proto.input, strict=False) if not a
@@ -455,6 +481,14 @@ class _Importer:
                 if formal not in inner.names:
                     raise refused
                 scope.names[actual] = inner.names[formal]
+
+    def _kinds(self, scope: _Scope, proto: onnx.NodeProto) -> list[tuple[str, int] | None]:
+        """Type and rank of a node's inputs; None where one is absent."""
+        values = [
+            self.graph.values[self._operand(scope, name, proto)] if name else None
+            for name in proto.input
+        ]
+        return [None if v is None else (v.dtype, len(v.shape)) for v in values]
 
     def _function_body(
         self, scope: _Scope, found: Any, proto: onnx.NodeProto, version: int
@@ -491,17 +525,23 @@ class _Importer:
         graphs = {a.name: a.g for a in proto.attribute if a.type == onnx.AttributeProto.GRAPH}
         if proto.op_type == "If":
             condition = known(self.graph, self._operand(scope, proto.input[0], proto))
-            if condition is None or isinstance(condition.reshape(-1)[0], Sym):
+            if condition is None or condition.size != 1 or isinstance(condition.item(), Sym):
                 raise Unsupported(
                     "If whose condition is only known at run time is not supported; fix the sizes "
                     "it depends on with --shape",
                     _label(proto),
                 )
-            branch = graphs["then_branch" if condition.reshape(-1)[0] else "else_branch"]
+            branch = graphs.get("then_branch" if condition.reshape(-1)[0] else "else_branch")
+            if branch is None or len(branch.output) != len(proto.output):
+                raise BadInput("a branch is missing or has other outputs", _label(proto))
             results = self._inline(scope, branch, {}, proto, 0)
-            scope.names.update(zip(proto.output, results, strict=True))
+            scope.names.update(
+                {name: own for name, own in zip(proto.output, results, strict=True) if name}
+            )
             return
         if proto.op_type == "Loop":
+            if "body" not in graphs:
+                raise BadInput("the body is missing", _label(proto))
             self._loop(scope, proto, graphs["body"])
             return
         raise Unsupported(
@@ -518,7 +558,7 @@ class _Importer:
 
         def number(name: str) -> Any:
             found = known(self.graph, name) if name else None
-            one = None if found is None else found.reshape(-1)[0]
+            one = None if found is None or found.size != 1 else found.reshape(-1)[0]
             return None if isinstance(one, Sym) else one
 
         operands = [self._operand(scope, name, proto) for name in proto.input]
@@ -526,6 +566,8 @@ class _Importer:
         state = operands[2:]
         condition = operands[1] if len(operands) > 1 else ""
         n_scans = len(body.output) - 1 - len(state)
+        if n_scans < 0 or len(body.input) != 2 + len(state):
+            raise BadInput("the body has not as many inputs and outputs as the loop", _label(proto))
         scans: list[list[str]] = [[] for _ in range(n_scans)]
         iteration = 0
         while True:
@@ -534,8 +576,9 @@ class _Importer:
                 raise refused
             if not go or iteration >= int(trips):
                 break
-            if iteration >= MAX_UNROLLED:
+            if iteration >= MAX_UNROLLED or self.unrolled >= MAX_UNROLLED_IN_ALL:
                 raise refused
+            self.unrolled += 1
             index = self.graph.add_constant(
                 self._name(f"{scope.prefix}{_label(proto)}/i{iteration}"), np.array(iteration, np.int64)
             )
@@ -660,13 +703,24 @@ def _bound(node: onnx.NodeProto, attributes: Mapping[str, onnx.AttributeProto]) 
     return copy
 
 
-def _dense(sparse: onnx.SparseTensorProto) -> Array:
+def _dense(sparse: onnx.SparseTensorProto, where: str) -> Array:
     """A sparse tensor as an array."""
-    values = numpy_helper.to_array(sparse.values)
-    indices = numpy_helper.to_array(sparse.indices)
-    out = np.zeros(tuple(sparse.dims), values.dtype)
-    if indices.ndim == 1:
-        out.reshape(-1)[indices] = values
-    else:
-        out[tuple(indices.T)] = values
+    element = types.of_onnx(sparse.values.data_type, where)
+    shape = tuple(int(size) for size in sparse.dims)
+    if any(size < 0 for size in shape):
+        raise BadInput("it has a negative size", where)
+    if math.prod(shape) * element.bytes > MAX_FOLDED_BYTES:
+        raise Unsupported(f"a sparse tensor of {math.prod(shape)} elements is not supported", where)
+    try:
+        values = numpy_helper.to_array(sparse.values)
+        indices = numpy_helper.to_array(sparse.indices)
+        out = np.zeros(shape, values.dtype)
+        if (indices < 0).any():
+            raise ValueError("negative indices")
+        if indices.ndim == 1:
+            out.reshape(-1)[indices] = values
+        else:
+            out[tuple(indices.T)] = values
+    except Exception as error:  # ValueError, IndexError: whatever is damaged
+        raise BadInput(f"its values do not fit its shape or indices ({error})", where) from None
     return out

@@ -58,7 +58,9 @@ def _old_softmax(attrs: dict[str, Any], inputs: list[str], add: Add) -> None:
 def _pad(attrs: dict[str, Any], inputs: list[str], add: Add) -> None:
     pads = attrs.pop("pads", attrs.pop("paddings", None))
     inputs.append(add(np.array(pads, np.int64)))
-    inputs.append(add(np.float32(attrs.pop("value", 0.0))))
+    value = np.float32(attrs.pop("value", 0.0))
+    if value:
+        inputs.append(add(value))
 
 
 def _slice(attrs: dict[str, Any], inputs: list[str], add: Add) -> None:
@@ -79,7 +81,13 @@ def _upsample7(attrs: dict[str, Any], inputs: list[str], add: Add) -> None:
 
 
 def _batch_norm_old(attrs: dict[str, Any], inputs: list[str], add: Add) -> None:
-    attrs.pop("spatial", None)
+    if attrs.get("spatial") == 1:  # moments of every pixel stay an attribute that is refused
+        del attrs["spatial"]
+
+
+def _dft17(attrs: dict[str, Any], inputs: list[str], add: Add) -> None:
+    inputs += [""] * (2 - len(inputs))
+    inputs.append(add(np.int64(attrs.pop("axis", 1))))
 
 
 def _dropout_old(attrs: dict[str, Any], inputs: list[str], add: Add) -> None:
@@ -90,9 +98,19 @@ def _topk(attrs: dict[str, Any], inputs: list[str], add: Add) -> None:
     inputs.append(add(np.array([attrs.pop("k")], np.int64)))
 
 
-def _scatter(attrs: dict[str, Any], inputs: list[str], add: Add) -> None:
-    pass
+def _constant_of_shape(attrs: dict[str, Any], inputs: list[str], add: Add) -> None:
+    value = np.asarray(attrs.pop("value", np.zeros(1, np.float32)))
+    inputs.insert(0, add(value.reshape(())))
 
+
+def _grid_sample(attrs: dict[str, Any], inputs: list[str], add: Add) -> None:
+    old = {"bilinear": "linear", "bicubic": "cubic"}
+    if "mode" in attrs:
+        attrs["mode"] = old.get(attrs["mode"], attrs["mode"])
+
+
+EVERY = 1 << 30
+"""For a rule that no version is too new for."""
 
 _REDUCTIONS = (
     "ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp", "ReduceMax", "ReduceMean",
@@ -114,14 +132,18 @@ RULES: dict[str, tuple[tuple[int, Rule], ...]] = {
     "Resize": ((11, _resize10),),
     "Upsample": ((9, _upsample7),),
     "BatchNormalization": ((9, _batch_norm_old),),
+    "DFT": ((20, _dft17),),
     "Dropout": ((12, _dropout_old),),
     "TopK": ((10, _topk),),
     "Cast": ((6, _drop()),),
+    "GridSample": ((20, _grid_sample),),
+    "RoiAlign": ((16, _default("coordinate_transformation_mode", "output_half_pixel")),),
+    "ConstantOfShape": ((EVERY, _constant_of_shape),),
 }
 """Operator -> (first version without need of the rule, the rule), the oldest first."""
 
-RENAMED = {"Upsample": "Resize", "Scatter": "ScatterElements"}
-"""Operators that a newer one replaced, with its attributes as the rules leave them."""
+RENAMED = {"Upsample": "Resize", "Scatter": "ScatterElements", "ConstantOfShape": "Expand"}
+"""Operators that another one replaces, with its attributes as the rules leave them."""
 
 
 def upgrade(

@@ -1,0 +1,57 @@
+"""The passes of tensor graphs, in order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from qigen.backends.cpu.elementwise import ELEMENTWISE
+from qigen.formats.algebra import QuantizedTensor
+from qigen.ir.graph import Array, Graph, Node
+from qigen.passes.tensor import elementwise, layout, rows
+from qigen.passes.tensor.patterns import find_patterns
+from qigen.passes.tensor.products import Products, quantized_tables
+from qigen.passes.tensor.quantized import dequantized_constants, quantized_products
+from qigen.passes.tensor.simplify import simplify
+
+
+def optimize_graph(
+    graph: Graph,
+    activations: str | None = None,
+    rounded: Callable[[Array, str], QuantizedTensor] | None = None,
+) -> Graph:
+    """The graph that is lowered.
+
+    ``activations`` is the arithmetic of products whose weights are floats: f32 (default), bf16, or
+    int8 (weights by channel, activations quantized at run time). ``rounded`` brings the weights of
+    matrix products to a format of the catalog.
+    """
+    arithmetic = {None: "f32", "f32": "f32", "bf16": "bf16", "int8": "u8s8"}[activations]
+
+    def arithmetic_of(node: Node) -> str:
+        return arithmetic
+
+    def unchanged(graph: Graph) -> Graph:
+        return graph
+
+    passes: tuple[Callable[[Graph], Graph], ...] = (
+        simplify,
+        find_patterns,
+        quantized_products,
+        dequantized_constants,
+        lambda g: Products(g, arithmetic_of, rounded).run(),
+        quantized_tables if activations == "int8" or rounded is not None else unchanged,
+        layout.images,
+        lambda g: elementwise.to_loops(g, set(ELEMENTWISE)),
+        layout.sink,
+        layout.finish,
+        simplify,
+        elementwise.codes_to_loops,
+        rows.to_rows,
+        elementwise.fuse,
+    )
+    for run in passes:
+        graph = run(graph)
+    return graph
+
+
+__all__ = ["optimize_graph"]

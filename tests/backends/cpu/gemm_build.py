@@ -1,0 +1,164 @@
+"""Compile kernels of the gemm family into a library and call them through ctypes."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import numpy.typing as npt
+
+from qigen.backends.base import Isa, KernelSource
+from qigen.backends.cpu.gemm import PREPARE_ENTRIES
+from qigen.codegen.render import render
+from tests.backends.cpu.kernel_build import FLAGS, SANITIZERS, compiler
+
+Array = npt.NDArray[Any]
+
+_P, _L, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
+
+
+class GemmInput(ctypes.Structure):
+    """``qg::GemmInput`` of gemm.h."""
+
+    _fields_ = [("p", _P), ("pixel", _L), ("row", _L), ("image", _L)]
+
+
+class GemmOutput(ctypes.Structure):
+    """``qg::GemmOutput``."""
+
+    _fields_ = [("y", _P), ("y_pixel", _L), ("y_row", _L), ("y_image", _L), ("bias", _P),
+                ("scale", _P), ("init", _P), ("wsum", _P), ("x_scale", _P), ("x_zero", _P),
+                ("x_scale_step", _I), ("y_scale", _F), ("y_zero", _I), ("inputs", GemmInput * 4)]
+
+
+class GemmArgs(ctypes.Structure):
+    """``qg::GemmArgs``."""
+
+    _fields_ = [("w", _P), ("row_block", _L), ("x", _P), ("x_pixel", _L), ("x_row", _L),
+                ("x_image", _L), ("columns", _I), ("rows", _I), ("images", _I), ("taps", _P),
+                ("n_taps", _I), ("steps", _I), ("n", _I), ("out", GemmOutput)]
+
+
+class DepthwiseArgs(ctypes.Structure):
+    """``qg::DepthwiseArgs``."""
+
+    _fields_ = [("w", _P), ("x", _P), ("x_pixel", _L), ("x_row", _L), ("x_image", _L), ("h", _I),
+                ("width", _I), ("channels", _I), ("columns", _I), ("rows", _I), ("images", _I),
+                ("kernel_h", _I), ("kernel_w", _I), ("stride_h", _I), ("stride_w", _I),
+                ("dilation_h", _I), ("dilation_w", _I), ("pad_top", _I), ("pad_left", _I),
+                ("out", GemmOutput)]
+
+
+class PadArgs(ctypes.Structure):
+    """``qg::PadArgs``."""
+
+    _fields_ = [("x", _P), ("x_channel", _L), ("x_pixel", _L), ("x_row", _L), ("x_image", _L),
+                ("channels", _I), ("columns", _I), ("rows", _I), ("images", _I), ("y", _P),
+                ("y_channels", _I), ("top", _I), ("bottom", _I), ("left", _I), ("right", _I),
+                ("scale", _F), ("zero", _I), ("partials", _P), ("scale_out", _P), ("zero_out", _P)]
+
+
+class QuantizeRowsArgs(ctypes.Structure):
+    """``qg::QuantizeRowsArgs``."""
+
+    _fields_ = [("x", _P), ("x_stride", _L), ("m", _I), ("k", _I), ("y", _P), ("y_stride", _L),
+                ("k_padded", _I), ("scale", _P), ("zero", _P)]
+
+
+STRUCTS = {s.__name__: s for s in (GemmArgs, DepthwiseArgs, PadArgs, QuantizeRowsArgs)}
+
+_HARNESS = """\
+{#- One translation unit: kernels in namespaces of their own, entries with C linkage. #}
+#include "{{ isa.header }}"
+#include "gemm.h"
+#include "epilogue.h"
+{% for kernel in kernels %}
+namespace k{{ loop.index0 }} {
+using namespace ::qg;
+#include "{{ kernel.name }}.cpp"
+}
+{% endfor %}
+extern "C" {
+{% for name in structs %}
+int64_t bytes_{{ name }}() { return sizeof(qg::{{ name }}); }
+{% endfor %}
+{% for kernel in kernels %}
+{% set space = "k%d::qg" % loop.index0 %}
+{% for entry in kernel.entries %}
+void {{ entry }}(const qg::{{ struct[entry] }}* a, int thread, int threads) {
+  {{ space }}::{{ entry }}(*a, thread, threads);
+}
+{% endfor %}
+{% endfor %}
+}
+"""
+
+
+def struct_of(entry: str) -> str:
+    """The name of the struct that an entry takes."""
+    if entry in PREPARE_ENTRIES:
+        return PREPARE_ENTRIES[entry]
+    return "DepthwiseArgs" if entry.startswith("depthwise") else "GemmArgs"
+
+
+def build(folder: Path, isa: Isa, kernels: Sequence[KernelSource], sanitize: bool = False) -> Path:
+    """Compile everything in one translation unit, once; the path of the library."""
+    sources = {f"{kernel.name}.cpp": kernel.text for kernel in kernels}
+    sources[isa.header] = render(isa.template)
+    for name in ("kernels.h", "epilogue.h", "gemm.h"):
+        sources[name] = render(f"cpu/{name}.j2")
+    struct = {entry: struct_of(entry) for kernel in kernels for entry in kernel.entries}
+    template = jinja2.Template(_HARNESS, undefined=jinja2.StrictUndefined, trim_blocks=True,
+                               lstrip_blocks=True)
+    sources["harness.cpp"] = template.render(isa=isa, kernels=kernels, struct=struct,
+                                             structs=list(STRUCTS))
+    flags = [*FLAGS, *isa.flags, *(SANITIZERS if sanitize else ()), "-shared", "-fPIC"]
+    command = [compiler() or "g++", *flags]
+    digest = hashlib.sha256(repr((command, sorted(sources.items()))).encode()).hexdigest()[:20]
+    target = folder / f"gemm-{isa.name}-{digest}.so"
+    if target.exists():
+        return target
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        for name, text in sources.items():
+            Path(scratch, name).write_text(text, encoding="utf-8")
+        done = subprocess.run([*command, "harness.cpp", "-o", "out"], cwd=scratch, check=False,
+                              capture_output=True, text=True)
+        assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr[:4000]}"
+        Path(scratch, "out").replace(target)  # atomic: another process may build the same
+    return target
+
+
+def load(path: Path) -> ctypes.CDLL:
+    """The library, checked to agree on the layout of the structs."""
+    library = ctypes.CDLL(str(path))
+    for name, struct in STRUCTS.items():
+        size = getattr(library, f"bytes_{name}")
+        size.restype = _L
+        assert size() == ctypes.sizeof(struct), name
+    return library
+
+
+def fill(struct: ctypes.Structure, values: Mapping[str, Any]) -> list[Array]:
+    """Set members by name, arrays by their address; the arrays, which must outlive the call."""
+    kept = []
+    for name, value in values.items():
+        if isinstance(value, np.ndarray):
+            assert value.flags.c_contiguous
+            kept.append(value)
+            setattr(struct, name, value.ctypes.data)
+        else:
+            setattr(struct, name, value)
+    return kept
+
+
+def run(library: ctypes.CDLL, entry: str, args: ctypes.Structure, threads: int = 1) -> None:
+    """Call an entry as each of ``threads`` threads in turn."""
+    for thread in range(threads):
+        getattr(library, entry)(ctypes.byref(args), _I(thread), _I(threads))
