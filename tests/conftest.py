@@ -45,10 +45,10 @@ def artifact_of(tmp_path_factory: pytest.TempPathFactory) -> ArtifactMaker:
     if not any(shutil.which(name) for name in ("g++", "clang++", "c++")):
         pytest.skip("needs a C++ compiler")
     folder = tmp_path_factory.mktemp("artifacts")
-    made: dict[tuple[Any, ...], Path] = {}
+    made: dict[tuple[Path, str], Path] = {}
 
     def make(model: Path, **options: Any) -> Path:
-        key = (model, *sorted(options.items()))
+        key = (model, repr(sorted(options.items())))
         if key not in made:
             made[key] = qigen.compile(model, folder / f"{len(made)}.qgn", **options).path
         return made[key]

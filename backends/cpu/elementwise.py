@@ -1,8 +1,9 @@
-"""Elementwise functions on 16 f32 lanes: one row an operator, chains of them as C++ lines, and loops.
+"""Elementwise functions on 16 f32 lanes: one row an operator; chains of them as C++ lines; loops.
 
-A chain is what a fused loop computes for every element, and what a matmul or convolution does to its
-accumulators before they are stored. The vector text of a row uses the primitives of the ISA headers
-and of ``epilogue.h``; ``meaning`` is the numpy reference that the differential test compares with.
+A chain is what a fused loop computes for every element, and what a matmul or convolution does to
+its accumulators before they are stored. The vector text of a row uses the primitives of the ISA
+headers and of ``epilogue.h``; ``meaning`` is the numpy reference that the differential test
+compares with.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class Row:
-    """One function. ``vector``: C++ text, ``{0}``, ``{1}``.. its operands (vf), ``{p0}``, ``{p1}``..
-    its parameters (float literals). ``meaning(*operands, *params)`` in float64 or float32.
+    """One function. ``vector``: C++ text, ``{0}``, ``{1}``.. its operands (vf), ``{p0}``,
+    ``{p1}``.. its parameters (float literals). ``meaning(*operands, *params)`` in float64 or
+    float32.
 
     A result lies within ``ulps`` of the meaning, or within ``near`` where that is more.
     """
@@ -54,7 +56,7 @@ def _rows(*rows: Row) -> dict[str, Row]:
 
 
 def _erf(x: Any) -> Array:
-    return np.vectorize(math.erf, otypes=[np.float64])(x)
+    return np.asarray(np.vectorize(math.erf, otypes=[np.float64])(x))
 
 
 def _sigmoid(x: Any) -> Any:
@@ -69,8 +71,8 @@ def _true(x: Any) -> Any:
     return np.asarray(x).astype(np.float64)
 
 
-# At infinity the formulas of silu, gelu, mish, hard_swish and softsign give NaN on one side: so do the
-# kernels.
+# At infinity the formulas of silu, gelu, mish, hard_swish and softsign give NaN on one side: so do
+# the kernels.
 ELEMENTWISE: dict[str, Row] = _rows(
     Row("const", 0, "vf_set1({p0})", lambda c: np.float32(c), 1),
     Row("add", 2, "vf_add({0}, {1})", np.add),
@@ -267,7 +269,15 @@ def render_loops(name: str, specs: Sequence[LoopSpec]) -> KernelSource:
     """One translation unit of several loops for one ISA: most of its compile time is shared."""
     isa = specs[0].isa
     assert all(spec.isa == isa for spec in specs)
-    loops = [{"name": spec.name, "summary": spec.summary, "inputs": spec.inputs,
-              "outputs": spec.outputs, "lines": chain_lines(spec.steps)} for spec in specs]  # fmt: skip
+    loops = [
+        {
+            "name": spec.name,
+            "summary": spec.summary,
+            "inputs": spec.inputs,
+            "outputs": spec.outputs,
+            "lines": chain_lines(spec.steps),
+        }
+        for spec in specs
+    ]
     text = render("cpu/loop.cpp.j2", isa=isa, loops=loops)
     return KernelSource(name, text, isa.name, tuple(spec.name for spec in specs))

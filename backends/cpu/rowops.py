@@ -42,7 +42,7 @@ class AttentionTiles:
 
 
 def encoder_tiles(isa: Isa) -> AttentionTiles:
-    """The tiles whose accumulators, a row of the right operand and a broadcast fill the registers."""
+    """The tiles that fill the registers: sums, a row of the right operand, a broadcast."""
     if not isa.features:
         return AttentionTiles((2, 1), 1)
     if isa.registers >= 32:
@@ -51,7 +51,7 @@ def encoder_tiles(isa: Isa) -> AttentionTiles:
 
 
 def render_rowops(isa: Isa) -> KernelSource:
-    """The translation unit ``rowops``. It includes kernels.h, rowops.h, epilogue.h and the header of
-    the ISA."""
+    """The translation unit ``rowops``. It includes kernels.h, rowops.h, epilogue.h and the header
+    of the ISA."""
     text = render("cpu/rowops.cpp.j2", isa=isa, tiles=encoder_tiles(isa))
     return KernelSource(f"rowops__{isa.name}", text, isa.name, tuple(ENTRIES))

@@ -14,6 +14,7 @@ depends on. The value of a constant has the name of its format (``"f32"``, ``"q4
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
@@ -27,6 +28,8 @@ from qigen.ir import schema, types
 from qigen.ir.dims import Sym
 
 Array: TypeAlias = npt.NDArray[Any]
+_NO_IDENTIFIER = re.compile(r"\W", re.ASCII)
+
 Dim: TypeAlias = int | str | Sym
 Shape: TypeAlias = tuple[Dim, ...]
 
@@ -277,10 +280,16 @@ class Graph:
         """
         kept: list[Node] = []
         needed = set(self.outputs)
+        sizes: set[str] = set()  # names of sizes that what is kept has
         for node in reversed(list(nodes)):
-            if needed.intersection(filter(None, node.outputs)) or schema.operator(node.op, node.name).effect:
+            if (
+                needed.intersection(filter(None, node.outputs))
+                or schema.operator(node.op, node.name).effect
+                or sizes.intersection(self._measured(node))
+            ):
                 kept.append(node)
                 needed.update(node.inputs)
+                sizes |= self._sizes(node)
         result = Graph(
             self.name,
             list(self.inputs),
@@ -303,6 +312,24 @@ class Graph:
                     result._add_value(value)
             result.nodes.append(node)
         return result
+
+    def _sizes(self, node: Node) -> set[str]:
+        """The names in the shapes of a node's values and in its attributes."""
+        shapes = [self.values[n].shape for n in (*node.inputs, *node.outputs) if n in self.values]
+        shapes += [a for a in node.attrs.values() if isinstance(a, tuple)]
+        return {name for shape in shapes for d in shape if isinstance(d, Sym) for name in d.names()}
+
+    def _measured(self, node: Node) -> set[str]:
+        """The run-time sizes that a node finds out (qigen.ir.tensor.fresh)."""
+        return {
+            name
+            for out in node.outputs
+            if out in self.values
+            for d in self.values[out].shape
+            if isinstance(d, Sym)
+            for name in d.names()
+            if name.startswith(f"run_{re.sub(_NO_IDENTIFIER, '_', out)}_")
+        }
 
     # -- showing ----------------------------------------------------------------------------------
 

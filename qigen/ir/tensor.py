@@ -246,8 +246,11 @@ def require_type(node: Node, graph: Graph, index: int, allowed: Sequence[str]) -
     return t
 
 
-def axis_of(node: Node, axis: int, rank: int, name: str = "axis") -> int:
+def axis_of(node: Node, axis: Dim, rank: int, name: str = "axis") -> int:
     """``axis`` counted from the front; BadInput if it is out of range."""
+    if not isinstance(axis, (int, np.integer)):
+        raise Unsupported(f"{name} {axis} depends on the sizes of inputs", node.name)
+    axis = int(axis)
     if not -rank <= axis < rank:
         raise BadInput(f"{name} {axis} is out of range for rank {rank}", node.name)
     return axis % rank if rank else 0

@@ -88,9 +88,10 @@ struct Resizing {
     return (x + 0.5) / s.scale - 0.5;
   }
 
-  // Where the n pixels of result i are, and their weights; false if it lies outside of a crop.
+  // Where the n pixels of result i are, and their weights, `step` apart; false if it lies outside of
+  // a crop.
   template <class S>
-  bool sample(const Sampler& s, int64_t i, int64_t n, int64_t* index, S* weight) const {
+  bool sample(const Sampler& s, int64_t i, int64_t n, int64_t* index, S* weight, int64_t step = 1) const {
     if (s.same) {
       index[0] = i;
       weight[0] = 1;
@@ -118,12 +119,14 @@ struct Resizing {
       const double linear = 1 - (distance < 0 ? -distance : distance);
       double w = mode == Resampling::kCubic ? cubic_weight(distance, cubic_a) : linear > 0 ? linear : 0;
       if (exclude_outside && (at < 0 || at >= s.in)) w = 0;
-      index[t] = max(0, min(at, s.in - 1));
-      weight[t] = static_cast<S>(w);
+      index[t * step] = max(0, min(at, s.in - 1));
+      weight[t * step] = static_cast<S>(w);
       total += w;
     }
     if ((antialias || exclude_outside) && total != 0) {
-      for (int64_t t = 0; t < n; ++t) weight[t] = static_cast<S>(static_cast<double>(weight[t]) / total);
+      for (int64_t t = 0; t < n; ++t) {
+        weight[t * step] = static_cast<S>(static_cast<double>(weight[t * step]) / total);
+      }
     }
     return inside;
   }
@@ -207,7 +210,11 @@ inline void resize(const Context& c, const Tensor& y, const Tensor& x, const Ten
   outer.rank = b;
   for (int64_t j0 = 0; j0 < width; j0 += block) {
     const int64_t count = min(block, width - j0);
-    for (int64_t j = 0; j < count; ++j) inside[j] = how.sample(samplers[b], j0 + j, n, index + j * n, weight + j * n);
+    bool all_inside = true;
+    for (int64_t j = 0; j < count; ++j) {
+      inside[j] = how.sample(samplers[b], j0 + j, n, index + j, weight + j, block);
+      all_inside = all_inside && inside[j];
+    }
     const int64_t first = c.begin(rows), end = c.end(rows);
     Index at(first, outer);
     for (int64_t row = first; row < end; ++row, at.advance(outer)) {
@@ -235,10 +242,12 @@ inline void resize(const Context& c, const Tensor& y, const Tensor& x, const Ten
       if (how.mode == Resampling::kNearest) {
         S one;
         const T* in = pixel(0, one);
+        if (inner == 1 && within && all_inside) {
+          for (int64_t j = 0; j < count; ++j) out[j] = in[index[j]];
+          continue;
+        }
         for (int64_t j = 0; j < count; ++j) {
-          if (inner == 1) {
-            out[j] = within && inside[j] ? in[index[j]] : beyond;
-          } else if (within && inside[j]) {
+          if (within && inside[j]) {
             std::memcpy(out + j * inner, in + index[j] * inner, static_cast<size_t>(inner) * sizeof(T));
           } else {
             for (int64_t k = 0; k < inner; ++k) out[j * inner + k] = beyond;
@@ -252,10 +261,10 @@ inline void resize(const Context& c, const Tensor& y, const Tensor& x, const Ten
           S w;
           const T* in = pixel(k, w);
           if (w == 0) continue;
-          for (int64_t j = 0; j < count; ++j) {
-            S part = 0;
-            for (int64_t t = 0; t < n; ++t) part += weight[j * n + t] * static_cast<S>(in[index[j * n + t]]);
-            sum[j] += w * part;
+          for (int64_t t = 0; t < n; ++t) {
+            const int64_t* at_tap = index + t * block;
+            const S* of_tap = weight + t * block;
+            for (int64_t j = 0; j < count; ++j) sum[j] += w * of_tap[j] * static_cast<S>(in[at_tap[j]]);
           }
         }
         for (int64_t j = 0; j < count; ++j) out[j] = within && inside[j] ? resampled<T>(sum[j]) : beyond;
@@ -270,8 +279,8 @@ inline void resize(const Context& c, const Tensor& y, const Tensor& x, const Ten
             const T* in = pixel(k, w) + l0;
             if (w == 0) continue;
             for (int64_t t = 0; t < n; ++t) {
-              const S product = w * weight[j * n + t];
-              const T* lane = in + index[j * n + t] * inner;
+              const S product = w * weight[t * block + j];
+              const T* lane = in + index[t * block + j] * inner;
               for (int64_t l = 0; l < lanes; ++l) sum[l] += product * static_cast<S>(lane[l]);
             }
           }

@@ -43,14 +43,19 @@ class Outcome:
     message: str = ""
 
 
+RANDOM = r"bernoulli|training_dropout(?!.*zero_ratio)"
+"""Cases that compare with numpy's own stream of random numbers, which nobody else has."""
+
+
 def cases(pattern: str = "") -> list[Any]:
-    """The node tests whose names match."""
+    """The node tests whose names match, but for those on numpy's random numbers."""
     from onnx.backend.test.case.node import collect_testcases
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found = collect_testcases(None)
-    return [case for case in found if re.search(pattern, case.name)]
+    return [case for case in found if re.search(pattern, case.name)
+            and not re.search(RANDOM, case.name)]
 
 
 def run(chosen: Sequence[Any], jobs: int = 2, isa: str = "", progress: bool = False) -> list[Outcome]:
@@ -112,13 +117,20 @@ def _run(case: Any, folder: Path, isa: str) -> Outcome:
     names = [i.name for i in model.graph.input]
     for inputs, expected in case.data_sets:
         feeds = dict(zip(names, inputs, strict=False))
-        results = loaded.run({n: np.asarray(a) for n, a in feeds.items() if n in
-                              {i["name"] for i in loaded.inputs}})
+        wanted_names = {i["name"] for i in loaded.inputs}
+        results = loaded.run({n: _array(a) for n, a in feeds.items() if n in wanted_names})
         for info, wanted in zip(model.graph.output, expected, strict=True):
-            problem = difference(results[info.name], np.asarray(wanted), case.rtol, case.atol)
+            problem = difference(results[info.name], _array(wanted), case.rtol, case.atol)
             if problem:
                 return Outcome(case.name, "wrong", f"{info.name}: {problem}")
     return Outcome(case.name, "passed")
+
+
+def _array(data: Any) -> np.ndarray[Any, Any]:
+    """Test data as an array: some cases have it as TensorProto."""
+    if isinstance(data, onnx.TensorProto):
+        return np.asarray(onnx.numpy_helper.to_array(data))
+    return np.asarray(data)
 
 
 def difference(got: np.ndarray[Any, Any], wanted: np.ndarray[Any, Any], rtol: float,

@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnx.checker
@@ -13,6 +14,7 @@ import onnx.external_data_helper
 import onnx.inliner
 from google.protobuf.message import (  # type: ignore[import-untyped, unused-ignore]
     DecodeError,
+    Message,
 )
 
 from qigen.errors import BadInput, Unsupported
@@ -51,7 +53,20 @@ def parse_model(path: str | Path) -> onnx.ModelProto:
         ) from None
     if not model.HasField("graph") or (not model.graph.node and not model.graph.output):
         raise BadInput("it is no ONNX model: there is no graph in it", where)
+    if not _is_text(model):
+        raise BadInput("a name in it is no text; the file is damaged, export it again", where)
     return model
+
+
+def _is_text(message: Any) -> bool:
+    """Whether all strings of a protobuf are UTF-8: the others are bytes to Python."""
+    for field, value in message.ListFields():
+        rows = [value] if isinstance(value, (str, bytes, Message)) else value
+        if field.type == field.TYPE_STRING and not all(isinstance(row, str) for row in rows):
+            return False
+        if field.type == field.TYPE_MESSAGE and not all(map(_is_text, rows)):
+            return False
+    return True
 
 
 def prepare_model(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
@@ -65,6 +80,9 @@ def prepare_model(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
             f"{MAX_OPSET}",
             where,
         )
+    for domain, number in versions.items():
+        if not 0 < number < 1 << 31:
+            raise BadInput(f"opset {number} of {domain or 'ai.onnx'} cannot be", where)
     _load_external_data(model, path)
     try:
         onnx.checker.check_model(model, full_check=False)
@@ -146,7 +164,7 @@ def _load_external_data(model: onnx.ModelProto, path: Path) -> None:
     for tensor in onnx.external_data_helper._get_all_tensors(model):
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
             continue
-        fields = {_text(entry.key): _text(entry.value) for entry in tensor.external_data}
+        fields = {entry.key: entry.value for entry in tensor.external_data}
         file = _external_file(tensor, folder, fields.get("location", ""), str(path))
         expected = _stored_bytes(tensor, str(path))
         try:
@@ -212,13 +230,7 @@ def _stored_bytes(tensor: onnx.TensorProto, where: str) -> int:
     return (math.prod(int(size) for size in tensor.dims) * bits + 7) // 8
 
 
-def _text(value: str | bytes) -> str:
-    """A string of a protobuf, which is bytes if it is no UTF-8."""
-    return value if isinstance(value, str) else value.decode("utf-8", "replace")
-
-
-def _shown(value: str | bytes) -> str:
+def _shown(text: str) -> str:
     """What a file says, fit for a message."""
-    text = _text(value)
     printable = "".join(c if c.isprintable() else "?" for c in text[:80])
     return printable + ("..." if len(text) > 80 else "")

@@ -8,9 +8,10 @@ from qigen.backends.cpu.elementwise import ELEMENTWISE
 from qigen.formats.algebra import QuantizedTensor
 from qigen.ir.graph import Array, Graph, Node
 from qigen.passes.tensor import elementwise, layout, rows
+from qigen.passes.tensor.halves import promote_halves
 from qigen.passes.tensor.patterns import find_patterns
 from qigen.passes.tensor.products import Products, quantized_tables
-from qigen.passes.tensor.quantized import dequantized_constants, quantized_products
+from qigen.passes.tensor.quantized import folded, quantized_products, weight_only
 from qigen.passes.tensor.simplify import simplify
 
 
@@ -34,10 +35,12 @@ def optimize_graph(
         return graph
 
     passes: tuple[Callable[[Graph], Graph], ...] = (
+        promote_halves,
         simplify,
         find_patterns,
         quantized_products,
-        dequantized_constants,
+        weight_only,
+        folded,
         lambda g: Products(g, arithmetic_of, rounded).run(),
         quantized_tables if activations == "int8" or rounded is not None else unchanged,
         layout.images,

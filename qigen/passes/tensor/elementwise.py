@@ -203,12 +203,13 @@ def _join_loops(r: Rewriter, node: Node) -> bool:
             continue
         if r.shape(name) != r.shape(node.outputs[0]):
             continue
-        steps, inputs = _joined(producer.attrs["chain"], producer.inputs, "", node.attrs["chain"],
-                                node.inputs, name)
+        first: Chain = producer.attrs["chain"]
+        if producer.attrs["out"] != "f32":  # the next loop reads what the codes would hold
+            limits = {"u8": (0.0, 255.0), "i8": (-128.0, 127.0)}[producer.attrs["out"]]
+            first = (*first, ("clip", (f"t{len(first) - 1}",), limits))
+        steps, inputs = _joined(first, producer.inputs, "", node.attrs["chain"], node.inputs, name)
         if len(inputs) > MAX_INPUTS or len(steps) > MAX_STEPS:
             continue
-        if producer.attrs["out"] != "f32":
-            continue  # what is rounded to codes stays so
         r.replace(node, "Loop", inputs, {"chain": steps, "out": node.attrs["out"]})
         r.remove(producer)
         return True

@@ -14,8 +14,12 @@ from typing import Any
 
 import numpy as np
 
+from qigen.formats import catalog
+from qigen.formats.algebra import QuantizedTensor
+from qigen.ir import dims, schema
 from qigen.ir.graph import Array, Graph, Node
-from qigen.ir.tensor import given
+from qigen.ir.tensor import TensorOp, given
+from qigen.ir.types import TYPES
 from qigen.passes.tensor.products import (
     MAX_TAPS,
     TO_NCHW,
@@ -65,24 +69,76 @@ def quantized_products(graph: Graph) -> Graph:
     return r.done()
 
 
-def dequantized_constants(graph: Graph) -> Graph:
-    """Weights that no integer product took, as floats."""
+def weight_only(graph: Graph) -> Graph:
+    """Products of floats with int8 weights that have a scale by channel keep the codes.
+
+    The codes are a matrix in a format of the catalog whose scales are all 1; the scales of the
+    channels multiply the result, so nothing is rounded.
+    """
     r = Rewriter(graph)
     for node in r.nodes():
-        if node.op not in ("onnx.DequantizeLinear", "onnx.Cast"):
+        if node.op != "onnx.MatMul" or r.dtype(node.inputs[0]) != "f32" or not r.alive(node):
             continue
-        if r.dtype(node.outputs[0]) not in ("f32", "f16", "f64"):
+        w = _weight_codes(r, node.inputs[1], 1) or _scaled_codes(r, node.inputs[1])
+        if w is None or w.codes.ndim != 2:
             continue
-        arrays = [r.array(n) for n in node.inputs if n]
-        if any(a is None for a in arrays) or node.outputs[0] in r.graph.outputs:
-            continue
-        from qigen.ir import schema
+        n, k = w.codes.shape
+        weights = r.graph.add_constant(r.name(f"{node.inputs[1]}/codes"), _unit_format(w.codes))
+        plain = r.name(f"{node.name}/codes")
+        r.make("FormatProduct", [node.inputs[0], weights], [plain],
+               {"n": n, "k": k, "weight": node.inputs[1]}, before=node)
+        scale = r.constant(f"{node.name}/scale", w.scale)
+        r.replace(node, "onnx.Mul", [plain, scale])
+    return r.done()
 
-        inputs = [r.array(n) if n else np.zeros(0) for n in node.inputs]
-        results = schema.operator(node.op).reference(node, inputs, None)  # type: ignore[arg-type]
+
+def _scaled_codes(r: Rewriter, name: str) -> WeightCodes | None:
+    """Cast of int8 constants [K, N] times a constant scale [N]."""
+    scaled = r.producer(name, "onnx.Mul")
+    if scaled is None:
+        return None
+    for i in (0, 1):
+        cast = r.producer(scaled.inputs[i], "onnx.Cast")
+        scale = r.array(scaled.inputs[1 - i])
+        codes = r.array(cast.inputs[0]) if cast is not None else None
+        if codes is None or scale is None or codes.dtype != np.int8 or codes.ndim != 2:
+            continue
+        if scale.size in (1, codes.shape[1]) and (scale.ndim == 0 or scale.shape[-1] == scale.size):
+            return signed_codes(codes, scale, np.zeros(1, np.int8), 1)
+    return None
+
+
+def _unit_format(codes: Array) -> QuantizedTensor:
+    """int8 codes [N, K] as a matrix of the catalog with scales of 1."""
+    row = catalog.by_name("s8g32")
+    n, k = codes.shape
+    blocks = -(-k // row.block)
+    full = np.full((n, blocks * row.block), 128, np.uint8)
+    full[:, :k] = (codes.astype(np.int16) + 128).astype(np.uint8)
+    ones = np.full((n, blocks, 1), np.float16(1).view(np.uint16), np.uint16)
+    fields = {"codes": full.reshape(n, blocks, row.block), "d": ones}
+    return QuantizedTensor(row, (n, k), fields)
+
+
+def folded(graph: Graph) -> Graph:
+    """Constants in the place of nodes whose inputs are constants: weights that no integer product
+    took become floats here."""
+    r = Rewriter(graph)
+    for node in r.nodes():
+        operator = schema.operator(node.op, node.name)
+        if not isinstance(operator, TensorOp) or not operator.fold or operator.fused:
+            continue
+        arrays = [r.array(n) if n else np.zeros(0) for n in node.inputs]
+        if not arrays or any(a is None for a in arrays) or len(node.outputs) != 1:
+            continue
         value = r.graph.values[node.outputs[0]]
-        data = np.asarray(results[0], np.dtype({"f32": "f4", "f16": "f2", "f64": "f8"}[value.dtype]))
-        r.use(node.outputs[0], r.constant(f"{node.outputs[0]}/values", data.reshape(data.shape)))
+        if node.outputs[0] in r.graph.outputs or not dims.is_static(value.shape):
+            continue
+        results = operator.reference(node, arrays, None)  # type: ignore[arg-type]
+        data = np.asarray(results[0]).astype(TYPES[value.dtype].numpy)
+        if data.shape == value.shape:
+            r.use(node.outputs[0], r.constant(f"{node.outputs[0]}/values", data))
+            r.remove(node)
     return r.done()
 
 

@@ -21,11 +21,17 @@ class Rewriter:
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph.copy()
+        self._names = {n.name for n in graph.nodes}
         self._index()
 
     def _index(self) -> None:
-        self._producers = self.graph.producers()
-        self._consumers = self.graph.consumers()
+        """Note that nodes changed: producers and consumers are found anew when asked for."""
+        self._found: tuple[dict[str, Node], dict[str, list[Node]]] | None = None
+
+    def _maps(self) -> tuple[dict[str, Node], dict[str, list[Node]]]:
+        if self._found is None:
+            self._found = self.graph.producers(), self.graph.consumers()
+        return self._found
 
     # -- reading ----------------------------------------------------------------------------------
 
@@ -35,16 +41,16 @@ class Rewriter:
 
     def alive(self, node: Node) -> bool:
         """Whether a node of an earlier list is still there."""
-        return any(self._producers.get(o) is node for o in node.outputs if o)
+        return any(self._maps()[0].get(o) is node for o in node.outputs if o)
 
     def producer(self, name: str, *ops: str) -> Node | None:
         """The node that makes a value, if it is one of ``ops`` (default: any)."""
-        node = self._producers.get(name)
+        node = self._maps()[0].get(name)
         return node if node is not None and (not ops or node.op in ops) else None
 
     def consumers(self, name: str) -> list[Node]:
         """The nodes that read a value, once per use."""
-        return self._consumers.get(name, [])
+        return self._maps()[1].get(name, [])
 
     def only_consumer(self, name: str) -> Node | None:
         """The node that alone reads a value (any number of times), if it is no output."""
@@ -75,10 +81,10 @@ class Rewriter:
 
     def name(self, stem: str) -> str:
         """A name that no value or node has."""
-        taken = {n.name for n in self.graph.nodes}
         result, i = stem, 1
-        while result in self.graph.values or result in taken:
+        while result in self.graph.values or result in self._names:
             result, i = f"{stem}.{i}", i + 1
+        self._names.add(result)
         return result
 
     def constant(self, stem: str, data: Any) -> str:

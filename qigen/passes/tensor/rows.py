@@ -29,7 +29,8 @@ def to_rows(graph: Graph) -> Graph:
 def _softmax(r: Rewriter, node: Node) -> None:
     rank = len(r.shape(node.inputs[0]))
     axis = node.attrs["axis"] % rank if rank else 0
-    if r.dtype(node.inputs[0]) != "f32" or not rank or axis != rank - 1:
+    flat = node.attrs.get("flatten") and not 0 <= node.attrs["axis"] == rank - 1
+    if r.dtype(node.inputs[0]) != "f32" or not rank or axis != rank - 1 or flat:
         return
     r.replace(node, "SoftmaxRows", [node.inputs[0]], {"log": int(node.op == "onnx.LogSoftmax")})
 

@@ -45,8 +45,8 @@ PARAMS: dict[str, tuple[float, ...]] = {
     "thresholded_relu": (1.0,), "shrink": (0.5, 0.25), "quantize": (0.037, 3.0),
 }  # fmt: skip
 EDGES = np.array([0.0, -0.0, 1, -1, 0.5, -0.5, 1.5, 2.5, -2.5, 0.49999997, 8388607.5, -4194304.5,
-                  1e-45, -1e-45, 1.1754942e-38, 6e-8, -3e-8, 88.3, 88.72, 88.73, -87.4, -103.9, -104,
-                  20, -20, 3.4028235e38, -3.4028235e38, np.inf, -np.inf, np.nan], np.float32)
+                  1e-45, -1e-45, 1.1754942e-38, 6e-8, -3e-8, 88.3, 88.72, 88.73, -87.4, -103.9,
+                  -104, 20, -20, 3.4028235e38, -3.4028235e38, np.inf, -np.inf, np.nan], np.float32)
 
 # -- rows --
 
@@ -59,7 +59,8 @@ def row_spec(isa: Isa, row: Row) -> LoopSpec:
 # -- fused loops --
 
 QUANTIZED = (Step("const", (), (128.0,)), Step("sub", ("in0", "t0")), Step("mul", ("t1", "in1")),
-             Step("add", ("t2", "in2")), Step("relu", ("t3",)), Step("quantize", ("t4",), (0.05, 7)))
+             Step("add", ("t2", "in2")), Step("relu", ("t3",)),
+             Step("quantize", ("t4",), (0.05, 7)))
 
 
 def loop_specs(isa: Isa) -> dict[str, LoopSpec]:
@@ -156,7 +157,8 @@ def check_row(lib: ctypes.CDLL, isa: Isa, row: Row) -> None:
 
 
 def bf16(x: Array) -> Array:
-    bits = x.astype(np.float32).view(np.uint32)
+    """The bits of the nearest bf16, ties to even."""
+    bits = np.asarray(x, np.float32).view(np.uint32)
     return np.asarray(((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16))
 
 
@@ -164,6 +166,18 @@ def widened(x: Array) -> Array:
     """The float32 values of an input, uint16 holding the bits of bf16."""
     return (x.astype(np.uint32) << 16).view(np.float32) if x.dtype == np.uint16 else \
         x.astype(np.float32)
+
+
+def random_input(kind: str, shape: tuple[int, ...], rng: np.random.Generator) -> Array:
+    """Elements of an input type, of sizes that become no infinities."""
+    values = np.asarray(rng.normal(0, 2, shape), np.float32)
+    if kind == "f32":
+        return values
+    if kind == "bf16":
+        return bf16(values / np.float32(20))
+    low, high, dtype = {"u8": (0, 256, np.uint8), "s8": (-128, 128, np.int8),
+                        "i32": (-9, 9, np.int32)}[kind]
+    return np.asarray(rng.integers(low, high, shape), dtype)
 
 
 # shape of the outputs, shapes of three inputs
@@ -183,13 +197,8 @@ SHAPES: list[tuple[tuple[int, ...], list[tuple[int, ...]]]] = [
 def check_loops(lib: ctypes.CDLL, isa: Isa) -> None:
     rng = np.random.default_rng(3)
     for (name, spec), (shape, shapes) in itertools.product(loop_specs(isa).items(), SHAPES):
-        x: list[Array] = []
-        for kind, of in zip(spec.inputs, shapes[: len(spec.inputs)], strict=True):
-            x.append({"f32": lambda s: rng.normal(0, 2, s).astype(np.float32),
-                      "u8": lambda s: rng.integers(0, 256, s, dtype=np.uint8),
-                      "s8": lambda s: rng.integers(-128, 128, s, dtype=np.int8),
-                      "i32": lambda s: rng.integers(-9, 9, s, dtype=np.int32),
-                      "bf16": lambda s: bf16(rng.normal(0, 0.1, s))}[kind](of))
+        x = [random_input(kind, of, rng)
+             for kind, of in zip(spec.inputs, shapes[: len(spec.inputs)], strict=True)]
         compare(lib, spec, x, shape, f"{name} {shape}")
     # strides that are neither 0 nor 1, and in place
     spec = loop_specs(isa)["f32"]
@@ -263,7 +272,6 @@ def run_sanitized(module: str, isa: Isa, folder: Path) -> None:
 
 
 def test_sanitizers(pytestconfig: pytest.Config) -> None:
-    isa = next((ISAS[n] for n in ("avx2", "scalar") if not why_not(ISAS[n])), None)
-    if isa is None:
-        pytest.skip("no C++ compiler")
-    run_sanitized(__name__, isa, pytestconfig.cache.mkdir("kernels"))
+    if why_not(ISAS["scalar"]):
+        pytest.skip(why_not(ISAS["scalar"]))
+    run_sanitized(__name__, ISAS["scalar"], pytestconfig.cache.mkdir("kernels"))

@@ -112,7 +112,7 @@ def call(lib: ctypes.CDLL, entry: str, out: Array, **values: Any) -> Array:
             getattr(args, name)[:] = value
         else:
             setattr(args, name, value)
-    results = []
+    results: list[Array] = []
     for threads in (1, 2, 3):
         y = out.copy()
         setattr(args, place, y.ctypes.data)
@@ -250,8 +250,9 @@ def check_transpose(lib: ctypes.CDLL) -> None:
                       (2, 5, 7, 2), (2, 5, 7, 12), (0, 3, 3, 1)):
             x = rng.integers(0, 1 << 62, shape).astype(dtype)
             outer, a, b, inner = shape
-            got = call(lib, "transpose", np.zeros((outer, b, a, inner), dtype), x=x, outer=outer, a=a,
-                       b=b, inner=inner, bytes=x.itemsize)
+            out = np.zeros((outer, b, a, inner), dtype)
+            got = call(lib, "transpose", out, x=x, outer=outer, a=a, b=b, inner=inner,
+                       bytes=x.itemsize)
             assert np.array_equal(got, x.transpose(0, 2, 1, 3)), (dtype, shape)
 
 
@@ -260,6 +261,7 @@ def check_transpose(lib: ctypes.CDLL) -> None:
 def pooled(x: Array, y_size: tuple[int, int], kernel: tuple[int, int], stride: tuple[int, int],
            dilation: tuple[int, int], pads: tuple[int, int, int, int], kind: str) -> Array:
     """kind: max, mean (of what is there) or mean_pad (padding counts)."""
+    x = x.astype(np.float64)
     n, h, w, c = x.shape
     top, left, bottom, right = pads
     y = np.zeros((n, *y_size, c))
@@ -268,7 +270,8 @@ def pooled(x: Array, y_size: tuple[int, int], kernel: tuple[int, int], stride: t
             rows = i * stride[0] - top + np.arange(kernel[0]) * dilation[0]
             columns = j * stride[1] - left + np.arange(kernel[1]) * dilation[1]
             count = int((rows < h + bottom).sum() * (columns < w + right).sum())
-            part = x[:, rows[(rows >= 0) & (rows < h)]][:, :, columns[(columns >= 0) & (columns < w)]]
+            part = x[:, rows[(rows >= 0) & (rows < h)]]
+            part = part[:, :, columns[(columns >= 0) & (columns < w)]]
             if kind == "max":
                 y[:, i, j] = part.max(axis=(1, 2))
             else:
@@ -284,7 +287,7 @@ POOLS: list[tuple[tuple[int, ...], tuple[int, int], tuple[int, int], tuple[int, 
     ((2, 9, 11, 3), (4, 5), (3, 3), (2, 2), (1, 1), (0, 0, 0, 0)),
     ((2, 8, 8, 70), (4, 4), (3, 3), (2, 2), (1, 1), (1, 1, 1, 1)),
     ((1, 10, 7, 128), (6, 4), (2, 3), (2, 1), (2, 2), (2, 0, 1, 1)),
-    ((1, 7, 7, 33), (4, 4), (2, 2), (2, 2), (1, 1), (0, 0, 0, 0)),  # ceil: the last window sticks out
+    ((1, 7, 7, 33), (4, 4), (2, 2), (2, 2), (1, 1), (0, 0, 0, 0)),  # the last window sticks out
 ]
 
 
@@ -297,18 +300,15 @@ def check_pools(lib: ctypes.CDLL) -> None:
         sizes = dict(zip(names, (*shape, *y_size, *kernel, *stride, *dilation, *pads), strict=True))
         out = blank(shape[0], *y_size, shape[3])
         x = normal(rng, *shape)
-
-        def want(values: Array, kind: str, case: tuple[Any, ...] = (y_size, kernel, stride, dilation,
-                                                                  pads)) -> Array:
-            return pooled(values.astype(np.float64), *case, kind)
-
-        assert np.array_equal(call(lib, "max_pool", out, x=x, **sizes), want(x, "max"))
-        close(call(lib, "average_pool", out, x=x, **sizes), want(x, "mean"))
-        close(call(lib, "average_pool", out, x=x, count_include_pad=1, **sizes), want(x, "mean_pad"))
+        case = (y_size, kernel, stride, dilation, pads)
+        assert np.array_equal(call(lib, "max_pool", out, x=x, **sizes), pooled(x, *case, "max"))
+        for counts, kind in ((0, "mean"), (1, "mean_pad")):
+            got = call(lib, "average_pool", out, x=x, count_include_pad=counts, **sizes)
+            close(got, pooled(x, *case, kind))
         for entry, dtype in (("max_pool_u8", np.uint8), ("max_pool_s8", np.int8)):
             codes = rng.integers(0, 256, shape).astype(np.uint8).view(dtype)
             got = call(lib, entry, out.astype(dtype), x=codes, **sizes)
-            assert np.array_equal(got, want(codes, "max"))
+            assert np.array_equal(got, pooled(codes, *case, "max"))
 
 
 def check_resize(lib: ctypes.CDLL) -> None:
@@ -336,9 +336,9 @@ def check_resize(lib: ctypes.CDLL) -> None:
 
 def check_attention(lib: ctypes.CDLL) -> None:
     rng = np.random.default_rng(6)
-    for batch, heads, queries, keys, dim in ((1, 1, 1, 1, 4), (2, 3, 13, 17, 20), (1, 2, 31, 128, 32),
-                                             (2, 2, 50, 300, 64), (1, 1, 200, 129, 16),
-                                             (1, 1, 5, 70, MAX_HEAD_DIM)):
+    cases = ((1, 1, 1, 1, 4), (2, 3, 13, 17, 20), (1, 2, 31, 128, 32), (2, 2, 50, 300, 64),
+             (1, 1, 200, 129, 16), (1, 1, 5, 70, MAX_HEAD_DIM))
+    for batch, heads, queries, keys, dim in cases:
         width = heads * dim
         # q, k and v are parts of the rows of one product
         qkv = normal(rng, batch, max(queries, keys), 3 * width)
@@ -349,8 +349,10 @@ def check_attention(lib: ctypes.CDLL) -> None:
         sizes: dict[str, Any] = {
             "batch": batch, "heads": heads, "queries": queries, "keys": keys, "head_dim": dim,
             "scale": dim**-0.5, "out_batch": queries * width, "out_head": dim, "out_row": width}
-        for p, n in (("q", 0), ("k", 1), ("v", 2)):
-            sizes |= {p: parts[n], f"{p}_batch": qkv[0].size, f"{p}_head": dim, f"{p}_row": row}
+        for name, part in zip("qkv", parts, strict=True):
+            sizes |= {name: part, f"{name}_batch": qkv[0].size, f"{name}_head": dim,
+                      f"{name}_row": row}
+        out = blank(batch, queries, heads, dim)
         none = np.zeros((1, 1, 1, keys), np.float32)
         by_key = np.where(rng.random((batch, 1, 1, keys)) < 0.3, -1e4, 0).astype(np.float32)
         by_pair = normal(rng, 1, heads, queries, keys)
@@ -360,21 +362,20 @@ def check_attention(lib: ctypes.CDLL) -> None:
             given = {} if mask is none else {
                 "mask": mask, "mask_batch": strides[0], "mask_head": strides[1],
                 "mask_row": strides[2]}
-            got = call(lib, "encoder_attention", blank(batch, queries, heads, dim), k_dim=1, **sizes,
-                       **given)
+            got = call(lib, "encoder_attention", out, k_dim=1, **sizes, **given)
             p = softmax(np.einsum("bhid,bhjd->bhij", q, k) * dim**-0.5 + mask)
             close(got, np.einsum("bhij,bhjd->bihd", p, v), rtol=1e-5, atol=4e-6)
         # keys as columns, and with neither stride 1
-        want = call(lib, "encoder_attention", blank(batch, queries, heads, dim), k_dim=1, **sizes)
+        want = call(lib, "encoder_attention", out, k_dim=1, **sizes)
         turned = np.ascontiguousarray(parts[1][:, :keys].reshape(batch, keys, heads, dim)
                                       .transpose(0, 2, 3, 1))
         sizes |= {"k": turned, "k_batch": width * keys, "k_head": dim * keys, "k_row": 1}
-        got = call(lib, "encoder_attention", blank(batch, queries, heads, dim), k_dim=keys, **sizes)
+        got = call(lib, "encoder_attention", out, k_dim=keys, **sizes)
         assert np.array_equal(got, want)
         loose = np.zeros((*turned.shape, 2), np.float32)
         loose[..., 0] = turned
         sizes |= {"k": loose, "k_batch": 2 * width * keys, "k_head": 2 * dim * keys, "k_row": 2}
-        got = call(lib, "encoder_attention", blank(batch, queries, heads, dim), k_dim=2 * keys, **sizes)
+        got = call(lib, "encoder_attention", out, k_dim=2 * keys, **sizes)
         assert np.array_equal(got, want)
 
 
@@ -397,7 +398,7 @@ def sanitized(isa_name: str, folder: str) -> None:
 
 
 def test_sanitizers(pytestconfig: pytest.Config) -> None:
-    isa = next((ISAS[n] for n in ("avx2", "scalar") if not why_not(ISAS[n])), None)
-    if isa is None:
-        pytest.skip("no C++ compiler")
-    run_sanitized(__name__, isa, pytestconfig.cache.mkdir("kernels"))
+    if why_not(ISAS["scalar"]):
+        pytest.skip(why_not(ISAS["scalar"]))
+    # of all rows it hides the fewest accesses in intrinsics
+    run_sanitized(__name__, ISAS["scalar"], pytestconfig.cache.mkdir("kernels"))

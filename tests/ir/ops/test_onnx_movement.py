@@ -101,8 +101,9 @@ def test_shape_arithmetic_vanishes() -> None:
         {"x": (TENSOR.FLOAT, ["N", 4, 6])},
         ["a", "b", "c", "four", "steps", "head", "end"],
         {
-            "zero": np.int64(0), "zero1": np.array([0]), "one": np.array([1]), "one1": np.array([1]),
-            "two": np.array([2]), "minus": np.array([-1]), "three": np.array([3]), "step": np.int64(1),
+            "zero": np.int64(0), "zero1": np.array([0]), "one": np.array([1]),
+            "one1": np.array([1]), "two": np.array([2]), "minus": np.array([-1]),
+            "three": np.array([3]), "step": np.int64(1),
             "scalar": np.float32(2), "last": np.array([-2]),
             "far": np.array([2**63 - 1]),
         },
@@ -211,8 +212,8 @@ def test_bad_data_is_reported(tmp_path: Path) -> None:
         "x": np.arange(12, dtype=np.float32).reshape(4, 3), "index": np.array([0, -4]),
         "tuples": np.array([[3], [0]]), "pads": np.array([1, 0, 0, 1]), "parts": np.array([1, 3]),
         "starts": np.array([0]), "steps": np.array([1]), "k": np.array([3]),
-        "repeats": np.array([1, 2]), "step": np.array(2), "image": np.ones((1, 1, 4, 4), np.float32),
-        "boxes": np.array([0], np.int64),
+        "repeats": np.array([1, 2]), "step": np.array(2), "boxes": np.array([0], np.int64),
+        "image": np.ones((1, 1, 4, 4), np.float32),
     }  # fmt: skip
     m = model(
         [
@@ -227,7 +228,8 @@ def test_bad_data_is_reported(tmp_path: Path) -> None:
             node("Range", "zero ten step", "l"),
             node("RoiAlign", "image rois boxes", "m"),
         ],
-        {n: (onnx.helper.np_dtype_to_tensor_dtype(a.dtype), list(a.shape)) for n, a in good.items()},
+        {name: (onnx.helper.np_dtype_to_tensor_dtype(a.dtype), list(a.shape))
+         for name, a in good.items()},
         list("abcdefghijlm"),
         {"updates": np.zeros((2, 3), np.float32), "index1": np.array([2]), "zero": np.int64(0),
          "ten": np.int64(10), "rois": np.array([[0, 0, 3, 3]], np.float32)},

@@ -92,7 +92,7 @@ class Resize(TensorOp):
     def infer(self, node: Node, graph: Graph) -> Result:
         source = sizes_of(node, graph, 0)
         kind = require_type(node, graph, 0, NUMBERS)
-        axes = [axis_of(node, int(a), len(source)) for a in node.attrs["axes"]]
+        axes = [axis_of(node, a, len(source)) for a in node.attrs["axes"]]
         axes = axes or list(range(len(source)))
         if self._crop(node):
             if not given(node, 1):

@@ -264,7 +264,7 @@ class Split(TensorOp):
     def _sizes(self, node: Node, graph: Graph) -> list[Dim] | None:
         """The sizes of the parts; None if the run decides them."""
         source = sizes_of(node, graph, 0)
-        axis = axis_of(node, node.attrs["axis"], max(len(source), 1))
+        axis = axis_of(node, node.attrs["axis"], len(source))
         count = len(node.outputs)
         asked = parameter(node, graph, 1, "split")
         if isinstance(asked, RunInts):
@@ -294,7 +294,7 @@ class Split(TensorOp):
     def infer(self, node: Node, graph: Graph) -> Result:
         check_inputs(node, 1, 2)
         source = sizes_of(node, graph, 0)
-        axis = axis_of(node, node.attrs["axis"], max(len(source), 1))
+        axis = axis_of(node, node.attrs["axis"], len(source))
         sizes = self._sizes(node, graph)
         if sizes is None:
             if "" in node.outputs:

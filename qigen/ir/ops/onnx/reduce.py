@@ -93,7 +93,7 @@ class _Reduce(TensorOp):
             return None
         if not axes:
             return set() if node.attrs["noop_with_empty_axes"] else set(range(rank))
-        reduced = [axis_of(node, int(a), rank) for a in axes]
+        reduced = [axis_of(node, a, rank) for a in axes]
         if len(set(reduced)) != len(reduced):
             raise BadInput(f"axes {axes} name one axis twice", node.name)
         return set(reduced)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from qigen.errors import BadInput
+from qigen.errors import BadInput, Unsupported
 from qigen.ir import dims
 from qigen.ir.dims import Sym
 from qigen.ir.graph import Graph, Node, Shape
@@ -136,8 +136,12 @@ class Squeeze(_View):
         if isinstance(axes, RunInts):
             return [(fresh_shape(node, 0, declared_rank(node, graph)), kind)]
         if axes is None:
+            if any(isinstance(d, Sym) and any(n.startswith("run_") for n in d.names())
+                   for d in source):
+                raise Unsupported("which axes have the size 1 is only known at run time; name them",
+                                  node.name)
             return [(tuple(d for d in source if d != 1), kind)]
-        dropped = {axis_of(node, int(a), len(source)) for a in axes}
+        dropped = {axis_of(node, a, len(source)) for a in axes}
         for axis in dropped:
             if isinstance(source[axis], int) and source[axis] != 1:
                 raise BadInput(f"axis {axis} of {show(source)} has not the size 1", node.name)
@@ -168,7 +172,7 @@ class Unsqueeze(_View):
         if isinstance(axes, RunInts):
             return [(fresh_shape(node, 0, declared_rank(node, graph)), kind)]
         rank = len(source) + len(axes)
-        places = [axis_of(node, int(a), rank) for a in axes]
+        places = [axis_of(node, a, rank) for a in axes]
         if len(set(places)) != len(places):
             raise BadInput(f"axes {axes} name one axis twice", node.name)
         rest = iter(source)
