@@ -103,8 +103,6 @@ def write_sources(folder: Path, headers: dict[str, str], units: list[toolchain.U
         (folder / f"{unit.name}.cpp").write_text(unit.text)
 
 
-
-
 def runtime_units() -> list[toolchain.Unit]:
     """The runtime, which becomes part of every artifact."""
     runtime = resource_folder("runtime")

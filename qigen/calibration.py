@@ -61,7 +61,9 @@ def _sample(file: Path, graph: Graph) -> dict[str, Array]:
         with np.load(file, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
     except Exception as error:  # whatever a damaged archive makes numpy raise
-        raise BadInput(f"this is no .npz of samples ({' '.join(str(error).split())})", where) from None
+        raise BadInput(
+            f"this is no .npz of samples ({' '.join(str(error).split())})", where
+        ) from None
     sample = {}
     for name in graph.inputs:
         if name not in arrays:
@@ -104,8 +106,9 @@ def with_static_codes(
         weight_error = _relative(codes * scale.reshape(shape) - moved, moved)
         low, high = ranges[x]
         keep = max(errors[x], weight_error) > MOST_ERROR
-        rows.append(Quantization(node.name, "f32" if keep else "int8", errors[x], weight_error,
-                                 low, high))
+        rows.append(
+            Quantization(node.name, "f32" if keep else "int8", errors[x], weight_error, low, high)
+        )
         if keep:
             continue
         if x not in replaced:
@@ -119,7 +122,12 @@ def with_static_codes(
 
 def _weights(graph: Graph, node: Node) -> Array | None:
     data = graph.constants.get(node.inputs[1]) if len(node.inputs) > 1 else None
-    if not isinstance(data, np.ndarray) or data.dtype != np.float32 or data.ndim < 2 or not data.size:
+    if (
+        not isinstance(data, np.ndarray)
+        or data.dtype != np.float32
+        or data.ndim < 2
+        or not data.size
+    ):
         return None
     return None if node.op == "onnx.MatMul" and data.ndim != 2 else data
 
@@ -135,7 +143,7 @@ def _measure(
     watched = graph.copy()
     watched.outputs = list(dict.fromkeys([*graph.outputs, *names]))
     watched = watched.rebuilt(watched.nodes)
-    ranges = {name: (0.0, 0.0) for name in names}
+    ranges = dict.fromkeys(names, (0.0, 0.0))
     for done, values in enumerate(observe(watched, samples)):
         for name in names:
             x = values[name]

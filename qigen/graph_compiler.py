@@ -27,8 +27,8 @@ from qigen.artifact import (
 )
 from qigen.backends.base import Isa
 from qigen.backends.cpu.matmul import MatmulSpec
-from qigen.calibration import read_samples, with_static_codes
 from qigen.build import Progress, check_output, staging_folder
+from qigen.calibration import read_samples, with_static_codes
 from qigen.codegen.graph import GraphProgram, lower_graph
 from qigen.codegen.graph_kernels import GraphKernels, packed_formats, with_rows
 from qigen.codegen.lower import PackedTensor
@@ -224,7 +224,9 @@ def build_artifact(
                 "name": program.name,
                 "model_uid": program.uid.hex(),
                 "target": {
-                    "machine": machine.name, "isa": isa.name, "features": list(isa.features),
+                    "machine": machine.name,
+                    "isa": isa.name,
+                    "features": list(isa.features),
                 },
                 "source": {**about, "notes": list(graph.meta.get("notes", ()))},
                 "interface": {
@@ -296,9 +298,7 @@ def _interface(graph: Graph, names: list[str]) -> list[dict[str, Any]]:
         {
             "name": shown.get(name, name),
             "dtype": graph.values[name].dtype,
-            "shape": [
-                str(d) if isinstance(d, Sym) else d for d in graph.values[name].shape
-            ],
+            "shape": [str(d) if isinstance(d, Sym) else d for d in graph.values[name].shape],
         }
         for name in names
     ]

@@ -140,9 +140,16 @@ class GraphLowering:
                 assert isinstance(operator, TensorOp), node.op
                 call = operator.call(node, graph)
             if isinstance(call, Alias) and node.outputs[0] in graph.outputs:
-                call = Call("tensor.h", "copy_tensor", (),
-                            (Ref(node.outputs[0]), Ref(call.source),
-                             TYPES[graph.values[node.outputs[0]].dtype].bytes))
+                call = Call(
+                    "tensor.h",
+                    "copy_tensor",
+                    (),
+                    (
+                        Ref(node.outputs[0]),
+                        Ref(call.source),
+                        TYPES[graph.values[node.outputs[0]].dtype].bytes,
+                    ),
+                )
             if isinstance(call, Alias):
                 self._aliases[node.outputs[0]] = call.source
             self.calls.append(call)
@@ -221,8 +228,9 @@ class GraphLowering:
             return f"{{{', '.join(self.tensor(n) if n else 'Tensor{}' for n in a.names)}}}"
         if isinstance(a, Ints):
             if len(a.values) > 16:
-                raise Unsupported(f"{node.op} has a list of {len(a.values)} numbers; 16 are the "
-                                  "most", node.name)
+                raise Unsupported(
+                    f"{node.op} has a list of {len(a.values)} numbers; 16 are the most", node.name
+                )
             return f"Ints{{{len(a.values)}, {{{', '.join(integer(v) for v in a.values)}}}}}"
         if isinstance(a, Floats):
             return f"Floats{{{len(a.values)}, {{{', '.join(number(v) for v in a.values)}}}}}"
@@ -268,7 +276,10 @@ class GraphLowering:
             }[storage.kind]
         shape = ", ".join(integer(d) for d in value.shape)
         self.lines.append(
-            Line("tensor", f"const Tensor {identifier} = {{{data}, {len(value.shape)}, {{{shape}}}}};")
+            Line(
+                "tensor",
+                f"const Tensor {identifier} = {{{data}, {len(value.shape)}, {{{shape}}}}};",
+            )
         )
         return identifier
 
@@ -351,7 +362,8 @@ def lower_graph(
     weight_offsets = offsets_of(tensors)
     lines = tuple(
         Line(x.kind, re.sub(r"@(.+?)@\)", lambda m: f"{weight_offsets[m[1]]})", x.text))
-        if x.kind == "tensor" and "c.weight(@" in x.text else x
+        if x.kind == "tensor" and "c.weight(@" in x.text
+        else x
         for x in lowering.lines
     )
     symbols = lowering.symbols
@@ -371,9 +383,7 @@ def lower_graph(
         kernels=tuple(kernels()),
         inputs=tuple(_interface(graph, n, n, symbols) for n in graph.inputs),
         outputs=tuple(_interface(graph, n, output_names.get(n, n), []) for n in graph.outputs),
-        output_shapes=tuple(
-            _planned(graph.values[n].shape, set(symbols)) for n in graph.outputs
-        ),
+        output_shapes=tuple(_planned(graph.values[n].shape, set(symbols)) for n in graph.outputs),
         symbols=tuple(symbols),
         symbol_names=tuple(symbols),
         limits=tuple(limits.get(s, 0) for s in symbols),
@@ -407,10 +417,7 @@ def _planned(shape: Shape, symbols: set[str]) -> tuple[str, ...]:
 
 def _place(buffers: list[Storage]) -> tuple[list[int], int]:
     placed, total = place(
-        [
-            Buffer([str(b.index)], align(max(int(b.bytes), 1)), b.first, b.last)
-            for b in buffers
-        ]
+        [Buffer([str(b.index)], align(max(int(b.bytes), 1)), b.first, b.last) for b in buffers]
     )
     by_index = {int(b.values[0]): b.offset for b in placed}
     return [by_index[b.index] for b in buffers], total
@@ -451,9 +458,9 @@ def _lines(
         writes.clear()
 
     for node, call in zip(graph.nodes, lowering.calls, strict=True):
-        if isinstance(call, Alias):
-            continue
         sizes = fresh_names(node, graph)
+        if isinstance(call, Alias) and not sizes:
+            continue
         ins, outs = region(node.inputs), region(node.outputs)
         clash = any(meet(r, w) for r in ins for w in writes) or any(
             meet(o, x) for o in outs for x in (*reads, *writes)
@@ -486,6 +493,8 @@ def _lines(
                 barriers += 1
                 reads.clear()
                 writes.clear()
+        if isinstance(call, Alias):
+            continue
         used[call.header] = None
         lowering.lines.append(Line("call", lowering.statement(call, node)))
         reads += ins

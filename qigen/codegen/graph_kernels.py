@@ -25,11 +25,11 @@ from qigen.codegen.lower import PackedTensor, align
 from qigen.codegen.render import render
 from qigen.formats.layout import packed_shape
 from qigen.ir.graph import Graph, Node
-from qigen.ir.ops.graph import BIAS, CHAIN, SCALE, X, X_SCALE, X_ZERO, ZERO, W
+from qigen.ir.ops.graph import BIAS, CHAIN, SCALE, X_SCALE, X_ZERO, ZERO, W, X
 from qigen.ir.tensor import Alias, Argument, Call, Epilogue, Ints, Ref, Refs, Word, given
 from qigen.ir.types import TYPES
-from qigen.paths import resource_folder
 from qigen.passes.tensor.rewrite import Rewriter
+from qigen.paths import resource_folder
 
 _HEADERS = {
     "gemm.h": "cpu/gemm.h.j2",
@@ -156,36 +156,80 @@ class GraphKernels:
         spec = gemm.GemmSpec(**self._output(node))
         kernel = self._use(lambda: gemm.render_gemm(spec), spec.name, "GemmArgs")
         steps = gemm.steps(a["k"], a["arithmetic"])
-        self._choice(node, spec.name, n=a["n"], k=a["k"], weight=a["weight"],
-                     x=str(graph.values[node.inputs[X]]))
-        return _call("call_gemm.h", "run_product", kernel, node.outputs[:1],
-                     [given(node, X), given(node, W)], a["n"], steps,
-                     gemm.row_block_bytes(1, a["k"], a["arithmetic"]), self._epilogue(node))
+        self._choice(
+            node,
+            spec.name,
+            n=a["n"],
+            k=a["k"],
+            weight=a["weight"],
+            x=str(graph.values[node.inputs[X]]),
+        )
+        return _call(
+            "call_gemm.h",
+            "run_product",
+            kernel,
+            node.outputs[:1],
+            [given(node, X), given(node, W)],
+            a["n"],
+            steps,
+            gemm.row_block_bytes(1, a["k"], a["arithmetic"]),
+            self._epilogue(node),
+        )
 
     def _convolution(self, node: Node, graph: Graph) -> Call:
         a = node.attrs
         spec = gemm.GemmSpec(**self._output(node))
         kernel = self._use(lambda: gemm.render_gemm(spec), spec.name, "GemmArgs")
         taps = a["kernel"][0] * a["kernel"][1]
-        self._choice(node, spec.name, n=a["n"], k=a["k"] * taps, weight=a["weight"],
-                     x=str(graph.values[node.inputs[X]]))
-        return _call("call_gemm.h", "run_convolution", kernel, node.outputs[:1],
-                     [given(node, X), given(node, W)], a["n"],
-                     gemm.steps(a["k"], a["arithmetic"]),
-                     gemm.row_block_bytes(taps, a["k"], a["arithmetic"]),
-                     TYPES[graph.values[node.inputs[X]].dtype].bytes,
-                     Ints(a["kernel"]), Ints(a["strides"]), Ints(a["dilations"]), a["group"],
-                     self._epilogue(node))
+        self._choice(
+            node,
+            spec.name,
+            n=a["n"],
+            k=a["k"] * taps,
+            weight=a["weight"],
+            x=str(graph.values[node.inputs[X]]),
+        )
+        return _call(
+            "call_gemm.h",
+            "run_convolution",
+            kernel,
+            node.outputs[:1],
+            [given(node, X), given(node, W)],
+            a["n"],
+            gemm.steps(a["k"], a["arithmetic"]),
+            gemm.row_block_bytes(taps, a["k"], a["arithmetic"]),
+            TYPES[graph.values[node.inputs[X]].dtype].bytes,
+            Ints(a["kernel"]),
+            Ints(a["strides"]),
+            Ints(a["dilations"]),
+            a["group"],
+            self._epilogue(node),
+        )
 
     def _depthwise(self, node: Node, graph: Graph) -> Call:
         a = node.attrs
         spec = gemm.DepthwiseSpec(**self._output(node))
         kernel = self._use(lambda: gemm.render_depthwise(spec), spec.name, "DepthwiseArgs")
-        self._choice(node, spec.name, n=a["n"], k=a["kernel"][0] * a["kernel"][1],
-                     weight=a["weight"], x=str(graph.values[node.inputs[X]]))
-        return _call("call_gemm.h", "run_depthwise", kernel, node.outputs[:1],
-                     [given(node, X), given(node, W)], Ints(a["kernel"]), Ints(a["strides"]),
-                     Ints(a["dilations"]), Ints(a["pads"]), self._epilogue(node))
+        self._choice(
+            node,
+            spec.name,
+            n=a["n"],
+            k=a["kernel"][0] * a["kernel"][1],
+            weight=a["weight"],
+            x=str(graph.values[node.inputs[X]]),
+        )
+        return _call(
+            "call_gemm.h",
+            "run_depthwise",
+            kernel,
+            node.outputs[:1],
+            [given(node, X), given(node, W)],
+            Ints(a["kernel"]),
+            Ints(a["strides"]),
+            Ints(a["dilations"]),
+            Ints(a["pads"]),
+            self._epilogue(node),
+        )
 
     def _spec(self, node: Node, graph: Graph) -> MatmulSpec:
         format_ = graph.values[node.inputs[1]].dtype
@@ -194,31 +238,66 @@ class GraphKernels:
     def _format_product(self, node: Node, graph: Graph) -> Call:
         spec, a = self._spec(node, graph), node.attrs
         self._sources.setdefault(spec.name, render_matmul(spec, ("store",)))
-        self._declarations[f"void {spec.entry('store')}(const MatmulArgs& a, int b0, int b1);"] = None
+        self._declarations[f"void {spec.entry('store')}(const MatmulArgs& a, int b0, int b1);"] = (
+            None
+        )
         blocks, kblocks, size = packed_shape(spec.format, (a["n"], a["k"]), spec.layout)
         record = row_record(spec, a["k"])
-        self._choice(node, spec.name, n=a["n"], k=a["k"], weight=a["weight"],
-                     x=str(graph.values[node.inputs[0]]))
+        self._choice(
+            node,
+            spec.name,
+            n=a["n"],
+            k=a["k"],
+            weight=a["weight"],
+            x=str(graph.values[node.inputs[0]]),
+        )
         rows = given(node, 3) or node.inputs[0]
-        return Call("call_format.h", "run_format_product", (), (
-            Word(spec.entry("store")), Ref(node.outputs[0]), Ref(rows), Ref(node.inputs[1]),
-            Ref(given(node, 2)), blocks, kblocks, kblocks * size, record.stride,
-            record.scale, record.zero, record.sum,
-        ))
+        return Call(
+            "call_format.h",
+            "run_format_product",
+            (),
+            (
+                Word(spec.entry("store")),
+                Ref(node.outputs[0]),
+                Ref(rows),
+                Ref(node.inputs[1]),
+                Ref(given(node, 2)),
+                blocks,
+                kblocks,
+                kblocks * size,
+                record.stride,
+                record.scale,
+                record.zero,
+                record.sum,
+            ),
+        )
 
     def _format_rows(self, node: Node, graph: Graph) -> Call:
         """Rows as one of the products that read them wants them (all want the same)."""
-        reader = next(n for n in graph.nodes if n.op == "FormatProduct" and n.name == node.attrs["of"])
+        reader = next(
+            n for n in graph.nodes if n.op == "FormatProduct" and n.name == node.attrs["of"]
+        )
         spec, k = self._spec(reader, graph), reader.attrs["k"]
         record = row_record(spec, k)
         tiles = next((s.tiles for s in self.formats.values() if s.integer), (1,))
         self._sources.setdefault("ops", render_ops(self.isa, (), "f16", tiles))
         corrections = [Ints(c) for c in record.corrections]
-        return Call("call_format.h", "run_format_rows", (), (
-            Word(record.kernel), Ref(node.outputs[0]), Ref(node.inputs[0]), k, record.padded,
-            record.scale, spec.activations == "int8-token",
-            *(corrections + [Ints((0, 0, 0))] * (2 - len(corrections))), len(corrections),
-        ))
+        return Call(
+            "call_format.h",
+            "run_format_rows",
+            (),
+            (
+                Word(record.kernel),
+                Ref(node.outputs[0]),
+                Ref(node.inputs[0]),
+                k,
+                record.padded,
+                record.scale,
+                spec.activations == "int8-token",
+                *(corrections + [Ints((0, 0, 0))] * (2 - len(corrections))),
+                len(corrections),
+            ),
+        )
 
     def _prepare(self, name: str) -> Word:
         self._sources.setdefault("gemm_prepare", gemm.render_prepare(self.isa))
@@ -230,23 +309,42 @@ class GraphKernels:
         a = node.attrs
         of_bytes = graph.values[node.inputs[0]].dtype == "u8"
         kernel = self._prepare("gemm_pad_bytes" if of_bytes else f"gemm_pad_{a['to']}")
-        return _call("call_gemm.h", "run_pad", kernel, node.outputs, node.inputs, Ints(a["pads"]),
-                     float(a["scale"]), a["zero"])
+        return _call(
+            "call_gemm.h",
+            "run_pad",
+            kernel,
+            node.outputs,
+            node.inputs,
+            Ints(a["pads"]),
+            float(a["scale"]),
+            a["zero"],
+        )
 
     def _to_bf16(self, node: Node, graph: Graph) -> Call:
-        return _call("call_gemm.h", "run_convert_rows", self._prepare("gemm_pad_bf16"),
-                     node.outputs, node.inputs)
+        return _call(
+            "call_gemm.h",
+            "run_convert_rows",
+            self._prepare("gemm_pad_bf16"),
+            node.outputs,
+            node.inputs,
+        )
 
     def _quantize_image(self, node: Node, graph: Graph) -> Call:
         kernels = (self._prepare("gemm_minmax"), self._prepare("gemm_pad_u8_dynamic"))
         tensors = [Ref(n) for n in (*node.outputs, *node.inputs)]
-        return Call("call_gemm.h", "run_quantize_image", (),
-                    (*kernels, *tensors, Ints(node.attrs["pads"])))
+        return Call(
+            "call_gemm.h", "run_quantize_image", (), (*kernels, *tensors, Ints(node.attrs["pads"]))
+        )
 
     def _quantize_rows(self, node: Node, graph: Graph) -> Call:
         kind = "_symmetric" if node.attrs["symmetric"] else ""
-        return _call("call_gemm.h", "run_quantize_rows",
-                     self._prepare(f"gemm_quantize_rows{kind}"), node.outputs, node.inputs)
+        return _call(
+            "call_gemm.h",
+            "run_quantize_rows",
+            self._prepare(f"gemm_quantize_rows{kind}"),
+            node.outputs,
+            node.inputs,
+        )
 
     def _quantize_tensor(self, node: Node, graph: Graph) -> Call:
         kernels = (self._prepare("gemm_minmax"), self._prepare("gemm_pad_u8_dynamic"))
@@ -263,8 +361,9 @@ class GraphKernels:
         self._loops[spec.name] = spec
         self._declarations[f"void {spec.name}(const LoopArgs& a, int thread, int threads);"] = None
         kernel = Word(spec.name)
-        return Call("call_loop.h", "run_loop", (),
-                    (kernel, Ref(node.outputs[0]), Refs(tuple(node.inputs))))
+        return Call(
+            "call_loop.h", "run_loop", (), (kernel, Ref(node.outputs[0]), Refs(tuple(node.inputs)))
+        )
 
     def _use_rows(self) -> None:
         from qigen.backends.cpu.rowops import render_rowops
@@ -288,7 +387,9 @@ class GraphKernels:
 
     def _reduce(self, node: Node, graph: Graph) -> Call:
         a = node.attrs
-        return self._rows("run_reduce", node, Word(f"Reduction::{a['kind']}"), a["first"], a["last"])
+        return self._rows(
+            "run_reduce", node, Word(f"Reduction::{a['kind']}"), a["first"], a["last"]
+        )
 
     def _swap(self, node: Node, graph: Graph) -> Call:
         size = TYPES[graph.values[node.inputs[0]].dtype].bytes
@@ -296,16 +397,32 @@ class GraphKernels:
 
     def _pool(self, node: Node, graph: Graph) -> Call:
         a = node.attrs
-        return self._rows("run_pool", node, a["kind"] == "max", Ints(a["kernel"]),
-                          Ints(a["strides"]), Ints(a["dilations"]), Ints(a["pads"]),
-                          bool(a["include_pad"]))
+        return self._rows(
+            "run_pool",
+            node,
+            a["kind"] == "max",
+            Ints(a["kernel"]),
+            Ints(a["strides"]),
+            Ints(a["dilations"]),
+            Ints(a["pads"]),
+            bool(a["include_pad"]),
+        )
 
     def _attention(self, node: Node, graph: Graph) -> Call:
         self._use_rows()
         tensors = [Ref(node.outputs[0]), *(Ref(given(node, i)) for i in range(4))]
-        return Call("call_rows.h", "run_attention", (),
-                    (*tensors, node.attrs["heads"], node.attrs["head_dim"],
-                     Ints(node.attrs["offsets"]), float(node.attrs["scale"])))
+        return Call(
+            "call_rows.h",
+            "run_attention",
+            (),
+            (
+                *tensors,
+                node.attrs["heads"],
+                node.attrs["head_dim"],
+                Ints(node.attrs["offsets"]),
+                float(node.attrs["scale"]),
+            ),
+        )
 
 
 @dataclass(frozen=True)
@@ -334,9 +451,13 @@ def row_record(spec: MatmulSpec, k: int) -> RowRecord:
             (record.offset("sum", n), n, 0) for n in sums
         )
         return RowRecord(
-            "rows_int8", record.nbytes, record.k, record.scale_offset,
+            "rows_int8",
+            record.nbytes,
+            record.k,
+            record.scale_offset,
             record.offset("zero", *zeros[0]) if zeros else 0,
-            record.offset("sum", sums[0]) if sums else 0, corrections,
+            record.offset("sum", sums[0]) if sums else 0,
+            corrections,
         )
     if spec.activations == "bf16":
         padded = align(k, max(block, 16))
@@ -361,18 +482,27 @@ def with_rows(graph: Graph, formats: FormatSpecs) -> Graph:
             continue
         if (x, record) not in made:
             made[x, record] = r.name(f"{x}/rows")
-            r.make("FormatRows", [x], [made[x, record]],
-                   {"stride": record.stride, "of": node.name}, before=node)
-        r.replace(node, "FormatProduct", [*node.inputs[:2], given(node, 2), made[x, record]],
-                  dict(a))
+            r.make(
+                "FormatRows",
+                [x],
+                [made[x, record]],
+                {"stride": record.stride, "of": node.name},
+                before=node,
+            )
+        r.replace(
+            node, "FormatProduct", [*node.inputs[:2], given(node, 2), made[x, record]], dict(a)
+        )
     return r.done()
 
 
 def packed_formats(graph: Graph, formats: FormatSpecs) -> list[PackedTensor]:
     """The matrices in formats as weights.bin has them."""
     return [
-        PackedTensor(n.inputs[1], (n.inputs[1],),
-                     formats[graph.values[n.inputs[1]].dtype, n.attrs["n"], n.attrs["k"]])
+        PackedTensor(
+            n.inputs[1],
+            (n.inputs[1],),
+            formats[graph.values[n.inputs[1]].dtype, n.attrs["n"], n.attrs["k"]],
+        )
         for n in graph.nodes
         if n.op == "FormatProduct"
     ]

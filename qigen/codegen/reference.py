@@ -134,8 +134,9 @@ def _windows(x: Array, node: Node, pads: Sequence[int], empty: float) -> Array:
     """[B, H', W', taps, C] of an NHWC image."""
     a = node.attrs
     top, left, bottom, right = pads
-    x = np.pad(x.astype(np.float64), ((0, 0), (top, bottom), (left, right), (0, 0)),
-               constant_values=empty)
+    x = np.pad(
+        x.astype(np.float64), ((0, 0), (top, bottom), (left, right), (0, 0)), constant_values=empty
+    )
     (kh, kw), (sh, sw), (dh, dw) = a["kernel"], a["strides"], a["dilations"]
     h = (x.shape[1] - dh * (kh - 1) - 1) // sh + 1
     w = (x.shape[2] - dw * (kw - 1) - 1) // sw + 1
@@ -268,7 +269,9 @@ def _pool(node: Node, inputs: list[Array]) -> list[Array]:
     top, left, bottom, right = a["pads"]
     extra = [0, 0]
     if a["ceil"]:
-        sizes = window_sizes(x.shape[1:3], a["kernel"], a["strides"], a["dilations"], a["pads"], True)
+        sizes = window_sizes(
+            x.shape[1:3], a["kernel"], a["strides"], a["dilations"], a["pads"], True
+        )
         for i, size in enumerate(sizes):
             reach = (size - 1) * a["strides"][i] + a["dilations"][i] * (a["kernel"][i] - 1) + 1
             extra[i] = max(0, reach - x.shape[1 + i] - a["pads"][i] - a["pads"][i + 2])

@@ -38,7 +38,9 @@ class Sym:
 
     __slots__ = ("_terms", "_text", "calls")
 
-    def __init__(self, terms: Mapping[Term, int], calls: Mapping[str, tuple[str, Any, Any]]) -> None:
+    def __init__(
+        self, terms: Mapping[Term, int], calls: Mapping[str, tuple[str, Any, Any]]
+    ) -> None:
         self._terms = {t: c for t, c in sorted(terms.items()) if c}
         used = {atom for t in self._terms for atom in t}
         self.calls = {a: call for a, call in calls.items() if a in used}

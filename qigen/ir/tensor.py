@@ -34,6 +34,9 @@ Known: TypeAlias = npt.NDArray[Any]
 
 MAX_RANK = 8
 
+MAX_FOLDED_BYTES = 256 << 20
+"""Larger results of constants are left to the run."""
+
 
 # -- the call of a kernel as data -----------------------------------------------------------------
 
@@ -303,7 +306,9 @@ def broadcast(node: Node, *shapes: Shape) -> Shape:
                 size = d
             elif isinstance(d, Sym) or isinstance(size, Sym):
                 # a size that is known and not 1 must be the result's
-                size = d if isinstance(d, int) else size if isinstance(size, int) else _larger(size, d)
+                size = (
+                    d if isinstance(d, int) else size if isinstance(size, int) else _larger(size, d)
+                )
             else:
                 text = ", ".join(show(s) for s in shapes)
                 raise BadInput(f"shapes {text} cannot be broadcast together", node.name)

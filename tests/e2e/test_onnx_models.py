@@ -71,12 +71,14 @@ def read(model: Path, scores: np.ndarray) -> str:
     return "".join(table[i] for i in best[fresh])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [None, (1, 3, 256, 320)], ids=["open", "fixed"])
 def test_text_detection(shape: Any, artifact_of: Maker) -> None:
     model = ocr("ch_PP-OCRv4_det_infer.onnx")
     check(artifact_of(model, **({"shape": {"x": shape}} if shape else {})), "ocr_v4_det_256x320")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LINES)
 def test_text_recognition(name: str, artifact_of: Maker) -> None:
     model = ocr("ch_PP-OCRv4_rec_infer.onnx")
@@ -111,11 +113,13 @@ def test_magika(artifact_of: Maker) -> None:
     assert np.abs(alone - arrays["y"][2:3]).max() <= TOLERANCE
 
 
+@pytest.mark.slow
 def test_quantized_text_direction(artifact_of: Maker) -> None:
     artifact = artifact_of(DATA / "ocr_v2_cls_qdq.onnx", shape={"x": (1, 3, 48, 192)})
     check(artifact, "ocr_v2_cls_qdq", QUANTIZED_TOLERANCE)
 
 
+@pytest.mark.slow
 def test_quantized_text_recognition(artifact_of: Maker) -> None:
     model = DATA / "ocr_v4_rec_qdq.onnx"
     artifact = artifact_of(model, shape={"x": (1, 3, 48, 320)})

@@ -463,7 +463,7 @@ def fuzz(source: Path, path: Path, seed: int, count: int) -> int:
                     Path(keep, f"{source.stem}-{seed}-{i}.onnx").write_bytes(content)
                 raise AssertionError(f"seed {seed}, number {i}") from error
             slowest = max(slowest, time.perf_counter() - start)
-    assert slowest < 10.0
+    assert slowest < 30.0
     return refused
 
 
@@ -471,8 +471,8 @@ MODELS: dict[str, tuple[Callable[[Path], Path], int]] = {
     "tiny": (write_tiny_onnx, 1500),
     "shapes": (write_shapes, 1500),
     "quantized": (write_quantized, 1500),
-    "cls": (functools.partial(stripped, DATA / "ocr_v2_cls_qdq.onnx"), 60),
-    "rec": (functools.partial(stripped, DATA / "ocr_v4_rec_qdq.onnx"), 30),
+    "cls": (functools.partial(stripped, DATA / "ocr_v2_cls_qdq.onnx"), 40),
+    "rec": (functools.partial(stripped, DATA / "ocr_v4_rec_qdq.onnx"), 12),
 }
 
 

@@ -18,10 +18,7 @@ from qigen.frontends.onnx.reader import opsets as model_opsets
 from qigen.ir import ops, schema, types  # noqa: F401  (importing ops registers the operators)
 from qigen.ir.dims import Sym
 from qigen.ir.graph import Array, Dim, Graph, Node
-from qigen.ir.tensor import Known, TensorOp, known
-
-MAX_FOLDED_BYTES = 256 << 20
-"""Larger results of constants are left to the run."""
+from qigen.ir.tensor import MAX_FOLDED_BYTES, Known, TensorOp, known
 
 MAX_UNROLLED = 1024
 """Iterations of a loop that are written out, at most."""
@@ -134,8 +131,9 @@ class _Importer:
                 self.where,
             )
         if len(declared) > 8:
-            raise Unsupported(f"input {info.name} has {len(declared)} dimensions; 8 are the most",
-                              self.where)
+            raise Unsupported(
+                f"input {info.name} has {len(declared)} dimensions; 8 are the most", self.where
+            )
         shape: list[Dim] = []
         for axis, d in enumerate(declared):
             shape.append(self._dimension(info.name, axis, d, asked[axis] if asked else None))
@@ -147,8 +145,10 @@ class _Importer:
         at = f"dimension {axis} of input {name}"
         if d is not None and d.HasField("dim_value") and d.dim_value >= 0:
             if asked is not None and isinstance(asked.value, int) and asked.value != d.dim_value:
-                raise UsageError(f"--shape makes {at} {asked.value}; the model fixes it to "
-                                 f"{d.dim_value}", self.where)
+                raise UsageError(
+                    f"--shape makes {at} {asked.value}; the model fixes it to {d.dim_value}",
+                    self.where,
+                )
             return int(d.dim_value)
         # "?" and the like stand for sizes that have nothing to do with each other
         named = d is not None and re.search(r"\w", d.dim_param)
@@ -157,8 +157,10 @@ class _Importer:
             if isinstance(asked.value, int):
                 before = self.fixed.setdefault(parameter, asked.value)
                 if before != asked.value:
-                    raise UsageError(f"--shape makes {at} ({parameter}) {asked.value}, and "
-                                     f"{before} elsewhere", self.where)
+                    raise UsageError(
+                        f"--shape makes {at} ({parameter}) {asked.value}, and {before} elsewhere",
+                        self.where,
+                    )
                 return asked.value
             if asked.limit:
                 self.limits[self._symbol(parameter)] = asked.limit
@@ -182,12 +184,18 @@ class _Importer:
         if value is None:
             raise BadInput(f"output {name} is computed by no node", self.where)
         graph = self.graph
-        if value in graph.inputs or value in graph.constants or value in graph.outputs \
-                or value != name:
+        if (
+            value in graph.inputs
+            or value in graph.constants
+            or value in graph.outputs
+            or value != name
+        ):
             copy = self._name(name) if value != name else self._name(f"{name}_out")
             # the interface shows the model's own name
             graph.meta.setdefault("output_names", {})[copy] = name
-            graph.add_node("onnx.Identity", [value], name=self._name(f"{name}_copy"), outputs=[copy])
+            graph.add_node(
+                "onnx.Identity", [value], name=self._name(f"{name}_copy"), outputs=[copy]
+            )
             return copy
         return value
 
@@ -342,6 +350,8 @@ class _Importer:
         arrays = [graph.constants.get(name) for name in names]
         if not operator.fold or any(not isinstance(a, np.ndarray) for a in arrays):
             return None
+        if operator.name == "onnx.DequantizeLinear":
+            return None  # weights keep their codes until the passes have seen them
         if not names and not node.attrs:
             return None
         if any(isinstance(v, Sym) for a in node.attrs.values() if isinstance(a, tuple) for v in a):
@@ -397,7 +407,9 @@ class _Importer:
             elif kind in (A.INTS, A.FLOATS):
                 attrs[attribute.name] = tuple(onnx.helper.get_attribute_value(attribute))
             elif kind == A.STRINGS:
-                attrs[attribute.name] = tuple(s.decode("utf-8", "replace") for s in attribute.strings)
+                attrs[attribute.name] = tuple(
+                    s.decode("utf-8", "replace") for s in attribute.strings
+                )
             elif kind == A.TENSOR:
                 attrs[attribute.name] = self._array(attribute.t, _label(proto))
             else:
@@ -457,9 +469,11 @@ class _Importer:
             body = self._function_body(scope, found, proto, version)
         if body is None:
             raise refused
-        inner = _Scope({}, f"{scope.prefix}{proto.name or proto.output[0]}/", {
-            "" if o.domain == "ai.onnx" else o.domain: o.version for o in body.opset_import
-        })
+        inner = _Scope(
+            {},
+            f"{scope.prefix}{proto.name or proto.output[0]}/",
+            {"" if o.domain == "ai.onnx" else o.domain: o.version for o in body.opset_import},
+        )
         for formal, actual in zip(body.input, proto.input, strict=False):
             if actual:
                 inner.names[formal] = self._operand(scope, actual, proto)
@@ -468,7 +482,7 @@ class _Importer:
             if default.name not in attributes and default.type:
                 attributes[default.name] = default
         nodes = [_bound(n, attributes) for n in body.node]
-        absent = set(body.input[len(proto.input):]) | {
+        absent = set(body.input[len(proto.input) :]) | {
             f for f, a in zip(body.input, proto.input, strict=False) if not a
         }
         for node in nodes:
@@ -513,7 +527,8 @@ class _Importer:
         else:
             versions = [v for v in found.function_opset_versions if v <= version]
             text = (
-                found.get_function_with_opset_version(max(versions)) if versions
+                found.get_function_with_opset_version(max(versions))
+                if versions
                 else found.function_body.SerializeToString()
             )
         if not text:
@@ -580,7 +595,8 @@ class _Importer:
                 raise refused
             self.unrolled += 1
             index = self.graph.add_constant(
-                self._name(f"{scope.prefix}{_label(proto)}/i{iteration}"), np.array(iteration, np.int64)
+                self._name(f"{scope.prefix}{_label(proto)}/i{iteration}"),
+                np.array(iteration, np.int64),
             )
             true = self.graph.add_constant(
                 self._name(f"{scope.prefix}{_label(proto)}/c{iteration}"), np.array(True)
@@ -640,15 +656,53 @@ class _Importer:
         for info in (*body.value_info, *body.output):
             tensor = info.type.tensor_type
             if info.type.HasField("tensor_type") and tensor.HasField("shape"):
-                self.graph.declared.setdefault(scope.prefix + info.name, tuple(
-                    d.dim_value if d.HasField("dim_value") else -1 for d in tensor.shape.dim
-                ))
+                self.graph.declared.setdefault(
+                    scope.prefix + info.name,
+                    tuple(d.dim_value if d.HasField("dim_value") else -1 for d in tensor.shape.dim),
+                )
 
 
-_RESERVED = {"int", "long", "float", "double", "auto", "new", "delete", "class", "struct", "c", "s",
-             "step", "thread", "threads", "barrier", "min", "max", "mod", "floordiv", "default",
-             "register", "this", "if", "else", "for", "while", "do", "return", "true", "false",
-             "half", "bool", "char", "short", "template", "operator", "union", "signed", "unsigned"}
+_RESERVED = {
+    "int",
+    "long",
+    "float",
+    "double",
+    "auto",
+    "new",
+    "delete",
+    "class",
+    "struct",
+    "c",
+    "s",
+    "step",
+    "thread",
+    "threads",
+    "barrier",
+    "min",
+    "max",
+    "mod",
+    "floordiv",
+    "default",
+    "register",
+    "this",
+    "if",
+    "else",
+    "for",
+    "while",
+    "do",
+    "return",
+    "true",
+    "false",
+    "half",
+    "bool",
+    "char",
+    "short",
+    "template",
+    "operator",
+    "union",
+    "signed",
+    "unsigned",
+}
 
 
 class _NoEvaluation:

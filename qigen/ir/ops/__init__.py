@@ -2,4 +2,14 @@
 
 from qigen.ir.ops import attention, elementwise, embedding, fused, graph, matmul, norm, onnx, rope
 
-__all__ = ["attention", "elementwise", "embedding", "fused", "graph", "matmul", "norm", "onnx", "rope"]
+__all__ = [
+    "attention",
+    "elementwise",
+    "embedding",
+    "fused",
+    "graph",
+    "matmul",
+    "norm",
+    "onnx",
+    "rope",
+]

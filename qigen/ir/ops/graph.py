@@ -83,8 +83,10 @@ class _Product(TensorOp):
         """BadInput unless x has the type and the chain its inputs."""
         check_inputs(node, W + 1, CHAIN + len(node.attrs["kinds"]))
         if element(node, graph, X).name != _element(node.attrs["arithmetic"]):
-            raise BadInput(f"x of {node.attrs['arithmetic']} cannot be "
-                           f"{element(node, graph, X).name}", node.name)
+            raise BadInput(
+                f"x of {node.attrs['arithmetic']} cannot be {element(node, graph, X).name}",
+                node.name,
+            )
 
 
 @register
@@ -183,13 +185,21 @@ class Depthwise(_Product):
         check_inputs(node, W + 1, CHAIN + len(node.attrs["kinds"]))
         a = node.attrs
         b, h, w, c = shape(node, graph, X)
-        return [((b, *window_sizes((h, w), a["kernel"], a["strides"], a["dilations"], a["pads"]), c),
-                 a["out"])]
+        return [
+            (
+                (b, *window_sizes((h, w), a["kernel"], a["strides"], a["dilations"], a["pads"]), c),
+                a["out"],
+            )
+        ]
 
 
 def window_sizes(
-    sizes: Sequence[Any], kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int],
-    pads: Sequence[int], ceil: bool = False,
+    sizes: Sequence[Any],
+    kernel: Sequence[int],
+    strides: Sequence[int],
+    dilations: Sequence[int],
+    pads: Sequence[int],
+    ceil: bool = False,
 ) -> list[Any]:
     """Output sizes of windows over axes; pads are all begins, then all ends."""
     result = []
@@ -197,8 +207,11 @@ def window_sizes(
     for i, d in enumerate(sizes):
         room = d + pads[i] + pads[i + n] - dilations[i] * (kernel[i] - 1) - 1
         size = (dims.ceildiv if ceil else dims.floordiv)(room, strides[i]) + 1
-        if ceil and isinstance(size, int) and isinstance(d, int) and (
-            (size - 1) * strides[i] >= d + pads[i]
+        if (
+            ceil
+            and isinstance(size, int)
+            and isinstance(d, int)
+            and ((size - 1) * strides[i] >= d + pads[i])
         ):
             size -= 1  # the last window would begin behind the image
         result.append(size)
@@ -371,8 +384,9 @@ class Pool(TensorOp):
         check_inputs(node, 1)
         a = node.attrs
         b, h, w, c = shape(node, graph, 0)
-        sizes = window_sizes((h, w), a["kernel"], a["strides"], a["dilations"], a["pads"],
-                             bool(a["ceil"]))
+        sizes = window_sizes(
+            (h, w), a["kernel"], a["strides"], a["dilations"], a["pads"], bool(a["ceil"])
+        )
         return [((b, *sizes, c), element(node, graph, 0).name)]
 
 
@@ -419,7 +433,9 @@ class GatherCodes(TensorOp):
 
     def call(self, node: Node, graph: Graph) -> Call:
         wrong = Problem("an index is out of range")
-        return kernel(node, "gather_codes.h", "gather_codes", (element(node, graph, 2).name,), wrong)
+        return kernel(
+            node, "gather_codes.h", "gather_codes", (element(node, graph, 2).name,), wrong
+        )
 
 
 def chain_inputs(node: Node) -> list[str]:

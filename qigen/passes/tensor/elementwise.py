@@ -102,7 +102,9 @@ def to_loops(graph: Graph, functions: set[str]) -> Graph:
 
 def _chain_of(r: Rewriter, node: Node, functions: set[str]) -> tuple[Chain, list[str]] | None:
     """The chain of one node and the values that it reads; None if it has no vector function."""
-    if len(node.outputs) != 1 or any(r.dtype(n) != "f32" for n in (*node.inputs, *node.outputs) if n):
+    if len(node.outputs) != 1 or any(
+        r.dtype(n) != "f32" for n in (*node.inputs, *node.outputs) if n
+    ):
         return None
     if node.op in UNARY:
         function, parameters = UNARY[node.op]
@@ -173,8 +175,10 @@ def codes_to_loops(graph: Graph) -> Graph:
             r.replace(node, "Loop", [node.inputs[0]], {"chain": chain, "out": result})
         elif node.op == "onnx.DequantizeLinear" and source in codes and result == "f32":
             chain = (
-                ("const", (), (zero,)), ("sub", ("in0", "t0"), ()),
-                ("const", (), (scale,)), ("mul", ("t1", "t2"), ()),
+                ("const", (), (zero,)),
+                ("sub", ("in0", "t0"), ()),
+                ("const", (), (scale,)),
+                ("mul", ("t1", "t2"), ()),
             )
             r.replace(node, "Loop", [node.inputs[0]], {"chain": chain})
     return r.done()
@@ -217,7 +221,12 @@ def _join_loops(r: Rewriter, node: Node) -> bool:
 
 
 def _joined(
-    first: Chain, first_inputs: list[str], acc: str, second: Chain, second_inputs: list[str], link: str
+    first: Chain,
+    first_inputs: list[str],
+    acc: str,
+    second: Chain,
+    second_inputs: list[str],
+    link: str,
 ) -> tuple[Chain, list[str]]:
     """The second chain behind the first, whose result it reads as ``link``.
 
@@ -246,14 +255,23 @@ def _join_product(r: Rewriter, node: Node) -> bool:
     shape = r.shape(node.outputs[0])
     # the latest product: what else the loop reads is there by then
     candidates = [
-        p for p in (r.producer(n, *PRODUCTS) for n in node.inputs)
-        if p is not None and p.attrs["out"] == "f32" and r.only_consumer(p.outputs[0]) is node
+        p
+        for p in (r.producer(n, *PRODUCTS) for n in node.inputs)
+        if p is not None
+        and p.attrs["out"] == "f32"
+        and r.only_consumer(p.outputs[0]) is node
         and r.shape(p.outputs[0]) == shape
     ]
     for product in reversed(candidates):
         link = product.outputs[0]
-        steps, inputs = _joined(product.attrs["chain"], chain_inputs(product), "acc",
-                                node.attrs["chain"], node.inputs, link)
+        steps, inputs = _joined(
+            product.attrs["chain"],
+            chain_inputs(product),
+            "acc",
+            node.attrs["chain"],
+            node.inputs,
+            link,
+        )
         kinds = [_kind(r, name, shape) if r.dtype(name) == "f32" else None for name in inputs]
         if None in kinds or len(inputs) > MAX_PRODUCT_INPUTS or len(steps) > MAX_STEPS:
             continue
@@ -267,7 +285,11 @@ def _join_product(r: Rewriter, node: Node) -> bool:
         attrs: dict[str, Any] = {**product.attrs, "chain": steps, "kinds": tuple(kinds)}
         if node.attrs["out"] != "f32":
             (function, (last,), (scale, zero)) = steps[-1]
-            if function != "quantize" or product.attrs.get("group", 1) > 1 or last not in ("acc", f"t{len(steps) - 2}"):
+            if (
+                function != "quantize"
+                or product.attrs.get("group", 1) > 1
+                or last not in ("acc", f"t{len(steps) - 2}")
+            ):
                 continue
             attrs.update(chain=steps[:-1], out=node.attrs["out"], y_scale=scale, y_zero=int(zero))
         r.replace(node, product.op, [*fixed, *padded], attrs)

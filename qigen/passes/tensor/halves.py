@@ -29,8 +29,9 @@ def promote_halves(graph: Graph) -> Graph:
 
 
 def _promoted(graph: Graph) -> Graph:
-    result = Graph(graph.name, meta=dict(graph.meta), known=dict(graph.known),
-                   declared=dict(graph.declared))
+    result = Graph(
+        graph.name, meta=dict(graph.meta), known=dict(graph.known), declared=dict(graph.declared)
+    )
     names: dict[str, str] = {}
     for name in graph.inputs:
         value = graph.values[name]
@@ -38,14 +39,21 @@ def _promoted(graph: Graph) -> Graph:
         names[name] = name
         if value.dtype == "f16":
             names[name] = f"{name}/f32"
-            result.add_node("onnx.Cast", [name], {"to": TYPES["f32"].onnx}, name=f"{name}/to_f32",
-                            outputs=[names[name]])
+            result.add_node(
+                "onnx.Cast",
+                [name],
+                {"to": TYPES["f32"].onnx},
+                name=f"{name}/to_f32",
+                outputs=[names[name]],
+            )
     for name, data in graph.constants.items():
         half = isinstance(data, np.ndarray) and data.dtype == np.float16
         result.add_constant(name, data.astype(np.float32) if half else data)  # type: ignore[union-attr]
         names[name] = name
     for node in graph.nodes:
-        made = {o: f"{o}/f32" if o in graph.outputs and _half(graph, o) else o for o in node.outputs}
+        made = {
+            o: f"{o}/f32" if o in graph.outputs and _half(graph, o) else o for o in node.outputs
+        }
         result.add_node(
             node.op,
             [names[n] if n else "" for n in node.inputs],
@@ -56,8 +64,13 @@ def _promoted(graph: Graph) -> Graph:
         names.update(made)
     for name in graph.outputs:
         if names[name] != name:
-            result.add_node("onnx.Cast", [names[name]], {"to": TYPES["f16"].onnx},
-                            name=f"{name}/to_f16", outputs=[name])
+            result.add_node(
+                "onnx.Cast",
+                [names[name]],
+                {"to": TYPES["f16"].onnx},
+                name=f"{name}/to_f16",
+                outputs=[name],
+            )
         result.outputs.append(name)
     return Rewriter(result).done()
 

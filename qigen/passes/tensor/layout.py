@@ -41,8 +41,9 @@ def images(graph: Graph) -> Graph:
             rank = len(r.shape(node.inputs[0]))
             kind = "onnx.ReduceMean" if node.op == "onnx.GlobalAveragePool" else "onnx.ReduceMax"
             if r.dtype(node.inputs[0]) == "f32":
-                r.replace(node, kind, [node.inputs[0]],
-                          {"axes": tuple(range(2, rank)), "keepdims": 1})
+                r.replace(
+                    node, kind, [node.inputs[0]], {"axes": tuple(range(2, rank)), "keepdims": 1}
+                )
     return r.done()
 
 
@@ -59,11 +60,21 @@ def _pool(r: Rewriter, node: Node) -> None:
         return
     source, result = r.name(f"{node.name}/nhwc"), r.name(f"{node.name}/image")
     r.make("onnx.Transpose", [x], [source], {"perm": TO_NHWC}, before=node)
-    made = r.make("Pool", [source], [result], {
-        "kind": kind, "kernel": window.kernel, "strides": window.strides,
-        "dilations": window.dilations, "pads": window.pads, "ceil": a["ceil_mode"],
-        "include_pad": a.get("count_include_pad") or 0,
-    }, before=node)
+    made = r.make(
+        "Pool",
+        [source],
+        [result],
+        {
+            "kind": kind,
+            "kernel": window.kernel,
+            "strides": window.strides,
+            "dilations": window.dilations,
+            "pads": window.pads,
+            "ceil": a["ceil_mode"],
+            "include_pad": a.get("count_include_pad") or 0,
+        },
+        before=node,
+    )
     wanted = r.shape(node.outputs[0])
     if tuple(r.shape(result)[i] for i in TO_NCHW) != wanted:
         r.remove(made)  # other rules for the last window: the general kernel knows them
@@ -110,8 +121,14 @@ def _inverse(perm: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(int(i) for i in np.argsort(perm))
 
 
-def _behind(r: Rewriter, node: Node, op: str, inputs: list[str], attrs: dict[str, Any],
-            perm: tuple[int, ...]) -> None:
+def _behind(
+    r: Rewriter,
+    node: Node,
+    op: str,
+    inputs: list[str],
+    attrs: dict[str, Any],
+    perm: tuple[int, ...],
+) -> None:
     """``node`` computes ``op`` of other inputs, and a transpose makes its result of that."""
     result = r.name(f"{node.name}/inner")
     r.make(op, inputs, [result], attrs, before=node)
@@ -141,8 +158,9 @@ def _operands(
         elif data is not None:
             full = data.reshape((1,) * (rank - data.ndim) + data.shape)
             turned = full.transpose(inverse)
-            sources.append(name if data.size == 1 and data.ndim == 0
-                           else r.constant(f"{name}/turned", turned))
+            sources.append(
+                name if data.size == 1 and data.ndim == 0 else r.constant(f"{name}/turned", turned)
+            )
         elif all(d == 1 for d in shape):
             sources.append(name)
         elif len(shape) == rank:
@@ -182,7 +200,7 @@ def _elementwise(r: Rewriter, node: Node) -> bool:
     if found is None:
         return False
     sources, perm = found
-    _behind(r, node, node.op, [*sources, *node.inputs[len(data):]], dict(node.attrs), perm)
+    _behind(r, node, node.op, [*sources, *node.inputs[len(data) :]], dict(node.attrs), perm)
     return True
 
 
@@ -224,9 +242,11 @@ def _reduction(r: Rewriter, node: Node) -> bool:
 
 def _resize(r: Rewriter, node: Node) -> bool:
     f = _perm_of(r, node.inputs[0])
-    if f is None or given(node, 1) and r.array(given(node, 1)) is not None and _size(
-        r.shape(given(node, 1))
-    ) > 0:
+    if f is None or (
+        given(node, 1)
+        and r.array(given(node, 1)) is not None
+        and _size(r.shape(given(node, 1))) > 0
+    ):
         return False
     perm, source = f
     inverse = _inverse(perm)

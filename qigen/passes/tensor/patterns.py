@@ -68,8 +68,12 @@ def _layer_norm(r: Rewriter, node: Node) -> None:
         vectors[i], last = other[0], reader
     if not vectors[0]:
         vectors[0] = r.constant(f"{node.name}/one", np.ones(r.shape(x)[-1:], np.float32))  # type: ignore[arg-type]
-    r.replace(last, "onnx.LayerNormalization", [x, *vectors],
-              {"axis": -1, "epsilon": eps, "stash_type": 1})
+    r.replace(
+        last,
+        "onnx.LayerNormalization",
+        [x, *vectors],
+        {"axis": -1, "epsilon": eps, "stash_type": 1},
+    )
 
 
 @dataclass(frozen=True)
@@ -130,8 +134,10 @@ def _heads_of(r: Rewriter, name: str, order: tuple[int, ...]) -> _Heads | None:
     _, _, _, heads, head_dim = r.shape(turned.inputs[0])
     if not isinstance(heads, int) or not isinstance(head_dim, int):
         return None
-    if len(r.shape(view.inputs[0])) != 3 or \
-            r.shape(view.inputs[0])[:2] != r.shape(turned.inputs[0])[:2]:
+    if (
+        len(r.shape(view.inputs[0])) != 3
+        or r.shape(view.inputs[0])[:2] != r.shape(turned.inputs[0])[:2]
+    ):
         return None
     return _Heads(view.inputs[0], index * heads * head_dim, heads, head_dim)
 
@@ -198,7 +204,9 @@ def _attention(r: Rewriter, node: Node) -> None:
         return
     q, k, v = _merged(r, q, k, v)
     attrs: dict[str, Any] = {
-        "heads": q.heads, "head_dim": q.head_dim, "scale": scale * q_scale * k_scale,
+        "heads": q.heads,
+        "head_dim": q.head_dim,
+        "scale": scale * q_scale * k_scale,
         "offsets": (q.offset, k.offset, v.offset),
     }
     inputs = [q.source, k.source, v.source, mask]
@@ -210,8 +218,12 @@ def _attention(r: Rewriter, node: Node) -> None:
         return
     rows = r.name(f"{turned.name}/rows")
     r.make("EncoderAttention", inputs, [rows], attrs, before=turned)
-    r.replace(turned, "onnx.Reshape", [rows],
-              {"shape": (batch, length, q.heads, q.head_dim), "allowzero": 1})
+    r.replace(
+        turned,
+        "onnx.Reshape",
+        [rows],
+        {"shape": (batch, length, q.heads, q.head_dim), "allowzero": 1},
+    )
 
 
 def _merged(r: Rewriter, q: _Heads, k: _Heads, v: _Heads) -> tuple[_Heads, _Heads, _Heads]:
@@ -232,8 +244,11 @@ def _merged(r: Rewriter, q: _Heads, k: _Heads, v: _Heads) -> tuple[_Heads, _Head
     r.make("onnx.MatMul", [x, weights], [product], before=place)
     r.make("onnx.Add", [product, bias], [total], before=place)
     width = q.heads * q.head_dim
-    return (_Heads(total, 0, q.heads, q.head_dim), _Heads(total, width, k.heads, k.head_dim),
-            _Heads(total, 2 * width, v.heads, v.head_dim))
+    return (
+        _Heads(total, 0, q.heads, q.head_dim),
+        _Heads(total, width, k.heads, k.head_dim),
+        _Heads(total, 2 * width, v.heads, v.head_dim),
+    )
 
 
 @dataclass(frozen=True)

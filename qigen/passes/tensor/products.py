@@ -136,8 +136,9 @@ class Products:
             return
         matrix = w if a["transB"] else w.T
         bias = np.broadcast_to(bias.reshape(-1) * np.float32(a["beta"]), (n,))
-        self._product(node, x, np.ascontiguousarray(matrix * np.float32(a["alpha"])), bias,
-                      node.inputs[1])
+        self._product(
+            node, x, np.ascontiguousarray(matrix * np.float32(a["alpha"])), bias, node.inputs[1]
+        )
 
     def _product(self, node: Node, x: str, w: Array, bias: Array | None, name: str) -> None:
         """Replace a node by x times w[N, K] transposed."""
@@ -167,8 +168,17 @@ class Products:
         total = offset if bias is None else bias * factor + offset
         if rank == 1:
             kept = kept[:, :, None, :]
-        emit_convolution(r, node, node.inputs[0], kept, total.astype(np.float32), window, a["group"],
-                         self.arithmetic_of(node), node.inputs[1])
+        emit_convolution(
+            r,
+            node,
+            node.inputs[0],
+            kept,
+            total.astype(np.float32),
+            window,
+            a["group"],
+            self.arithmetic_of(node),
+            node.inputs[1],
+        )
 
     def _following(self, node: Node) -> tuple[Array, Array]:
         """Take constants by channel that multiply or are added behind a node into (factor, offset);
@@ -217,8 +227,10 @@ class Products:
         plain = (
             tuple(a["strides"] or (1, 1)) == kernel
             and tuple(a["dilations"] or (1, 1)) == (1, 1)
-            and not any(a["pads"] or ()) and not any(a["output_padding"] or ())
-            and not a["output_shape"] and a["group"] == 1
+            and not any(a["pads"] or ())
+            and not any(a["output_padding"] or ())
+            and not a["output_shape"]
+            and a["group"] == 1
             and a["auto_pad"] in ("NOTSET", "VALID")
         )
         if not plain:
@@ -236,17 +248,27 @@ class Products:
         flat = r.name(f"{stem}/pixels")
         weights = prepare(matrix[:, None, :], self.arithmetic_of(node))
         product = r.make("onnx.Identity", [nhwc], [flat], before=node)
-        emit_product(r, product, nhwc, weights, np.tile(total, kernel[0] * kernel[1]),
-                     node.inputs[1])
+        emit_product(
+            r, product, nhwc, weights, np.tile(total, kernel[0] * kernel[1]), node.inputs[1]
+        )
         split = r.name(f"{stem}/split")
-        r.make("onnx.Reshape", [flat], [split],
-               {"shape": (b, h, width, *kernel, channels), "allowzero": 1}, before=node)
+        r.make(
+            "onnx.Reshape",
+            [flat],
+            [split],
+            {"shape": (b, h, width, *kernel, channels), "allowzero": 1},
+            before=node,
+        )
         moved = r.name(f"{stem}/moved")
         r.make("onnx.Transpose", [split], [moved], {"perm": (0, 1, 3, 2, 4, 5)}, before=node)
         image = r.name(f"{stem}/image")
-        r.make("onnx.Reshape", [moved], [image],
-               {"shape": (b, h * kernel[0], width * kernel[1], channels), "allowzero": 1},
-               before=node)
+        r.make(
+            "onnx.Reshape",
+            [moved],
+            [image],
+            {"shape": (b, h * kernel[0], width * kernel[1], channels), "allowzero": 1},
+            before=node,
+        )
         r.replace(node, "onnx.Transpose", [image], {"perm": TO_NCHW})
 
 
@@ -266,11 +288,15 @@ def quantized_tables(graph: Graph) -> Graph:
         if table.size < TABLE_WEIGHTS:
             continue
         codes, scale = quantize_channels(table)
-        r.replace(node, "GatherCodes", [
-            r.constant(f"{node.inputs[0]}/codes", codes),
-            r.constant(f"{node.inputs[0]}/scale", scale),
-            node.inputs[1],
-        ])
+        r.replace(
+            node,
+            "GatherCodes",
+            [
+                r.constant(f"{node.inputs[0]}/codes", codes),
+                r.constant(f"{node.inputs[0]}/scale", scale),
+                node.inputs[1],
+            ],
+        )
     return r.done()
 
 
@@ -311,7 +337,9 @@ def conv_window(r: Rewriter, node: Node, kernel: tuple[int, ...]) -> Window | No
     if rank == 1:
         return Window((1, kernel[0]), (1, strides[0]), (1, dilations[0]), (0, pads[0], 0, pads[1]))
     return Window(
-        (kernel[0], kernel[1]), (strides[0], strides[1]), (dilations[0], dilations[1]),
+        (kernel[0], kernel[1]),
+        (strides[0], strides[1]),
+        (dilations[0], dilations[1]),
         (pads[0], pads[1], pads[2], pads[3]),
     )
 
@@ -324,7 +352,10 @@ def emit_product(
     w = r.constant(f"{stem}/packed", weights.packed)
     b = r.constant(f"{node.name}/bias", padded(bias, np.float32)) if bias is not None else ""
     attrs: dict[str, Any] = {
-        "arithmetic": weights.arithmetic, "n": weights.n, "k": weights.k, "weight": name,
+        "arithmetic": weights.arithmetic,
+        "n": weights.n,
+        "k": weights.k,
+        "weight": name,
     }
     if weights.arithmetic == "u8s8":
         assert weights.scale is not None and weights.sums is not None
@@ -355,8 +386,14 @@ def quantized_rows(r: Rewriter, node: Node, x: str, k: int) -> tuple[str, str, s
             return reader.outputs[0], reader.outputs[1], reader.outputs[2]
     names = [r.name(f"{x}/{part}") for part in ("u8", "scale", "zero")]
     producer = r.producer(x)
-    r.make("QuantizeRows", [x], names, {"columns": -(-k // 4) * 4}, after=producer,
-           before=None if producer is not None else r.graph.nodes[0])
+    r.make(
+        "QuantizeRows",
+        [x],
+        names,
+        {"columns": -(-k // 4) * 4},
+        after=producer,
+        before=None if producer is not None else r.graph.nodes[0],
+    )
     return names[0], names[1], names[2]
 
 
@@ -367,14 +404,27 @@ def converted(r: Rewriter, node: Node, x: str, k: int, to: str) -> str:
             return reader.outputs[0]
     name = r.name(f"{x}/{to}")
     producer = r.producer(x)
-    r.make("ToBf16", [x], [name], {"columns": -(-k // 2) * 2}, after=producer,
-           before=None if producer is not None else r.graph.nodes[0])
+    r.make(
+        "ToBf16",
+        [x],
+        [name],
+        {"columns": -(-k // 2) * 2},
+        after=producer,
+        before=None if producer is not None else r.graph.nodes[0],
+    )
     return name
 
 
 def emit_convolution(
-    r: Rewriter, node: Node, x: str, w: Array, bias: Array, window: Window, group: int,
-    arithmetic: str, name: str,
+    r: Rewriter,
+    node: Node,
+    x: str,
+    w: Array,
+    bias: Array,
+    window: Window,
+    group: int,
+    arithmetic: str,
+    name: str,
 ) -> None:
     """Replace an NCHW convolution (1-D or 2-D) by its NHWC form between transposes."""
     one = len(r.shape(x)) == 3
@@ -391,8 +441,13 @@ def emit_convolution(
         b, _, length = r.shape(x)
         turned = r.name(f"{node.name}/turned")
         r.make("onnx.Transpose", [x], [turned], {"perm": (0, 2, 1)}, before=node)
-        r.make("onnx.Reshape", [turned], [source],
-               {"shape": (b, 1, length, channels), "allowzero": 1}, before=node)
+        r.make(
+            "onnx.Reshape",
+            [turned],
+            [source],
+            {"shape": (b, 1, length, channels), "allowzero": 1},
+            before=node,
+        )
     else:
         r.make("onnx.Transpose", [x], [source], {"perm": TO_NHWC}, before=node)
     b_name = r.constant(f"{node.name}/bias", padded(bias, np.float32))
@@ -404,8 +459,9 @@ def emit_convolution(
     if one:
         b, _, length, _ = r.shape(result)
         flat = r.name(f"{node.name}/row")
-        r.make("onnx.Reshape", [result], [flat], {"shape": (b, length, n), "allowzero": 1},
-               before=node)
+        r.make(
+            "onnx.Reshape", [result], [flat], {"shape": (b, length, n), "allowzero": 1}, before=node
+        )
         r.replace(node, "onnx.Transpose", [flat], {"perm": (0, 2, 1)})
     else:
         r.replace(node, "onnx.Transpose", [result], {"perm": TO_NCHW})
@@ -432,15 +488,35 @@ def _depthwise(
     full = np.zeros((len(taps), -(-n // 16) * 16), np.float32)
     full[:, :n] = taps
     packed = r.constant(f"{name}/packed", full)
-    r.make("Depthwise", [x, packed, bias], [result], {
-        "arithmetic": "f32", "n": n, "k": 1, "weight": name, "kernel": window.kernel,
-        "strides": window.strides, "dilations": window.dilations, "pads": window.pads,
-    }, before=node)
+    r.make(
+        "Depthwise",
+        [x, packed, bias],
+        [result],
+        {
+            "arithmetic": "f32",
+            "n": n,
+            "k": 1,
+            "weight": name,
+            "kernel": window.kernel,
+            "strides": window.strides,
+            "dilations": window.dilations,
+            "pads": window.pads,
+        },
+        before=node,
+    )
 
 
 def _dense(
-    r: Rewriter, node: Node, x: str, w: Array, bias: str, window: Window, group: int,
-    arithmetic: str, result: str, name: str,
+    r: Rewriter,
+    node: Node,
+    x: str,
+    w: Array,
+    bias: str,
+    window: Window,
+    group: int,
+    arithmetic: str,
+    result: str,
+    name: str,
 ) -> None:
     n, k = w.shape[:2]
     taps = w.reshape(n, k, -1).transpose(0, 2, 1)  # [N, taps, K]
@@ -454,8 +530,10 @@ def _dense(
         packed = r.constant(f"{name}/packed", weights.packed)
         if arithmetic == "u8s8":
             assert weights.scale is not None and weights.sums is not None
-            tail = [r.constant(f"{name}/scale", padded(weights.scale, np.float32)),
-                    r.constant(f"{name}/sums", padded(weights.sums, np.int32))]
+            tail = [
+                r.constant(f"{name}/scale", padded(weights.scale, np.float32)),
+                r.constant(f"{name}/sums", padded(weights.sums, np.int32)),
+            ]
     pointwise = window.kernel == (1, 1) and window.strides == (1, 1) and group == 1
     if pointwise and not any(window.pads):
         if arithmetic == "u8s8":
@@ -471,14 +549,13 @@ def _dense(
         source, extra = xq, [*tail, scale, zero]
     else:
         source = padded_image(r, node, x, window.pads, arithmetic)
-    attrs.update(kernel=window.kernel, strides=window.strides, dilations=window.dilations,
-                 group=group)
+    attrs.update(
+        kernel=window.kernel, strides=window.strides, dilations=window.dilations, group=group
+    )
     r.make("Convolution", [source, packed, bias, *extra], [result], attrs, before=node)
 
 
-def padded_image(
-    r: Rewriter, node: Node, x: str, pads: tuple[int, ...], arithmetic: str
-) -> str:
+def padded_image(r: Rewriter, node: Node, x: str, pads: tuple[int, ...], arithmetic: str) -> str:
     """x with borders in the type of an arithmetic; x itself if nothing is to be done."""
     channels = r.shape(x)[3]
     assert isinstance(channels, int)
@@ -494,9 +571,7 @@ def padded_image(
     return name
 
 
-def quantized_image(
-    r: Rewriter, node: Node, x: str, pads: tuple[int, ...]
-) -> tuple[str, str, str]:
+def quantized_image(r: Rewriter, node: Node, x: str, pads: tuple[int, ...]) -> tuple[str, str, str]:
     """x as u8 with one scale and zero for the whole tensor, found at run time."""
     channels = r.shape(x)[3]
     assert isinstance(channels, int)
@@ -507,4 +582,3 @@ def quantized_image(
     names = [r.name(f"{x}/{part}") for part in ("u8", "scale", "zero", "partials")]
     r.make("QuantizeImage", [x], names, attrs, before=node)
     return names[0], names[1], names[2]
-

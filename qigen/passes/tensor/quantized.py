@@ -9,6 +9,7 @@ Codes of weights are kept. What is not recognised is computed in floats, which i
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from qigen.formats import catalog
 from qigen.formats.algebra import QuantizedTensor
 from qigen.ir import dims, schema
 from qigen.ir.graph import Array, Graph, Node
-from qigen.ir.tensor import TensorOp, given
+from qigen.ir.tensor import MAX_FOLDED_BYTES, TensorOp, given
 from qigen.ir.types import TYPES
 from qigen.passes.tensor.products import (
     MAX_TAPS,
@@ -85,8 +86,13 @@ def weight_only(graph: Graph) -> Graph:
         n, k = w.codes.shape
         weights = r.graph.add_constant(r.name(f"{node.inputs[1]}/codes"), _unit_format(w.codes))
         plain = r.name(f"{node.name}/codes")
-        r.make("FormatProduct", [node.inputs[0], weights], [plain],
-               {"n": n, "k": k, "weight": node.inputs[1]}, before=node)
+        r.make(
+            "FormatProduct",
+            [node.inputs[0], weights],
+            [plain],
+            {"n": n, "k": k, "weight": node.inputs[1]},
+            before=node,
+        )
         scale = r.constant(f"{node.name}/scale", w.scale)
         r.replace(node, "onnx.Mul", [plain, scale])
     return r.done()
@@ -134,6 +140,10 @@ def folded(graph: Graph) -> Graph:
         value = r.graph.values[node.outputs[0]]
         if node.outputs[0] in r.graph.outputs or not dims.is_static(value.shape):
             continue
+        most = max(MAX_FOLDED_BYTES, 8 * sum(a.nbytes for a in arrays if a is not None))
+        sizes = [int(d) for d in value.shape]  # type: ignore[arg-type]
+        if math.prod(sizes) * TYPES[value.dtype].bytes > most:
+            continue  # a large result of little data is left to the run
         results = operator.reference(node, arrays, None)  # type: ignore[arg-type]
         data = np.asarray(results[0]).astype(TYPES[value.dtype].numpy)
         if data.shape == value.shape:
@@ -262,8 +272,12 @@ def _product(r: Rewriter, node: Node) -> None:
         return
     weights = packed_codes(w.codes[:, None, :], w.scale)
     packed = r.constant(f"{node.name}/packed", weights.packed)
-    r.replace(node, "Product", [codes, packed, *_static(r, node.name, weights, x, bias)],
-              {"arithmetic": "u8s8", "n": n, "k": k, "weight": node.inputs[1]})
+    r.replace(
+        node,
+        "Product",
+        [codes, packed, *_static(r, node.name, weights, x, bias)],
+        {"arithmetic": "u8s8", "n": n, "k": k, "weight": node.inputs[1]},
+    )
 
 
 def _convolution(r: Rewriter, node: Node) -> None:
@@ -293,7 +307,13 @@ def _convolution(r: Rewriter, node: Node) -> None:
 
 
 def _depthwise(
-    r: Rewriter, node: Node, source: str, w: WeightCodes, x: Codes, bias: Array, window: Window,
+    r: Rewriter,
+    node: Node,
+    source: str,
+    w: WeightCodes,
+    x: Codes,
+    bias: Array,
+    window: Window,
     result: str,
 ) -> None:
     n = len(w.codes)
@@ -309,14 +329,32 @@ def _depthwise(
         "",
         r.constant(f"{node.name}/x_zero", np.array([x.zero], np.int32)),
     ]
-    r.make("Depthwise", inputs, [result], {
-        "arithmetic": "u8s8", "n": n, "k": 1, "weight": node.inputs[1], "kernel": window.kernel,
-        "strides": window.strides, "dilations": window.dilations, "pads": window.pads,
-    }, before=node)
+    r.make(
+        "Depthwise",
+        inputs,
+        [result],
+        {
+            "arithmetic": "u8s8",
+            "n": n,
+            "k": 1,
+            "weight": node.inputs[1],
+            "kernel": window.kernel,
+            "strides": window.strides,
+            "dilations": window.dilations,
+            "pads": window.pads,
+        },
+        before=node,
+    )
 
 
 def _dense(
-    r: Rewriter, node: Node, source: str, w: WeightCodes, x: Codes, bias: Array, window: Window,
+    r: Rewriter,
+    node: Node,
+    source: str,
+    w: WeightCodes,
+    x: Codes,
+    bias: Array,
+    window: Window,
     result: str,
 ) -> None:
     n, k = w.codes.shape[:2]
@@ -328,9 +366,18 @@ def _dense(
     channels = -(-k // 4) * 4
     if any(window.pads) or channels != k:
         image = r.name(f"{node.name}/padded")
-        r.make("PadImage", [source], [image], {
-            "pads": window.pads, "channels": channels, "to": "u8", "zero": x.zero,
-        }, before=node)
+        r.make(
+            "PadImage",
+            [source],
+            [image],
+            {
+                "pads": window.pads,
+                "channels": channels,
+                "to": "u8",
+                "zero": x.zero,
+            },
+            before=node,
+        )
         source = image
     if window.kernel == (1, 1) and window.strides == (1, 1):
         r.make("Product", [source, packed, *tail], [result], attrs, before=node)
@@ -369,15 +416,20 @@ def _dynamic_product(r: Rewriter, node: Node) -> None:
     weights = packed_codes(w.codes[:, None, :], w.scale)
     assert weights.sums is not None
     image = _quantized_once(r, quantize, x)
-    r.replace(scaled, "Product", [
-        image[0],
-        r.constant(f"{node.name}/packed", weights.packed),
-        "",
-        r.constant(f"{node.name}/scale", padded(w.scale, np.float32)),
-        r.constant(f"{node.name}/sums", padded(weights.sums, np.int32)),
-        image[1],
-        image[2],
-    ], {"arithmetic": "u8s8", "n": n, "k": k, "weight": node.inputs[1]})
+    r.replace(
+        scaled,
+        "Product",
+        [
+            image[0],
+            r.constant(f"{node.name}/packed", weights.packed),
+            "",
+            r.constant(f"{node.name}/scale", padded(w.scale, np.float32)),
+            r.constant(f"{node.name}/sums", padded(weights.sums, np.int32)),
+            image[1],
+            image[2],
+        ],
+        {"arithmetic": "u8s8", "n": n, "k": k, "weight": node.inputs[1]},
+    )
 
 
 def _quantized_once(r: Rewriter, quantize: Node, x: str) -> tuple[str, str, str]:

@@ -90,7 +90,9 @@ class Rewriter:
     def constant(self, stem: str, data: Any) -> str:
         """A new constant; its name."""
         array = np.asarray(data)
-        return self.graph.add_constant(self.name(stem), np.ascontiguousarray(array).reshape(array.shape))
+        return self.graph.add_constant(
+            self.name(stem), np.ascontiguousarray(array).reshape(array.shape)
+        )
 
     def make(
         self,

@@ -49,12 +49,19 @@ def _layer_norm(r: Rewriter, node: Node) -> None:
             return
     residual = ""
     producer = r.producer(x, "Loop")
-    if producer is not None and r.only_consumer(x) is node \
-            and producer.attrs["chain"] == (("add", ("in0", "in1"), ()),) \
-            and all(r.shape(n) == r.shape(x) for n in producer.inputs):
+    if (
+        producer is not None
+        and r.only_consumer(x) is node
+        and producer.attrs["chain"] == (("add", ("in0", "in1"), ()),)
+        and all(r.shape(n) == r.shape(x) for n in producer.inputs)
+    ):
         x, residual = producer.inputs
-    r.replace(node, "LayerNorm", [x, *vectors, residual],
-              {"eps": float(np.float32(node.attrs["epsilon"]))})
+    r.replace(
+        node,
+        "LayerNorm",
+        [x, *vectors, residual],
+        {"eps": float(np.float32(node.attrs["epsilon"]))},
+    )
 
 
 def _reduction(r: Rewriter, node: Node) -> None:
@@ -68,10 +75,17 @@ def _reduction(r: Rewriter, node: Node) -> None:
     named = sorted(int(a) % rank for a in axes) if axes else list(range(rank))
     if named != list(range(named[0], named[-1] + 1)):
         return
-    r.replace(node, "ReduceAxes", [x], {
-        "kind": REDUCTIONS[node.op], "first": named[0], "last": named[-1] + 1,
-        "keep": node.attrs["keepdims"],
-    })
+    r.replace(
+        node,
+        "ReduceAxes",
+        [x],
+        {
+            "kind": REDUCTIONS[node.op],
+            "first": named[0],
+            "last": named[-1] + 1,
+            "keep": node.attrs["keepdims"],
+        },
+    )
 
 
 def _transpose(r: Rewriter, node: Node) -> None:

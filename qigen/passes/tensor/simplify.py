@@ -17,11 +17,11 @@ def simplify(graph: Graph) -> Graph:
             continue
         if node.op == "onnx.BatchNormalization":
             _batch_norm(r, node)
-        elif node.op in ("onnx.Dropout", "onnx.Identity") and len(node.outputs) == 1:
-            _skip(r, node)
-        elif node.op == "onnx.Cast" and r.dtype(node.inputs[0]) == r.dtype(node.outputs[0]):
-            _skip(r, node)
-        elif node.op == "onnx.Reshape" and r.shape(node.inputs[0]) == r.shape(node.outputs[0]):
+        elif (
+            (node.op in ("onnx.Dropout", "onnx.Identity") and len(node.outputs) == 1)
+            or (node.op == "onnx.Cast" and r.dtype(node.inputs[0]) == r.dtype(node.outputs[0]))
+            or (node.op == "onnx.Reshape" and r.shape(node.inputs[0]) == r.shape(node.outputs[0]))
+        ):
             _skip(r, node)
         elif node.op == "onnx.Transpose":
             transpose(r, node)
@@ -60,8 +60,9 @@ def transpose(r: Rewriter, node: Node) -> None:
         r.use(node.outputs[0], source)
         r.remove(node)
     elif moves_nothing(perm, shape):
-        r.replace(node, "onnx.Reshape", [source],
-                  {"shape": tuple(shape[p] for p in perm), "allowzero": 1})
+        r.replace(
+            node, "onnx.Reshape", [source], {"shape": tuple(shape[p] for p in perm), "allowzero": 1}
+        )
     elif before is not None:
         r.replace(node, "onnx.Transpose", [source], {"perm": perm})
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from qigen.errors import BadInput, Unsupported
 from qigen.ir import dims
 from qigen.ir.dims import Sym
-from qigen.ir.graph import Graph, Node, Shape
+from qigen.ir.graph import Dim, Graph, Node, Shape
 from qigen.ir.ops.onnx.linear import CODES, FLOATS, WRONG, must_match, same_type
 from qigen.ir.ops.onnx.window import (
     WINDOW,
@@ -54,6 +54,15 @@ class _Conv(TensorOp):
             raise BadInput(f"{w[0]} output channels cannot be {group} groups", node.name)
         return found
 
+    def check_bias(self, node: Node, graph: Graph, index: int, channels: Dim) -> None:
+        """Refuse a bias that is no vector by output channel."""
+        if not given(node, index):
+            return
+        bias = shape(node, graph, index)
+        if len(bias) != 1:
+            raise BadInput(f"the bias {show(bias)} is no vector", node.name)
+        must_match(node, bias[0], channels, "the bias and the output channels")
+
     def result(self, node: Node, graph: Graph) -> Shape:
         """The shape of the result."""
         found = self.window(node, graph)
@@ -78,7 +87,9 @@ class Conv(_Conv):
 
     def infer(self, node: Node, graph: Graph) -> list[tuple[Shape, str]]:
         check_inputs(node, 2, 3)
-        return [(self.result(node, graph), same_type(node, graph, FLOATS, (0, 1, 2)))]
+        result = self.result(node, graph)
+        self.check_bias(node, graph, 2, result[1])
+        return [(result, same_type(node, graph, FLOATS, (0, 1, 2)))]
 
     def call(self, node: Node, graph: Graph) -> Call | Alias:
         return self.convolve(node, graph, "conv", (element(node, graph, 0).name,), range(3))
@@ -123,7 +134,9 @@ class QLinearConv(_Conv):
         kind = (
             require_type(node, graph, 7, CODES) if given(node, 7) else element(node, graph, 0).name
         )
-        return [(self.result(node, graph), kind)]
+        result = self.result(node, graph)
+        self.check_bias(node, graph, 8, result[1])
+        return [(result, kind)]
 
     def call(self, node: Node, graph: Graph) -> Call | Alias:
         kind = graph.values[node.outputs[0]].dtype
@@ -185,7 +198,9 @@ class ConvTranspose(_Conv):
 
     def infer(self, node: Node, graph: Graph) -> list[tuple[Shape, str]]:
         check_inputs(node, 2, 3)
-        return [(self.result(node, graph), same_type(node, graph, FLOATS, (0, 1, 2)))]
+        result = self.result(node, graph)
+        self.check_bias(node, graph, 2, result[1])
+        return [(result, same_type(node, graph, FLOATS, (0, 1, 2)))]
 
     def call(self, node: Node, graph: Graph) -> Call | Alias:
         return self.convolve(

@@ -35,7 +35,9 @@ from qigen.ir.tensor import (
 class _View(TensorOp):
     """A result that is the input's memory with another shape."""
 
-    def values(self, node: Node, graph: Graph, inputs: Sequence[Known | None]) -> list[Known | None]:
+    def values(
+        self, node: Node, graph: Graph, inputs: Sequence[Known | None]
+    ) -> list[Known | None]:
         new = graph.values[node.outputs[0]].shape
         if inputs[0] is None or not dims.is_static(new):
             return [None]
@@ -73,8 +75,11 @@ class Reshape(_View):
         for axis, d in enumerate(asked):
             if not isinstance(d, Sym) and d == 0 and not node.attrs["allowzero"]:
                 if axis >= len(source):
-                    raise BadInput(f"shape {show(tuple(asked))} copies axis {axis} of a tensor of "
-                                   f"rank {len(source)}", node.name)
+                    raise BadInput(
+                        f"shape {show(tuple(asked))} copies axis {axis} of a tensor of "
+                        f"rank {len(source)}",
+                        node.name,
+                    )
                 d = source[axis]
             sizes.append(d)
         rest = [i for i, d in enumerate(sizes) if not isinstance(d, Sym) and d == -1]
@@ -83,15 +88,20 @@ class Reshape(_View):
         total = dims.product(source)
         others = dims.product(d for d in sizes if isinstance(d, Sym) or d != -1)
         if rest:
-            if not isinstance(total, Sym) and not isinstance(others, Sym) and (
-                others == 0 or total % others
+            if (
+                not isinstance(total, Sym)
+                and not isinstance(others, Sym)
+                and (others == 0 or total % others)
             ):
-                raise BadInput(f"a tensor of shape {show(source)} cannot become "
-                               f"{show(tuple(asked))}", node.name)
+                raise BadInput(
+                    f"a tensor of shape {show(source)} cannot become {show(tuple(asked))}",
+                    node.name,
+                )
             sizes[rest[0]] = dims.floordiv(total, others)
         elif not isinstance(total, Sym) and not isinstance(others, Sym) and total != others:
-            raise BadInput(f"a tensor of shape {show(source)} cannot become {show(tuple(asked))}",
-                           node.name)
+            raise BadInput(
+                f"a tensor of shape {show(source)} cannot become {show(tuple(asked))}", node.name
+            )
         return tuple(sizes)
 
     def measure(self, node: Node, graph: Graph) -> Call | None:
@@ -99,8 +109,12 @@ class Reshape(_View):
         if not isinstance(asked, RunInts):
             return None
         wrong = Problem("the data does not fit the shape")
-        return Call("shape.h", "reshape_sizes", (),
-                    (Ref(node.inputs[0]), asked, bool(node.attrs["allowzero"]), wrong))
+        return Call(
+            "shape.h",
+            "reshape_sizes",
+            (),
+            (Ref(node.inputs[0]), asked, bool(node.attrs["allowzero"]), wrong),
+        )
 
 
 @register
@@ -116,8 +130,12 @@ class Flatten(_View):
         source = shape(node, graph, 0)
         axis = node.attrs["axis"]
         axis = axis if axis == len(source) else axis_of(node, axis, max(len(source), 1))
-        return [((dims.product(source[:axis]), dims.product(source[axis:])),
-                 element(node, graph, 0).name)]
+        return [
+            (
+                (dims.product(source[:axis]), dims.product(source[axis:])),
+                element(node, graph, 0).name,
+            )
+        ]
 
 
 @register
@@ -136,10 +154,12 @@ class Squeeze(_View):
         if isinstance(axes, RunInts):
             return [(fresh_shape(node, 0, declared_rank(node, graph)), kind)]
         if axes is None:
-            if any(isinstance(d, Sym) and any(n.startswith("run_") for n in d.names())
-                   for d in source):
-                raise Unsupported("which axes have the size 1 is only known at run time; name them",
-                                  node.name)
+            if any(
+                isinstance(d, Sym) and any(n.startswith("run_") for n in d.names()) for d in source
+            ):
+                raise Unsupported(
+                    "which axes have the size 1 is only known at run time; name them", node.name
+                )
             return [(tuple(d for d in source if d != 1), kind)]
         dropped = {axis_of(node, a, len(source)) for a in axes}
         for axis in dropped:
@@ -199,7 +219,9 @@ class Identity(_View):
     def reference(self, node: Node, inputs: Sequence[Array], ev: Evaluation) -> list[Array]:
         return [inputs[0]]
 
-    def values(self, node: Node, graph: Graph, inputs: Sequence[Known | None]) -> list[Known | None]:
+    def values(
+        self, node: Node, graph: Graph, inputs: Sequence[Known | None]
+    ) -> list[Known | None]:
         return [inputs[0]]
 
 
@@ -220,7 +242,9 @@ class ShapeOf(TensorOp):
         source = shape(node, graph, 0)
         return source[slice(node.attrs["start"], node.attrs["end"])]
 
-    def values(self, node: Node, graph: Graph, inputs: Sequence[Known | None]) -> list[Known | None]:
+    def values(
+        self, node: Node, graph: Graph, inputs: Sequence[Known | None]
+    ) -> list[Known | None]:
         return [np.array(self._sizes(node, graph), object)]
 
     def call(self, node: Node, graph: Graph) -> Call | Alias:
@@ -242,10 +266,10 @@ class Size(TensorOp):
         check_inputs(node, 1)
         return [((), "i64")]
 
-    def values(self, node: Node, graph: Graph, inputs: Sequence[Known | None]) -> list[Known | None]:
+    def values(
+        self, node: Node, graph: Graph, inputs: Sequence[Known | None]
+    ) -> list[Known | None]:
         return [np.array(dims.product(shape(node, graph, 0)), object)]
 
     def call(self, node: Node, graph: Graph) -> Call | Alias:
         return kernel(node, "shape.h", "size_of")
-
-
