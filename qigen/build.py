@@ -83,7 +83,7 @@ def _replace(staging: Path, out: Path) -> None:
 
 
 def included(text: str, headers: Mapping[str, str]) -> dict[str, str]:
-    """The headers that a source includes, directly or through others: its cache key holds no more."""
+    """The headers that a source includes, directly or not: its cache key holds no others."""
     found: dict[str, str] = {}
     queue = [text]
     while queue:

@@ -1,9 +1,9 @@
 """Static int8: ranges of activations from samples, written into the graph as QDQ.
 
-The float model is compiled with the inputs of its products as outputs and run over the samples. Each
-such value then goes through QuantizeLinear and DequantizeLinear, and so do the weights, so that the
-rest is the business of the passes for quantized models. A product stays float if rounding its inputs
-or weights loses too much, measured on the samples.
+The float model is compiled with the inputs of its products as outputs and run over the samples.
+Each such value then goes through QuantizeLinear and DequantizeLinear, and so do the weights, so
+that the rest is the business of the passes for quantized models. A product stays float if rounding
+its inputs or weights loses too much, measured on the samples.
 """
 
 from __future__ import annotations

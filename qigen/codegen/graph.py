@@ -347,8 +347,8 @@ def lower_graph(
 ) -> GraphProgram:
     """The program of a graph.
 
-    ``kernels`` gives the declarations that ``special`` calls need, ``packed`` the constants that are
-    not stored as they are.
+    ``kernels`` gives the declarations that ``special`` calls need, ``packed`` the constants that
+    are not stored as they are.
     """
     lowering = GraphLowering(graph, special)
     buffers = lowering.place_values()
@@ -370,7 +370,7 @@ def lower_graph(
     limits: dict[str, int] = graph.meta.get("limits", {})
     output_names: dict[str, str] = graph.meta.get("output_names", {})
     live = [
-        sum(int(b.bytes) for b in buffers if b.first <= i <= b.last) if static else 0
+        sum(dims.whole(b.bytes) for b in buffers if b.first <= i <= b.last) if static else 0
         for i in range(len(graph.nodes))
     ]
     peak = max(range(len(live)), key=live.__getitem__, default=-1)
@@ -416,8 +416,12 @@ def _planned(shape: Shape, symbols: set[str]) -> tuple[str, ...]:
 
 
 def _place(buffers: list[Storage]) -> tuple[list[int], int]:
+    sizes = [align(max(dims.whole(b.bytes), 1)) for b in buffers]
     placed, total = place(
-        [Buffer([str(b.index)], align(max(int(b.bytes), 1)), b.first, b.last) for b in buffers]
+        [
+            Buffer([str(b.index)], size, b.first, b.last)
+            for b, size in zip(buffers, sizes, strict=True)
+        ]
     )
     by_index = {int(b.values[0]): b.offset for b in placed}
     return [by_index[b.index] for b in buffers], total
@@ -448,7 +452,7 @@ def _lines(
         if placed is None:
             return a.last < b.first or b.last < a.first
         low, high = sorted((a, b), key=lambda s: placed[0][s.index])
-        return placed[0][high.index] < placed[0][low.index] + align(int(low.bytes))
+        return placed[0][high.index] < placed[0][low.index] + align(dims.whole(low.bytes))
 
     def wait() -> None:
         nonlocal barriers

@@ -14,6 +14,7 @@ from typing import Any
 from qigen.backends.cpu.matmul import ActivationRecord, MatmulSpec, activation_needs
 from qigen.errors import Unsupported
 from qigen.formats.layout import packed_shape
+from qigen.ir.dims import whole
 from qigen.ir.graph import Graph, Node, constant_shape
 from qigen.ir.ops.fused import attention_parts, group_parts
 from qigen.passes.memory import MemoryPlan
@@ -311,7 +312,7 @@ class Lowering:
     ) -> MatmulStep:
         """Segments of a group that read the same form of the activations."""
         graph, a = self.graph, node.attrs
-        k = int(graph.values[parts.x].shape[1])
+        k = whole(graph.values[parts.x].shape[1])
         blocks = [specs[i].format.block * specs[i].layout.blocks for i in chosen]
         int8, bf16 = specs[chosen[0]].integer, specs[chosen[0]].activations == "bf16"
         token_scale = specs[chosen[0]].activations == "int8-token"
@@ -470,7 +471,7 @@ class Lowering:
             "x": self.buffer(x),
             "t": self.buffer(t),
             "weight": self.vector(w),
-            "n": int(self.graph.values[x].shape[1]),
+            "n": whole(self.graph.values[x].shape[1]),
             "eps": float(node.attrs["eps"]),
             "rows": self.rows(node.output),
         }
@@ -483,7 +484,7 @@ class Lowering:
             "gate": self.buffer(gate),
             "up": self.buffer(up),
             "y": self.buffer(node.output),
-            "n": int(self.graph.values[gate].shape[1]),
+            "n": whole(self.graph.values[gate].shape[1]),
             "activation": _ACTIVATIONS[node.attrs["kind"]],
             "rows": self.rows(node.output),
         }

@@ -28,11 +28,12 @@ _INTRINSICS: tuple[tuple[str, str | None], ...] = (
     (r"(maskz?_?)?loadu?_", "load"),
     (r"(mask_?)?store[ul]?_", "store"),
     (r"dpbusd|dpbf16|maddubs|madd_", "dot"),
-    (r"fn?madd|mul_ps|add_ps|sub_ps|div_ps|max_ps|min_ps|round|reduce|sqrt|scalef|mul_ep|mullo", "fma"),
+    (r"fn?madd|(mul|add|sub|div|max|min)_ps|round|reduce|sqrt|scalef|mul_ep|mullo", "fma"),
     (r"cvt|packu?s", "convert"),
     (r"s[rl]l|sra|avg", "shift"),
     (r"shuffle|permute|unpack|extract|(mask_)?blend", "shuffle"),
-    (r"and|or|xor|ternarylogic|cmp|test|mov|mask_mov|mask_and|kor|add_epi|sub|abs|sign|min_ep|max_ep", "logic"),
+    (r"and|or|xor|ternarylogic|cmp|test|mov|mask_mov|mask_and|kor", "logic"),
+    (r"add_epi|sub|abs|sign|min_ep|max_ep", "logic"),
     (r"prefetch", "load"),
 )
 

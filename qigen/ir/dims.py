@@ -1,10 +1,10 @@
 """Dimensions that are known only at run time: integer expressions over names.
 
-A :class:`Sym` is a polynomial with integer coefficients whose atoms are names (``N``, ``height``) and
-calls (``floordiv(h + 1, 2)``, ``mod``, ``min``, ``max``). It is kept in one canonical form, so two
-dimensions are equal if their expressions simplify to the same text. Arithmetic between ``Sym`` and
-``int`` gives an ``int`` where nothing symbolic is left. Arrays of dimensions are numpy object arrays,
-which work elementwise with the operators below.
+A :class:`Sym` is a polynomial with integer coefficients whose atoms are names (``N``, ``height``)
+and calls (``floordiv(h + 1, 2)``, ``mod``, ``min``, ``max``). It is kept in one canonical form, so
+two dimensions are equal if their expressions simplify to the same text. Arithmetic between ``Sym``
+and ``int`` gives an ``int`` where nothing symbolic is left. Arrays of dimensions are numpy object
+arrays, which work elementwise with the operators below.
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ class Sym:
 
     def divided(self, other: Number) -> Number | None:
         """The quotient if ``other`` divides the expression as a polynomial, else None."""
-        if _is_int(other):
+        if not isinstance(other, Sym):
             n = int(other)
             if n and all(c % n == 0 for c in self._terms.values()):
                 return _simplest({t: c // n for t, c in self._terms.items()}, self.calls)
@@ -284,6 +284,13 @@ def product(values: Any) -> Number:
     for v in values:
         result = result * v
     return result
+
+
+def whole(value: Any) -> int:
+    """A dimension that is a number; TypeError if only run time knows it."""
+    if isinstance(value, (Sym, str)):
+        raise TypeError(f"the size {value} is only known at run time")
+    return int(value)
 
 
 def is_static(shape: Any) -> bool:

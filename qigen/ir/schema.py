@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qigen.errors import BadInput, Unsupported
+from qigen.ir import dims
 
 if TYPE_CHECKING:
     from qigen.ir.graph import Graph, Node, Shape, Value
@@ -218,7 +219,7 @@ def matrix(node: Node, graph: Graph, index: int, columns: int | None = None) -> 
     value = graph.value(node.inputs[index], node.name)
     if not graph.is_constant(value.name) or len(value.shape) != 2:
         raise BadInput(f"input {value} must be a constant matrix", node.name)
-    n, k = (int(d) for d in value.shape)
+    n, k = (dims.whole(d) for d in value.shape)
     if columns is not None and k != columns:
         raise BadInput(f"constant {value} must have {columns} columns", node.name)
     return n, k

@@ -6,8 +6,8 @@ the call of the C++ function that computes the node (:meth:`TensorOp.call`). The
 templates in ``templates/tensor/``; which arguments they take is data here, so the code generator
 needs to know no operator.
 
-Names: ``onnx.Conv`` is the operator of the default ONNX domain in its newest version, ``ms.*`` those
-of ``com.microsoft``. Names without a prefix are made by passes.
+Names: ``onnx.Conv`` is the operator of the default ONNX domain in its newest version, ``ms.*``
+those of ``com.microsoft``. Names without a prefix are made by passes.
 """
 
 from __future__ import annotations
@@ -133,8 +133,9 @@ class TensorOp(Operator):
     """An operator of a tensor graph."""
 
     parameters: ClassVar[dict[int, str]] = {}
-    """Inputs that hold integers such as axes or sizes -> the attribute that takes them once they are
-    known when compiling (a tuple; the input is then absent). Use :func:`parameter` to read them."""
+    """Inputs that hold integers such as axes or sizes -> the attribute that takes them once they
+    are known when compiling (a tuple; the input is then absent). Use :func:`parameter` to read
+    them."""
     minimum: ClassVar[int] = 1
     maximum: ClassVar[int] = 1
     """How many inputs there may be."""
@@ -182,7 +183,8 @@ def onnx_reference(node: Node, inputs: Sequence[Array]) -> list[Array]:
     assert isinstance(operator, TensorOp)
     domain, _, op_type = node.op.rpartition(".")
     names = [f"i{i}" if name else "" for i, name in enumerate(node.inputs)]
-    feeds = {f"i{i}": a for i, (name, a) in enumerate(zip(node.inputs, inputs)) if name}
+    pairs = zip(node.inputs, inputs, strict=False)
+    feeds = {f"i{i}": a for i, (name, a) in enumerate(pairs) if name}
     attrs = dict(node.attrs)
     for index, attr in operator.parameters.items():
         given = attrs.pop(attr)

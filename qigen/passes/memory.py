@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qigen.errors import BadInput
+from qigen.ir import dims
 from qigen.ir.graph import Graph, Node, Value
 
 ALIGNMENT = 64
@@ -138,8 +139,8 @@ def _extent(value: Value, bounds: Mapping[str, int]) -> tuple[int, int]:
     if isinstance(rows, str):
         if rows not in bounds:
             raise BadInput(f"dimension '{rows}' has no bound; known are T and R", value.name)
-        return bounds[rows], columns
-    return rows, columns
+        return bounds[rows], dims.whole(columns)
+    return dims.whole(rows), dims.whole(columns)
 
 
 _ORDERS: tuple[Callable[[Buffer], tuple[int, ...]], ...] = (

@@ -16,7 +16,7 @@ from qigen.errors import BadInput, QigenError, Unsupported, UsageError
 from qigen.frontends.onnx import contrib, opsets
 from qigen.frontends.onnx.reader import opsets as model_opsets
 from qigen.ir import ops, schema, types  # noqa: F401  (importing ops registers the operators)
-from qigen.ir.dims import Sym
+from qigen.ir.dims import Sym, product, whole
 from qigen.ir.graph import Array, Dim, Graph, Node
 from qigen.ir.tensor import MAX_FOLDED_BYTES, Known, TensorOp, known
 
@@ -91,8 +91,7 @@ class _Importer:
         for info in source.output:
             graph.outputs.append(self._output(scope, info.name))
         graph.meta["limits"] = dict(self.limits)
-        result = graph.rebuilt(graph.nodes)
-        return result
+        return graph.rebuilt(graph.nodes)
 
     # -- inputs and outputs -----------------------------------------------------------------------
 
@@ -365,7 +364,7 @@ class _Importer:
         shapes = [v.shape for v in trial]
         if any(isinstance(d, Sym) for s in shapes for d in s):
             return None
-        size = sum(int(np.prod([int(d) for d in s])) for s in shapes)  # type: ignore[arg-type]
+        size = sum(whole(product(s)) for s in shapes)
         if 8 * size > MAX_FOLDED_BYTES:
             return None
         by_name = dict(zip(names, plain, strict=True))
@@ -377,7 +376,7 @@ class _Importer:
             raise
         except Exception:
             return None  # the reference does not know this case: the kernel decides
-        out = []
+        out: list[Array] = []
         for value, array in zip(trial, results, strict=False):
             if not value.name:
                 out.append(np.zeros(0))
@@ -414,8 +413,8 @@ class _Importer:
                 attrs[attribute.name] = self._array(attribute.t, _label(proto))
             else:
                 raise Unsupported(
-                    f"{proto.op_type} with the attribute {attribute.name} (a {A.AttributeType.Name(kind)}) "
-                    "is not supported",
+                    f"{proto.op_type} with the attribute {attribute.name} "
+                    f"(a {A.AttributeType.Name(kind)}) is not supported",
                     _label(proto),
                 )
         return attrs
@@ -447,7 +446,8 @@ class _Importer:
             found = onnx.defs.get_schema(proto.op_type, version, domain)
         except onnx.defs.SchemaError:
             return False
-        return bool(found.has_function or found.has_context_dependent_function)
+        facts: Any = found  # its type information lags behind
+        return bool(facts.has_function or facts.has_context_dependent_function)
 
     def _expand(self, scope: _Scope, proto: onnx.NodeProto, version: int) -> None:
         """Replace a node by the function that the ONNX standard defines it with."""

@@ -1,7 +1,7 @@
 """Older versions of operators in terms of the newest: attributes that became inputs, new defaults.
 
-A rule takes the node's attributes and inputs and changes them in place; ``add`` makes a constant and
-returns its name.
+A rule takes the node's attributes and inputs and changes them in place; ``add`` makes a constant
+and returns its name.
 """
 
 from __future__ import annotations

@@ -99,7 +99,8 @@ def prepare_model(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
         try:
             model = onnx.inliner.inline_local_functions(model)
         except Exception as error:  # the inliner raises what its C++ raises
-            raise BadInput(f"its functions cannot be inlined: {_first_line(error)}", where) from None
+            message = f"its functions cannot be inlined: {_first_line(error)}"
+            raise BadInput(message, where) from None
     return model
 
 

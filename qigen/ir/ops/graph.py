@@ -1,9 +1,9 @@
 """Operators that the passes make of tensor graphs: what generated kernels exist for.
 
-Images are NHWC here. Weights are packed constants (bytes in the order of the kernel that reads them),
-``n``, ``k`` and the taps say what they are. A *chain* is a tuple of (function, operands, parameters):
-elementwise functions of ``acc`` (what a product summed up, with its bias), ``in0``.. (the node's chain
-inputs) and ``t0``.. (earlier results), as in backends/cpu/elementwise.py.
+Images are NHWC here. Weights are packed constants (bytes in the order of the kernel that reads
+them), ``n``, ``k`` and the taps say what they are. A *chain* is a tuple of (function, operands,
+parameters): elementwise functions of ``acc`` (what a product summed up, with its bias), ``in0``..
+(the node's chain inputs) and ``t0``.. (earlier results), as in backends/cpu/elementwise.py.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ ARITHMETICS = ("f32", "bf16", "u8s8")
 
 X, W, BIAS, SCALE, ZERO, X_SCALE, X_ZERO, CHAIN = range(8)
 """Inputs of products: x, packed weights, bias, scale of the weights by channel; ``ZERO`` is where
-accumulators start (static) or the sums of the weights (dynamic); scale and zero of x at run time; the
-chain's inputs from ``CHAIN`` on."""
+accumulators start (static) or the sums of the weights (dynamic); scale and zero of x at run time;
+the chain's inputs from ``CHAIN`` on."""
 
 _PRODUCT = (
     Attr("arithmetic", str, choices=ARITHMETICS),
@@ -220,7 +220,8 @@ def window_sizes(
 
 @register
 class PadImage(TensorOp):
-    """An NHWC image with borders, channels padded to ``channels``, as f32, bf16 or u8 (quantized)."""
+    """An NHWC image with borders, channels padded to ``channels``, as f32, bf16 or u8
+    (quantized)."""
 
     name = "PadImage"
     inputs = "x[B,H,W,C]"
@@ -394,8 +395,8 @@ class Pool(TensorOp):
 class EncoderAttention(TensorOp):
     """softmax(scale q k^T + mask) v by heads.
 
-    Head h of q lies in columns ``offsets[0] + h * head_dim`` of the first input, k and v likewise in
-    the second and third, so that all may be parts of one product. The mask is broadcast to
+    Head h of q lies in columns ``offsets[0] + h * head_dim`` of the first input, k and v likewise
+    in the second and third, so that all may be parts of one product. The mask is broadcast to
     [B, heads, S, T].
     """
 

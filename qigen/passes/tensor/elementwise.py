@@ -129,10 +129,9 @@ def _chain_of(r: Rewriter, node: Node, functions: set[str]) -> tuple[Chain, list
             if name not in inputs:
                 inputs.append(name)
             operands.append(f"in{inputs.index(name)}")
-    if not inputs or all(r.shape(n) != shape for n in inputs):
-        # a constant of one element could be what gives the result its rank
-        if not inputs or len(shape) != max(len(r.shape(n)) for n in inputs):
-            return None
+    # a constant of one element could be what gives the result its rank
+    if not inputs or len(shape) != max(len(r.shape(n)) for n in inputs):
+        return None
     result = operands[0]
     for operand in operands[1:]:
         steps.append((BINARY[node.op], (result, operand), ()))

@@ -1,6 +1,7 @@
 """Models in float16: their products are computed in f32, for which there are kernels.
 
-Inputs and outputs keep their type. Every value in between is at least as exact as the model asks for.
+Inputs and outputs keep their type. Every value in between is at least as exact as the model asks
+for.
 """
 
 from __future__ import annotations

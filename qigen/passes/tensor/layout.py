@@ -1,8 +1,8 @@
 """Layout: transposes move behind the nodes that do not care for the order of axes, and cancel.
 
 A node whose inputs are transposed alike computes in the order of their sources, and its result is
-transposed instead. What begins as NCHW -> NHWC -> NCHW around every convolution ends as NHWC from the
-first convolution to the last.
+transposed instead. What begins as NCHW -> NHWC -> NCHW around every convolution ends as NHWC from
+the first convolution to the last.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Groups of nodes that are one operator: layer normalisation and attention as exporters write them."""
+"""Groups of nodes that are one operator: layer normalisation and attention in their parts."""
 
 from __future__ import annotations
 
@@ -67,7 +67,10 @@ def _layer_norm(r: Rewriter, node: Node) -> None:
             break
         vectors[i], last = other[0], reader
     if not vectors[0]:
-        vectors[0] = r.constant(f"{node.name}/one", np.ones(r.shape(x)[-1:], np.float32))  # type: ignore[arg-type]
+        width = r.shape(x)[-1]
+        if not isinstance(width, int):
+            return
+        vectors[0] = r.constant(f"{node.name}/one", np.ones(width, np.float32))
     r.replace(
         last,
         "onnx.LayerNormalization",
@@ -202,6 +205,8 @@ def _attention(r: Rewriter, node: Node) -> None:
         return
     if (v.heads, v.head_dim) != (q.heads, q.head_dim):
         return
+    if mask and r.shape(mask)[-1:] != r.shape(scores)[-1:]:
+        return  # broadcast over the keys: the kernel has no such mask
     q, k, v = _merged(r, q, k, v)
     attrs: dict[str, Any] = {
         "heads": q.heads,

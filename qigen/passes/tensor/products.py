@@ -1,4 +1,4 @@
-"""Matrix products and convolutions with constant weights: as nodes that generated kernels exist for.
+"""Matrix products and convolutions with constant weights, as nodes that have generated kernels.
 
 Convolutions become NHWC with a Transpose on either side; the pass ``layout`` lets those meet and
 cancel. Weights are packed here, in the arithmetic that was asked for.
@@ -56,7 +56,7 @@ def quantize_channels(w: Array) -> tuple[Array, Array]:
 
 def prepare(w: Array, arithmetic: str) -> Weights:
     """Float weights [N, taps, K] in an arithmetic; u8s8 rounds them by channel."""
-    n, taps, k = w.shape
+    n, _, k = w.shape
     if arithmetic == "u8s8":
         codes, scale = quantize_channels(w)
         return packed_codes(codes, scale)
@@ -216,7 +216,8 @@ class Products:
             r._index()
 
     def _transposed(self, node: Node) -> None:
-        """Windows that do not overlap: a product that makes kernel x kernel pixels of each pixel."""
+        """Windows that do not overlap: a product that makes kernel x kernel pixels of each
+        pixel."""
         r, a = self.r, node.attrs
         w = r.array(node.inputs[1])
         bias_name = given(node, 2)
@@ -311,7 +312,8 @@ class Window:
 
 
 def conv_window(r: Rewriter, node: Node, kernel: tuple[int, ...]) -> Window | None:
-    """The window of a convolution or pool node in two dimensions; None if pads need run-time sizes."""
+    """The window of a convolution or pool node in two dimensions; None if pads need run-time
+    sizes."""
     a = node.attrs
     rank = len(kernel)
     strides = tuple(a["strides"] or (1,) * rank)
@@ -347,7 +349,8 @@ def conv_window(r: Rewriter, node: Node, kernel: tuple[int, ...]) -> Window | No
 def emit_product(
     r: Rewriter, node: Node, x: str, weights: Weights, bias: Array | None, name: str
 ) -> None:
-    """Replace ``node`` by the product of x with packed weights; quantizes the rows of x for u8s8."""
+    """Replace ``node`` by the product of x with packed weights; quantizes the rows of x for
+    u8s8."""
     stem = name
     w = r.constant(f"{stem}/packed", weights.packed)
     b = r.constant(f"{node.name}/bias", padded(bias, np.float32)) if bias is not None else ""

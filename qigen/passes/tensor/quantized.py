@@ -210,6 +210,8 @@ def signed_codes(codes: Array, scale: Array, zero: Array, axis: int) -> WeightCo
     middle = 128 if codes.dtype == np.uint8 else 0
     if codes.dtype not in (np.int8, np.uint8) or (zero.astype(np.int32) != middle).any():
         return None
+    if codes.ndim < 2:
+        return None  # a vector is no matrix of weights
     n = codes.shape[axis]
     if scale.size not in (1, n):
         return None

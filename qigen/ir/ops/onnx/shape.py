@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -49,12 +49,13 @@ class _View(TensorOp):
 
 @register
 class Reshape(_View):
-    """``data`` with the shape ``shape``: -1 is what is left, 0 the input's size (unless allowzero)."""
+    """``data`` with the shape ``shape``: -1 is what is left, 0 the input's size (unless
+    allowzero)."""
 
     name = "onnx.Reshape"
     inputs = "data, shape"
     attrs = (Attr("shape", tuple, None), Attr("allowzero", int, 0, choices=(0, 1)))
-    parameters = {1: "shape"}
+    parameters: ClassVar[dict[int, str]] = {1: "shape"}
 
     def infer(self, node: Node, graph: Graph) -> list[tuple[Shape, str]]:
         source = shape(node, graph, 0)
@@ -145,7 +146,7 @@ class Squeeze(_View):
     name = "onnx.Squeeze"
     inputs = "data, axes?"
     attrs = (Attr("axes", tuple, None),)
-    parameters = {1: "axes"}
+    parameters: ClassVar[dict[int, str]] = {1: "axes"}
 
     def infer(self, node: Node, graph: Graph) -> list[tuple[Shape, str]]:
         source = shape(node, graph, 0)
@@ -181,7 +182,7 @@ class Unsqueeze(_View):
     name = "onnx.Unsqueeze"
     inputs = "data, axes"
     attrs = (Attr("axes", tuple, None),)
-    parameters = {1: "axes"}
+    parameters: ClassVar[dict[int, str]] = {1: "axes"}
 
     def infer(self, node: Node, graph: Graph) -> list[tuple[Shape, str]]:
         source = shape(node, graph, 0)
