@@ -59,6 +59,7 @@ def read_inputs(files: Mapping[str, Path], wanted: Sequence[Mapping[str, Any]]) 
     size are taken for them. Raises BadInput for files that are no arrays and for names that the
     model does not have or that are missing.
     """
+    arrays = {name: read_array(file) for name, file in files.items()}
     dtypes = {str(entry["name"]): str(entry["dtype"]) for entry in wanted}
     for name in files:
         if name not in dtypes:
@@ -66,7 +67,7 @@ def read_inputs(files: Mapping[str, Path], wanted: Sequence[Mapping[str, Any]]) 
     missing = [name for name in dtypes if name not in files]
     if missing:
         raise BadInput(f"input {missing[0]} is missing; give all of {', '.join(dtypes)}")
-    return {name: _typed(read_array(file), dtypes[name]) for name, file in files.items()}
+    return {name: _typed(array, dtypes[name]) for name, array in arrays.items()}
 
 
 def _typed(array: Array, dtype: str) -> Array:

@@ -12,6 +12,7 @@ import importlib.metadata
 import importlib.util
 import math
 import os
+import re
 import shutil
 import statistics
 import tempfile
@@ -320,16 +321,19 @@ def _peer_options(
     Dimensions that the artifact fixes are fixed for the peer too, so that it can use them.
     """
     model = parse_model(source)
-    fixed: dict[str, int] = {}
-    for entry in artifact.manifest["interface"]["inputs"]:
-        for info in model.graph.input:
-            if info.name == entry["name"]:
-                for d, size in zip(info.type.tensor_type.shape.dim, entry["shape"], strict=False):
-                    if d.dim_param and isinstance(size, int):
-                        fixed[d.dim_param] = size
-    static = all(
-        isinstance(d, int) for e in artifact.manifest["interface"]["inputs"] for d in e["shape"]
-    )
+    shapes = {e["name"]: e["shape"] for e in artifact.manifest["interface"]["inputs"]}
+    static = all(isinstance(d, int) for shape in shapes.values() for d in shape)
+    sizes: dict[str, set[int | str]] = {}
+    for info in model.graph.input:
+        declared = info.type.tensor_type.shape.dim
+        for d, size in zip(declared, shapes.get(info.name, ()), strict=False):
+            sizes.setdefault(d.dim_param, set()).add(size)
+    # "?" and the like are names of nothing in particular
+    fixed = {
+        name: next(iter(found))
+        for name, found in sizes.items()
+        if re.search(r"\w", name) and len(found) == 1 and isinstance(next(iter(found)), int)
+    }
     file = source
     if precision == "int8" and not any(n.op_type in _QUANTIZED for n in model.graph.node):
         file = _int8_model(name, source, model, arrays, specification)

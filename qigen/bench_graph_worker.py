@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import ml_dtypes
 import numpy as np
 import onnx
+import onnx.version_converter
 from numpy.typing import NDArray
 
 from qigen import bench_worker
@@ -151,15 +152,19 @@ class OnnxRuntimeInt8(_Prepared):
     convolutions, else static with the inputs as calibration data."""
 
     def __init__(self, path: str, inputs: Specification, output: str) -> None:
+        import onnxruntime as ort
         from onnxruntime import (  # type: ignore[import-not-found, import-untyped, unused-ignore]
             quantization as q,
         )
 
-        model = onnx.load(path, load_external_data=False)
+        model = onnx.load(path)
         folder = Path(output).parent
         prepared = str(folder / "prepared.onnx")
         try:
-            q.shape_inference.quant_pre_process(path, prepared, skip_symbolic_shape=True)
+            # scales by channel need opset 13
+            if next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx")) < 13:
+                model = onnx.version_converter.convert_version(model, 13)
+            q.shape_inference.quant_pre_process(model, prepared, skip_symbolic_shape=True)
         except Exception:  # it is not needed, only better
             prepared = path
         try:
@@ -173,9 +178,12 @@ class OnnxRuntimeInt8(_Prepared):
                     prepared, output, op_types_to_quantize=["MatMul"], per_channel=True,
                     weight_type=q.QuantType.QInt8,
                 )  # fmt: skip
+            ort.InferenceSession(output, providers=["CPUExecutionProvider"])  # is it one?
         except Exception as error:
             problem = f"ONNX Runtime cannot quantize it ({_line(error)})"
             raise ToolchainError(problem, path) from None
+        finally:
+            (folder / "prepared.onnx").unlink(missing_ok=True)
 
 
 class _Reader:
@@ -241,7 +249,7 @@ def serve(side: Side, request: dict[str, Any]) -> dict[str, Any]:
             start = time.perf_counter()
             side.run()
             seconds.append(time.perf_counter() - start)
-    except RuntimeError as error:
+    except Exception as error:  # those of peers have no common class
         raise ToolchainError(f"a run failed ({_line(error)})") from None
     return {"seconds": seconds}
 

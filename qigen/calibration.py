@@ -86,7 +86,7 @@ def with_static_codes(
     """The graph with the inputs and weights of its products as codes, where that loses little."""
     graph = simplify(graph)
     nodes = [n for n in graph.nodes if n.op in PRODUCTS and _weights(graph, n) is not None]
-    names = list(dict.fromkeys(n.inputs[0] for n in nodes if n.inputs[0] not in graph.inputs))
+    names = list(dict.fromkeys(n.inputs[0] for n in nodes))
     ranges, errors = _measure(graph, names, samples, observe, report)
     r = Rewriter(graph)
     rows: list[Quantization] = []
@@ -141,21 +141,26 @@ def _measure(
 ) -> tuple[dict[str, tuple[float, float]], dict[str, float]]:
     """The range of every value, and the error of rounding it to codes of that range."""
     watched = graph.copy()
-    watched.outputs = list(dict.fromkeys([*graph.outputs, *names]))
+    computed = [name for name in names if name not in graph.inputs]
+    watched.outputs = list(dict.fromkeys([*graph.outputs, *computed]))
     watched = watched.rebuilt(watched.nodes)
-    ranges = dict.fromkeys(names, (0.0, 0.0))
-    for done, values in enumerate(observe(watched, samples)):
+    ranges = {name: (0.0, 0.0) for name in names}
+    for done, (sample, values) in enumerate(
+        zip(samples, observe(watched, samples), strict=True)
+    ):
         for name in names:
-            x = values[name]
+            x = values[name] if name in values else sample[name]
             if x.size:
                 low, high = ranges[name]
                 ranges[name] = min(low, float(x.min())), max(high, float(x.max()))
         report("calibrate", done + 1, 2 * len(samples))
     noise = dict.fromkeys(names, 0.0)
     power = dict.fromkeys(names, 0.0)
-    for done, values in enumerate(observe(watched, samples)):
+    for done, (sample, values) in enumerate(
+        zip(samples, observe(watched, samples), strict=True)
+    ):
         for name in names:
-            x = values[name].astype(np.float64)
+            x = np.asarray(values[name] if name in values else sample[name], np.float64)
             scale, zero = quantizer(*ranges[name])
             codes = np.clip(np.rint(x / scale) + zero, 0, 255)
             noise[name] += float((((codes - zero) * scale - x) ** 2).sum())
@@ -184,7 +189,8 @@ def _quantized(r: Rewriter, x: str, low: float, high: float) -> str:
     z = r.constant(f"{x}/q_zero", np.uint8(zero))
     codes, back = r.name(f"{x}/codes"), r.name(f"{x}/rounded")
     producer = r.producer(x)
-    first = r.make("onnx.QuantizeLinear", [x, s, z], [codes], after=producer)
+    first = r.make("onnx.QuantizeLinear", [x, s, z], [codes], after=producer,
+                   before=None if producer is not None else r.graph.nodes[0])
     second = r.make("onnx.DequantizeLinear", [codes, s, z], [back], after=first)
     for reader in list(r.consumers(x)):
         if reader is not first and reader is not second:

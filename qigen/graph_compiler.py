@@ -122,6 +122,7 @@ def compile_graph(
         observed = functools.partial(_observed, isa=isa, machine=machine, jobs=jobs)
         samples = read_samples(options.calibration, graph)
         graph = with_static_codes(graph, samples, observed, report)
+        options = dataclasses.replace(options, activations=None)  # what is left stays float
     build_artifact(graph, about, out, isa, machine, options, jobs, keep_sources, report)
     return Artifact(out)
 

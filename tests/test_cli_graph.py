@@ -16,7 +16,7 @@ import qigen
 from qigen.arrays import file_names, parse_files, read_array, write_arrays
 from qigen.cli import main
 from qigen.errors import BadInput, Unsupported, UsageError
-from tests.frontends.tiny_onnx import F32, ODD, model, tiny_result, write_tiny_onnx
+from tests.frontends.tiny_onnx import ODD, model, tiny_result, write_tiny_onnx
 
 
 @pytest.fixture
@@ -91,16 +91,12 @@ def test_inspect_a_model(run: Any, run_json: Any, tiny: Path, tmp_path: Path) ->
     code, text, err = run("inspect", tiny, "--tensors")
     assert (code, err) == (0, "") and ODD in text and "nx4" in text and "Relu" in text
     info = helper.make_tensor_value_info
-    onnx.save(
-        model(
-            [helper.make_node("Bernoulli", ["x"], ["y"])],
-            [info("x", F32, [2])],
-            [info("y", F32, [2])],
-        ),
-        tmp_path / "random.onnx",
-    )
-    about = run_json("inspect", tmp_path / "random.onnx")
-    assert about["operators"] == {"Bernoulli": 1} and "not supported" in about["problem"]
+    text = helper.make_node("StringNormalizer", ["x"], ["y"])
+    types = onnx.TensorProto.STRING
+    onnx.save(model([text], [info("x", types, [2])], [info("y", types, [2])]), tmp_path / "t.onnx")
+    about = run_json("inspect", tmp_path / "t.onnx")
+    assert about["operators"] == {"StringNormalizer": 1} and "STRING" in about["problem"]
+    assert about["inputs"] == [{"name": "x", "dtype": "string", "shape": [2]}]
 
 
 def test_inspect_and_verify_an_artifact(

@@ -68,7 +68,8 @@ def values(operand: Operand, rng: np.random.Generator) -> tuple[Array, Array]:
         edges = EDGES["float32"][np.isfinite(EDGES["float32"])]
         return edges[(edges >= low) & (edges <= high)], raw[(raw >= low) & (raw <= high)]
     raw = rng.integers(int(low), int(high), RANDOM, endpoint=True).astype(dtype)
-    return np.array([low, high, 0, 1], np.int64).astype(dtype), raw
+    edges = [v for v in (low, high, 0, 1) if low <= v <= high]
+    return np.array(edges, np.int64).astype(dtype), raw
 
 
 def arguments(p: Primitive, rng: np.random.Generator) -> list[Array]:

@@ -359,7 +359,7 @@ class Slice(TensorOp):
         if any(length_of(node, graph, p) not in (None, count) for p in lists):
             raise BadInput("starts, ends, axes and steps must be equally many", node.name)
         for i, place in enumerate(places):
-            axis = axis_of(node, int(place), len(source))
+            axis = axis_of(node, place, len(source))
             size: Dim | None = None
             if not any(isinstance(p, RunInts) for p in lists):
                 start, end, step = (p[i] for p in lists if isinstance(p, tuple))
