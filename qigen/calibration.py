@@ -144,7 +144,7 @@ def _measure(
     computed = [name for name in names if name not in graph.inputs]
     watched.outputs = list(dict.fromkeys([*graph.outputs, *computed]))
     watched = watched.rebuilt(watched.nodes)
-    ranges = {name: (0.0, 0.0) for name in names}
+    ranges = dict.fromkeys(names, (0.0, 0.0))
     for done, (sample, values) in enumerate(
         zip(samples, observe(watched, samples), strict=True)
     ):

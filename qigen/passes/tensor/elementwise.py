@@ -132,9 +132,14 @@ def _chain_of(r: Rewriter, node: Node, functions: set[str]) -> tuple[Chain, list
     # a constant of one element could be what gives the result its rank
     if not inputs or len(shape) != max(len(r.shape(n)) for n in inputs):
         return None
+    function = BINARY[node.op]
+    if function == "div" and steps and operands[1] == "t0" and steps[0][2] != (0.0,):
+        # a division takes as long as a whole polynomial; the product differs by an ulp at most
+        steps[0] = ("const", (), (1.0 / steps[0][2][0],))
+        function = "mul"
     result = operands[0]
     for operand in operands[1:]:
-        steps.append((BINARY[node.op], (result, operand), ()))
+        steps.append((function, (result, operand), ()))
         result = f"t{len(steps) - 1}"
     if len(operands) == 1:
         return None
