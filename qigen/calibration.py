@@ -121,6 +121,7 @@ def with_static_codes(
 
 
 def _weights(graph: Graph, node: Node) -> Array | None:
+    """The float weights of a product that has an integer kernel."""
     data = graph.constants.get(node.inputs[1]) if len(node.inputs) > 1 else None
     if (
         not isinstance(data, np.ndarray)
@@ -129,7 +130,12 @@ def _weights(graph: Graph, node: Node) -> Array | None:
         or not data.size
     ):
         return None
-    return None if node.op == "onnx.MatMul" and data.ndim != 2 else data
+    if node.op == "onnx.Conv":
+        group = node.attrs["group"]
+        depthwise = group == data.shape[0] and data.shape[1] == 1
+        return data if data.ndim == 4 and (group == 1 or depthwise) else None
+    columns = data.shape[1] if node.attrs.get("transB") else data.shape[0]
+    return data if data.ndim == 2 and columns % 4 == 0 else None
 
 
 def _measure(
