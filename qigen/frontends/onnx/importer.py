@@ -559,9 +559,81 @@ class _Importer:
                 raise BadInput("the body is missing", _label(proto))
             self._loop(scope, proto, graphs["body"])
             return
-        raise Unsupported(
-            "Scan is not supported; export the model with its loops unrolled", _label(proto)
-        )
+        if "body" not in graphs:
+            raise BadInput("the body is missing", _label(proto))
+        self._scan(scope, proto, graphs["body"])
+
+    def _scan(self, scope: _Scope, proto: onnx.NodeProto, body: onnx.GraphProto) -> None:
+        """A scan over axes of known size is written out."""
+        a = {x.name: x for x in proto.attribute}
+        count = a["num_scan_inputs"].i if "num_scan_inputs" in a else 0
+        operands = [self._operand(scope, name, proto) for name in proto.input]
+        if scope.opsets.get("", 9) < 9 or any(not name for name in operands):
+            raise Unsupported("Scan of opset 8 is not supported; export a newer one", _label(proto))
+        n_states = len(operands) - count
+        n_scans = len(body.output) - n_states
+        if not 0 < count <= len(operands) or n_scans < 0 or len(body.input) != len(operands):
+            raise BadInput("the body has not as many inputs and outputs as the scan", _label(proto))
+
+        def list_of(name: str, length: int) -> list[int]:
+            return list(a[name].ints) if name in a and a[name].ints else [0] * length
+
+        state, sources = operands[:n_states], operands[n_states:]
+        lengths = set()
+        for source, axis in zip(sources, list_of("scan_input_axes", count), strict=True):
+            shape = self.graph.values[source].shape
+            if not -len(shape) <= axis < len(shape):
+                raise BadInput(f"scan axis {axis} is out of range", _label(proto))
+            lengths.add(shape[axis])
+        length = lengths.pop()
+        if lengths or not isinstance(length, int) or length > MAX_UNROLLED:
+            raise Unsupported(
+                "a Scan whose length is only known at run time, or is long, is not supported; fix "
+                "sizes with --shape",
+                _label(proto),
+            )
+        rows: list[list[str]] = [[] for _ in range(n_scans)]
+        for i in range(length):
+            if self.unrolled >= MAX_UNROLLED_IN_ALL:
+                raise Unsupported("its loops are too long to be written out", _label(proto))
+            self.unrolled += 1
+            slices = []
+            for source, axis, backwards in zip(
+                sources,
+                list_of("scan_input_axes", count),
+                list_of("scan_input_directions", count),
+                strict=True,
+            ):
+                at = length - 1 - i if backwards else i
+                index = self.graph.add_constant(
+                    self._name(f"{source}/at{at}"), np.array(at, np.int64)
+                )
+                part = self._add_raw("onnx.Gather", [source, index], {"axis": axis},
+                                     f"{source}/part{at}")
+                slices.append(part)
+            feeds = dict(zip((x.name for x in body.input), (*state, *slices), strict=True))
+            results = self._inline(scope, body, feeds, proto, i)
+            state = results[:n_states]
+            for collected, name in zip(rows, results[n_states:], strict=True):
+                collected.append(name)
+        axes = list_of("scan_output_axes", n_scans)
+        directions = list_of("scan_output_directions", n_scans)
+        stacked = [
+            self._stacked(names[::-1] if backwards else names, axis, proto)
+            for names, axis, backwards in zip(rows, axes, directions, strict=True)
+        ]
+        for name, own in zip(proto.output, (*state, *stacked), strict=False):
+            if name:
+                scope.names[name] = own
+
+    def _stacked(self, rows: list[str], axis: int, proto: onnx.NodeProto) -> str:
+        """What the iterations of a loop made, along a new axis."""
+        if not rows:
+            raise Unsupported("a loop without iterations makes nothing to collect", _label(proto))
+        parts = [
+            self._add_raw("onnx.Unsqueeze", [row], {"axes": (axis,)}, f"{row}/row") for row in rows
+        ]
+        return self._add_raw("onnx.Concat", parts, {"axis": axis}, f"{rows[0]}/scan")
 
     def _loop(self, scope: _Scope, proto: onnx.NodeProto, body: onnx.GraphProto) -> None:
         """A loop whose number of iterations is known is written out."""
@@ -607,30 +679,18 @@ class _Importer:
             for rows, name in zip(scans, results[1 + len(state) :], strict=True):
                 rows.append(name)
             iteration += 1
-        collected = []
-        for rows in scans:
-            if not rows:
-                raise refused
-            parts = []
-            for row in rows:
-                self._add_raw("onnx.Unsqueeze", [row], {"axes": (0,)}, f"{row}/row")
-                parts.append(self._last)
-            self._add_raw("onnx.Concat", parts, {"axis": 0}, f"{rows[0]}/scan")
-            collected.append(self._last)
+        collected = [self._stacked(rows, 0, proto) for rows in scans]
         for name, own in zip(proto.output, (*state, *collected), strict=False):
             if name:
                 scope.names[name] = own
 
-    def _add_raw(self, op: str, inputs: list[str], attrs: dict[str, Any], stem: str) -> None:
-        """A node of ours; ``_last`` is the name of its result."""
-        proto = onnx.helper.make_node(op, [], [stem])
+    def _add_raw(self, op: str, inputs: list[str], attrs: dict[str, Any], stem: str) -> str:
+        """The result of a node of ours."""
         operator = schema.operator(op)
         assert isinstance(operator, TensorOp)
         inner = _Scope({})
-        self._add(inner, operator, proto, inputs, [stem], attrs)
-        self._last = inner.names[stem]
-
-    _last = ""
+        self._add(inner, operator, onnx.helper.make_node(op, [], [stem]), inputs, [stem], attrs)
+        return inner.names[stem]
 
     def _inline(
         self,
