@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qigen import compiler, toolchain
+from qigen import build, compiler, toolchain
 from qigen._runtime import Model
 from qigen.artifact import Artifact
 from qigen.compiler import compile
@@ -86,7 +86,7 @@ STAGES = {
     "packing": (compiler, "write_weights"),
     "header": (compiler, "write_header"),
     "linking": (toolchain, "link_shared"),
-    "manifest": (compiler, "write_manifest"),
+    "manifest": (build, "write_manifest"),
     "in its place": (Path, "replace"),
 }
 
