@@ -21,6 +21,7 @@ from qigen.backends.cpu.matmul import (
     render_matmul,
 )
 from qigen.backends.cpu.ops import render_ops
+from qigen.backends.cpu.rowops import render_rowops
 from qigen.codegen.lower import PackedTensor, align
 from qigen.codegen.render import render
 from qigen.formats.layout import packed_shape
@@ -29,7 +30,6 @@ from qigen.ir.ops.graph import BIAS, CHAIN, SCALE, X_SCALE, X_ZERO, ZERO, W, X
 from qigen.ir.tensor import Alias, Argument, Call, Epilogue, Ints, Ref, Refs, Word, given
 from qigen.ir.types import TYPES
 from qigen.passes.tensor.rewrite import Rewriter
-from qigen.paths import resource_folder
 
 _HEADERS = {
     "gemm.h": "cpu/gemm.h.j2",
@@ -101,11 +101,7 @@ class GraphKernels:
 
     def headers(self) -> dict[str, str]:
         """Rendered headers that the units and the model include."""
-        headers = {
-            name: render(template)
-            for name, template in _HEADERS.items()
-            if (resource_folder("templates") / template).exists()
-        }
+        headers = {name: render(template) for name, template in _HEADERS.items()}
         headers[self.isa.header] = render(self.isa.template)
         headers["epilogue.h"] = render("cpu/epilogue.h.j2")
         headers["kernels.h"] = render("cpu/kernels.h.j2")
@@ -366,8 +362,6 @@ class GraphKernels:
         )
 
     def _use_rows(self) -> None:
-        from qigen.backends.cpu.rowops import render_rowops
-
         self._sources.setdefault("rowops", render_rowops(self.isa))
 
     def _rows(self, function: str, node: Node, *attributes: Argument) -> Call:

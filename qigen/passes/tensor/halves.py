@@ -25,8 +25,11 @@ def promote_halves(graph: Graph) -> Graph:
         return graph
     try:
         return _promoted(graph)
-    except QigenError:
-        return graph  # an operator that mixes types: the general kernels know f16
+    except QigenError as error:  # an operator that mixes types: the general kernels know f16
+        noted = graph.copy()
+        note = f"computed in float16 by the general kernels, which are slow: {error}"
+        noted.meta["notes"] = [*graph.meta.get("notes", ()), note]
+        return noted
 
 
 def _promoted(graph: Graph) -> Graph:

@@ -104,8 +104,6 @@ def sink(graph: Graph) -> Graph:
                 changed = _axis(r, node) or changed
             elif node.op == "onnx.Resize":
                 changed = _resize(r, node) or changed
-            elif node.op == "LayerNorm":
-                pass
     return r.done()
 
 

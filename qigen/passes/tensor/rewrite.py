@@ -9,7 +9,7 @@ import numpy as np
 
 from qigen.ir import schema
 from qigen.ir.graph import Array, Graph, Node, Shape
-from qigen.ir.tensor import constant, given
+from qigen.ir.tensor import constant
 
 
 class Rewriter:
@@ -159,10 +159,3 @@ def _trimmed(inputs: Sequence[str]) -> list[str]:
         result.pop()
     return result
 
-
-def others(node: Node, name: str) -> list[str]:
-    """The inputs of a node other than ``name``."""
-    return [n for n in node.inputs if n != name]
-
-
-__all__ = ["Rewriter", "given", "others"]
