@@ -240,7 +240,7 @@ void Graph::place(const std::vector<int64_t>& symbols) {
   const uint64_t total = place_buffers(description_.lifetimes, bytes, &offsets_);
   if (!arena_ || arena_->size() < total) {
     arena_.reset();
-    arena_ = std::make_unique<LazyMemory>(std::max<uint64_t>(total, kLine), "arena");
+    arena_ = std::make_unique<LazyMemory>(std::max<uint64_t>(total, kLine), "arena", Pages::kHuge);
   }
   placed_for_ = symbols;
   placed_ = true;

@@ -5,10 +5,14 @@
 
 namespace qigen::runtime {
 
+// Huge pages spare address translations where all of the memory is used; they become resident 2 MiB
+// at a time.
+enum class Pages { kSmall, kHuge };
+
 class LazyMemory {
  public:
   // Throws QIGEN_NO_MEMORY; `purpose` is named in the message. No bytes give a null pointer.
-  LazyMemory(uint64_t bytes, const char* purpose);
+  LazyMemory(uint64_t bytes, const char* purpose, Pages pages = Pages::kSmall);
   ~LazyMemory();
   LazyMemory(const LazyMemory&) = delete;
   LazyMemory& operator=(const LazyMemory&) = delete;
@@ -18,7 +22,8 @@ class LazyMemory {
 
  private:
   uint8_t* data_ = nullptr;
-  uint64_t size_;
+  uint8_t* mapping_ = nullptr;
+  uint64_t size_, mapped_ = 0;
 };
 
 }  // namespace qigen::runtime
