@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qigen.codegen.lower import PackedTensor, align
+from qigen.codegen.row_blocks import RowBlock, find_row_blocks
 from qigen.errors import Unsupported
 from qigen.ir import dims, schema
 from qigen.ir.dims import Sym
@@ -43,7 +44,7 @@ from qigen.passes.memory import Buffer, place
 class Storage:
     """Where the memory of one value, and of its aliases, lies."""
 
-    kind: str  # "input", "weight", "buffer", "output" or "heap"
+    kind: str  # "input", "weight", "buffer", "output", "heap" or "scratch" (of a row block)
     index: int
     bytes: Dim = 0
     first: int = 0  # the nodes that touch it
@@ -99,6 +100,7 @@ class GraphProgram:
     lower_bound_bytes: int
     peak_node: str
     barriers: int
+    arena_bytes_per_thread: int = 0
     weights_bytes: int = 0
     uid: bytes = bytes(32)
     notes: tuple[str, ...] = ()
@@ -121,6 +123,9 @@ class GraphLowering:
         self.lines: list[Line] = []
         self.defined: set[str] = set()
         self.symbols = _input_symbols(graph)
+        self.row_blocks: list[RowBlock] = []
+        self.block: RowBlock | None = None  # which is written down now
+        self.sliced: frozenset[str] = frozenset()  # values of which the node sees the block's rows
 
     # -- where values lie -------------------------------------------------------------------------
 
@@ -158,10 +163,14 @@ class GraphLowering:
         last_use: dict[str, int] = {}
         for i, node in enumerate(graph.nodes):
             last_use.update((self._root(n), i) for n in (*node.inputs, *node.outputs) if n)
+        self.row_blocks = self._find_row_blocks(last_use)
+        scratch = {n for b in self.row_blocks for n in b.scratch}
         buffers: list[Storage] = []
         for i, node in enumerate(graph.nodes):
             for name in node.outputs:
-                if name and name not in self._aliases:
+                if name in scratch:
+                    self.storage[name] = Storage("scratch", 0)
+                elif name and name not in self._aliases:
                     self.storage[name] = self._in_place(node, name, i, last_use) or self._storage(
                         name, i, buffers
                     )
@@ -169,7 +178,25 @@ class GraphLowering:
                 root = self._root(name)
                 if root in self.storage:
                     self.storage[root].last = i
+        for block in self.row_blocks:  # its nodes take turns: all are at work from first to last
+            for node in graph.nodes[block.first : block.last + 1]:
+                for name in (*node.inputs, *node.outputs):
+                    storage = self.storage.get(self._root(name))
+                    if storage is not None:
+                        storage.first = min(storage.first, block.first)
+                        storage.last = max(storage.last, block.last)
         return buffers
+
+    def _find_row_blocks(self, last_use: Mapping[str, int]) -> list[RowBlock]:
+        graph = self.graph
+        if any(isinstance(d, Sym) for v in graph.values.values() for d in v.shape):
+            return []  # the arena is placed at run time
+        shared = set(self._aliases) | set(self._aliases.values()) | set(graph.outputs)
+
+        def is_private(name: str, first: int, last: int) -> bool:
+            return name not in shared and first <= last_use[name] <= last
+
+        return find_row_blocks(graph, is_private)
 
     def _in_place(
         self, node: Node, name: str, index: int, last_use: Mapping[str, int]
@@ -254,6 +281,13 @@ class GraphLowering:
     def tensor(self, name: str) -> str:
         """The tensor of a value, which is declared first if it has not been yet."""
         identifier = self.identifier(name)
+        if self.block is not None and name in self.sliced:
+            if name not in self.block.scratch:
+                return f"block.of({identifier}, {self.block.row_bytes(self.graph, name)})"
+            if name not in self.defined:
+                self.defined.add(name)
+                self.lines.append(Line("tensor", self._scratch(identifier, name)))
+            return identifier
         if name in self.defined:
             return identifier
         self.defined.add(name)
@@ -283,9 +317,20 @@ class GraphLowering:
         )
         return identifier
 
+    def _scratch(self, identifier: str, name: str) -> str:
+        assert self.block is not None
+        shape = self.graph.values[name].shape
+        rank, columns = (1, 1) if len(shape) == 1 else (2, shape[-1])
+        offset = self.block.scratch[name]
+        return f"const Tensor {identifier} = block.scratch({offset}, {rank}, {columns});"
+
     def statement(self, call: Call, node: Node, first: str = "") -> str:
         types = ", ".join(TYPES[t].c if t in TYPES else t for t in call.types)
-        arguments = ["c", *([first] if first else []), *(self.argument(a, node) for a in call.args)]
+        arguments = [
+            "c" if self.block is None else "block.context",
+            *([first] if first else []),
+            *(self.argument(a, node) for a in call.args),
+        ]
         return f"{call.function}{f'<{types}>' if types else ''}({', '.join(arguments)});"
 
 
@@ -394,6 +439,7 @@ def lower_graph(
         lines=lines,
         tensors=tensors,
         arena_bytes=placed[1] if placed is not None else 0,
+        arena_bytes_per_thread=max((b.scratch_bytes for b in lowering.row_blocks), default=0),
         lower_bound_bytes=live[peak] if live else 0,
         peak_node=graph.nodes[peak].name if live else "",
         barriers=barriers,
@@ -461,7 +507,24 @@ def _lines(
         reads.clear()
         writes.clear()
 
-    for node, call in zip(graph.nodes, lowering.calls, strict=True):
+    starts = {b.first: b for b in lowering.row_blocks}
+    inside = {i for b in lowering.row_blocks for i in range(b.first, b.last + 1)}
+    for i, (node, call) in enumerate(zip(graph.nodes, lowering.calls, strict=True)):
+        if i in starts:
+            block = starts[i]
+            nodes = graph.nodes[i : block.last + 1]
+            made = {n for b in nodes for n in b.outputs}
+            ins = region(n for b in nodes for n in b.inputs if n not in made)
+            outs = region(n for b in nodes for n in b.outputs if n not in block.scratch)
+            if any(meet(r, w) for r in ins for w in writes) or any(
+                meet(o, x) for o in outs for x in (*reads, *writes)
+            ):
+                wait()
+            _block_lines(lowering, block, used)
+            reads += ins
+            writes += outs
+        if i in inside:
+            continue
         sizes = fresh_names(node, graph)
         if isinstance(call, Alias) and not sizes:
             continue
@@ -509,3 +572,31 @@ def _lines(
                     Line("result", f"c.result({graph.outputs.index(o)}, {lowering.identifier(o)});")
                 )
     return barriers
+
+
+def _block_lines(lowering: GraphLowering, block: RowBlock, used: dict[str, None]) -> None:
+    """Write a row block: a loop of each thread over its rows, in which nobody waits."""
+    graph = lowering.graph
+    nodes = graph.nodes[block.first : block.last + 1]
+    for node in nodes:  # what lives outside is declared outside
+        for name in (*node.inputs, *node.outputs):
+            if name and name not in block.scratch:
+                lowering.tensor(name)
+    lowering.lines.append(
+        Line(
+            "loop",
+            f"for (RowBlock block(c, kArena, {block.total}, {block.rows}); block; ++block) {{",
+        )
+    )
+    lowering.block = block
+    for node, call, sliced in zip(
+        nodes, lowering.calls[block.first : block.last + 1], block.sliced, strict=True
+    ):
+        assert isinstance(call, Call), node.op
+        lowering.sliced = sliced
+        results = ", ".join(str(graph.values[o]) for o in node.outputs if o)
+        lowering.lines.append(Line("comment", f"{node.name} ({node.op}): {results}"))
+        used[call.header] = None
+        lowering.lines.append(Line("call", lowering.statement(call, node)))
+    lowering.block, lowering.sliced = None, frozenset()
+    lowering.lines.append(Line("loop", "}"))

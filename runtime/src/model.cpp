@@ -54,7 +54,7 @@ Model::Model(const std::string& folder, const qigen_load_options& options)
       vocabulary_(open_vocabulary(folder + "/vocab.bin", description_.vocab)),
       pool_(thread_count(options.threads), options.pin != 0, spin_time(options.spin_us)),
       arena_(description_.arena_bytes + pool_.threads() * description_.arena_bytes_per_thread,
-             "arena"),
+             "arena", description_.graph ? Pages::kHuge : Pages::kSmall),
       graph_(description_.graph ? std::make_unique<Graph>(*description_.graph) : nullptr) {}
 
 void Model::check_tokens(const int32_t* tokens, int32_t n) const {

@@ -143,6 +143,41 @@ struct Context {
   }
 };
 
+// Memory of the threads' own: where it begins in the arena, and bytes of each.
+struct Scratch {
+  int64_t first, bytes;
+};
+
+// The rows of one thread, a block at a time. Nodes that treat each row by itself run over a block as
+// if there were no other rows and no other thread.
+class RowBlock {
+ public:
+  RowBlock(const Context& c, const Scratch& scratch, int64_t rows, int64_t most)
+      : context{c.step, c.graph, 0, 1, c.barrier}, memory_(c.step.arena + scratch.first + c.thread * scratch.bytes), most_(most) {
+    constexpr int64_t kTile = 12;  // whole register tiles for all threads but the last
+    const int64_t tiles = (rows + kTile - 1) / kTile;
+    first_ = min(rows, kTile * c.begin(tiles));
+    end_ = min(rows, kTile * c.end(tiles));
+    count_ = min(most_, end_ - first_);
+  }
+  explicit operator bool() const { return count_ > 0; }
+  void operator++() {
+    first_ += count_;
+    count_ = min(most_, end_ - first_);
+  }
+  // The block's rows of a tensor that has all of them.
+  Tensor of(const Tensor& t, int64_t row_bytes) const {
+    return {t.as<uint8_t>() + first_ * row_bytes, t.rank == 1 ? 1 : 2, {count_, t.shape[t.rank - 1]}};
+  }
+  Tensor scratch(int64_t offset, int rank, int64_t columns) const { return {memory_ + offset, rank, {count_, columns}}; }
+
+  const Context context;
+
+ private:
+  uint8_t* memory_;
+  int64_t first_, end_, count_, most_;
+};
+
 // The integers of a tensor of any integer type.
 template <class T>
 inline Ints ints(const Tensor& t) {

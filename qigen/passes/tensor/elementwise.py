@@ -76,7 +76,11 @@ UNARY: dict[str, tuple[str, Parameters]] = {
     "onnx.Selu": ("selu", _attrs("alpha", "gamma")),
     "onnx.ThresholdedRelu": ("thresholded_relu", _attrs("alpha")),
     "onnx.Clip": ("clip", _clip),
+    "onnx.Swish": ("swish", _attrs("alpha")),
+    "onnx.Gelu": ("gelu_erf", _none),
 }
+GELU = {"none": "gelu_erf", "tanh": "gelu_tanh"}
+"""Functions by the attribute ``approximate``."""
 BINARY: dict[str, str] = {
     "onnx.Add": "add",
     "onnx.Sub": "sub",
@@ -108,6 +112,8 @@ def _chain_of(r: Rewriter, node: Node, functions: set[str]) -> tuple[Chain, list
         return None
     if node.op in UNARY:
         function, parameters = UNARY[node.op]
+        if node.op == "onnx.Gelu":
+            function = GELU[node.attrs["approximate"]]
         params = parameters(r, node)
         if function not in functions or params is None:
             return None
