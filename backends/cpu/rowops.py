@@ -6,7 +6,7 @@ The functions and their arguments are in ``templates/cpu/rowops.h.j2``:
 - ``layer_norm``, ``rms_norm``: of x, or of the sum of x and a residual, which can be stored too.
 - ``reduce``: sums, means, extremes, norms over the last or a middle axis.
 - ``transpose``: two axes change places; elements of 1, 2, 4 or 8 bytes.
-- ``max_pool`` (f32, u8, s8), ``average_pool``, ``resize``: NHWC images.
+- ``max_pool`` (f32, u8, s8), ``average_pool``, ``join_images``: NHWC images.
 - ``encoder_attention``: softmax(scale q k^T + mask) v, the keys in blocks that stay in the cache.
 
 The linker drops those that a model does not call.
@@ -23,7 +23,7 @@ ENTRIES: dict[str, str] = {
     "softmax": "SoftmaxArgs", "log_softmax": "SoftmaxArgs", "layer_norm": "NormArgs",
     "rms_norm": "NormArgs", "reduce": "ReduceArgs", "transpose": "TransposeArgs",
     "max_pool": "PoolArgs", "max_pool_u8": "PoolArgs", "max_pool_s8": "PoolArgs",
-    "average_pool": "PoolArgs", "resize": "ResizeArgs",
+    "average_pool": "PoolArgs", "join_images": "JoinImagesArgs",
     "encoder_attention": "EncoderAttentionArgs",
 }  # fmt: skip
 """Functions and the struct that each takes."""

@@ -77,6 +77,7 @@ class GraphKernels:
             "SoftmaxRows": self._softmax,
             "ReduceAxes": self._reduce,
             "SwapAxes": self._swap,
+            "JoinImages": self._join,
             "Pool": self._pool,
             "EncoderAttention": self._attention,
         }
@@ -388,6 +389,12 @@ class GraphKernels:
     def _swap(self, node: Node, graph: Graph) -> Call:
         size = TYPES[graph.values[node.inputs[0]].dtype].bytes
         return self._rows("run_swap", node, Ints(node.attrs["axes"]), size)
+
+    def _join(self, node: Node, graph: Graph) -> Call:
+        self._use_rows()
+        tensors = (Ref(node.outputs[0]), Refs(tuple(node.inputs)))
+        attributes = (Ints(node.attrs["factors"]), Ints(node.attrs["pads"]))
+        return Call("call_rows.h", "run_join_images", (), (*tensors, *attributes))
 
     def _pool(self, node: Node, graph: Graph) -> Call:
         a = node.attrs

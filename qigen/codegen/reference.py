@@ -263,6 +263,15 @@ def _swap(node: Node, inputs: list[Array]) -> list[Array]:
     return [inputs[0].transpose(node.attrs["perm"])]
 
 
+def _join(node: Node, inputs: list[Array]) -> list[Array]:
+    factors, (top, left, bottom, right) = node.attrs["factors"], node.attrs["pads"]
+    parts = [
+        x.repeat(fh, axis=1).repeat(fw, axis=2)
+        for x, fh, fw in zip(inputs, factors[::2], factors[1::2], strict=True)
+    ]
+    return [np.pad(np.concatenate(parts, axis=3), ((0, 0), (top, bottom), (left, right), (0, 0)))]
+
+
 def _pool(node: Node, inputs: list[Array]) -> list[Array]:
     a = node.attrs
     x = inputs[0]
@@ -315,6 +324,7 @@ _FUSED: dict[str, Callable[[Node, list[Array]], list[Array]]] = {
     "SoftmaxRows": _softmax,
     "ReduceAxes": _reduce,
     "SwapAxes": _swap,
+    "JoinImages": _join,
     "Pool": _pool,
     "EncoderAttention": _attention,
 }

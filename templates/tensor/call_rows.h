@@ -91,6 +91,28 @@ inline void run_pool(const Context& c, const Tensor& y, const Tensor& x, bool ma
   }
 }
 
+// NHWC; factors: height and width of each x; pads are top, left, bottom, right.
+template <int N>
+inline void run_join_images(const Context& c, const Tensor& y, const Tensor (&x)[N], const Ints& factors, const Ints& pads) {
+  JoinImagesArgs a = {};
+  static_assert(N <= sizeof(a.part) / sizeof(a.part[0]), "as many images as the kernel takes");
+  a.y = y.as<float>();
+  a.images = y.shape[0];
+  a.h = y.shape[1] - pads[0] - pads[2];
+  a.w = y.shape[2] - pads[1] - pads[3];
+  a.channels = y.shape[3];
+  a.top = pads[0];
+  a.left = pads[1];
+  a.bottom = pads[2];
+  a.right = pads[3];
+  a.n = N;
+  for (int i = 0; i < N; ++i) {
+    const Tensor& image = x[i];
+    a.part[i] = {image.as<float>(), image.shape[3], factors[2 * i], factors[2 * i + 1]};
+  }
+  if (y.size()) join_images(a, c.thread, c.threads);
+}
+
 // y[B, S, heads * head_dim]; q, k and v are columns of their tensors from `offsets` on, the mask is
 // broadcast to [B, heads, S, T].
 inline void run_attention(const Context& c, const Tensor& y, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& mask, int64_t heads, int64_t head_dim, const Ints& offsets, double scale) {

@@ -146,12 +146,31 @@ def feeds(name: str) -> dict[str, np.ndarray[Any, Any]]:
     rng = np.random.default_rng(7)
     if name == "cnn":
         return {"x": rng.standard_normal((2, 3, 20, 28)).astype(np.float32)}
+    if name == "pyramid":
+        return {"x": rng.standard_normal((1, 3, 16, 24)).astype(np.float32)}
     mask = np.where(rng.random((2, 1, 1, 9)) < 0.3, -1e9, 0).astype(np.float32)
     mask[..., 0] = 0
     return {"x": rng.standard_normal((2, 9, 24)).astype(np.float32), "mask": mask}
 
 
-MODELS = {"cnn": cnn, "encoder": encoder}
+def pyramid() -> onnx.ModelProto:
+    """Images of three sizes, enlarged, joined and convolved."""
+    b = Builder()
+    parts = []
+    for factor, n in ((1, 5), (2, 7), (4, 6)):
+        w = b.random(n, 3, factor, factor)
+        x = b.add("Conv", "x", w, kernel_shape=[factor] * 2, strides=[factor] * 2)
+        if factor > 1:
+            scales = b.const(np.array([1, 1, factor, factor], np.float32))
+            x = b.add("Resize", x, "", scales, mode="nearest", nearest_mode="floor",
+                      coordinate_transformation_mode="asymmetric")  # fmt: skip
+        parts.append(x)
+    joined = b.add("Concat", *parts, axis=1)
+    y = b.add("Conv", joined, b.random(4, 18, 3, 3), kernel_shape=[3, 3], pads=[1, 1, 1, 1])
+    return b.model({"x": [1, 3, 16, 24]}, y)
+
+
+MODELS = {"cnn": cnn, "encoder": encoder, "pyramid": pyramid}
 
 
 def imported(model: onnx.ModelProto) -> Graph:
@@ -186,6 +205,12 @@ def test_cnn_is_nhwc_throughout() -> None:
     assert "onnx.BatchNormalization" not in found and "onnx.Transpose" not in found
     # what is left beside products is broadcast over the image (squeeze and excite) or at the end
     assert found["Loop"] <= 2, found
+
+
+def test_images_are_joined_once() -> None:
+    found = ops(optimize_graph(imported(pyramid())))
+    assert found["JoinImages"] == 1
+    assert not found.keys() & {"PadImage", "onnx.Resize", "onnx.Concat"}, found
 
 
 def test_encoder_is_fused() -> None:

@@ -364,6 +364,29 @@ class SwapAxes(TensorOp):
         return [(tuple(source[p] for p in node.attrs["perm"]), element(node, graph, 0).name)]
 
 
+JOINED_IMAGES = 8
+"""The most images that one JoinImages joins (``JoinImagesArgs``)."""
+
+
+@register
+class JoinImages(TensorOp):
+    """The channels of NHWC images in one with borders of zeros; ``factors`` (height and width of
+    each) say how often a pixel is repeated, ``pads`` are top, left, bottom, right."""
+
+    name = "JoinImages"
+    inputs = "x[B,H,W,C].."
+    attrs = (Attr("factors", tuple), Attr("pads", tuple))
+    fused = True
+
+    def infer(self, node: Node, graph: Graph) -> list[tuple[Shape, str]]:
+        check_inputs(node, 1, JOINED_IMAGES)
+        b, h, w, _ = shape(node, graph, 0)
+        fh, fw, *_ = node.attrs["factors"]
+        top, left, bottom, right = node.attrs["pads"]
+        channels = sum(graph.values[n].shape[3] for n in node.inputs)  # type: ignore[misc]
+        return [((b, top + h * fh + bottom, left + w * fw + right, channels), "f32")]
+
+
 @register
 class Pool(TensorOp):
     """NHWC pooling: kind max or average."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from qigen.ir import dims
 from qigen.ir.graph import Graph, Node
+from qigen.ir.ops.graph import JOINED_IMAGES
 from qigen.ir.tensor import given
 from qigen.passes.tensor.layout import REDUCTIONS
 from qigen.passes.tensor.rewrite import Rewriter
@@ -23,7 +25,61 @@ def to_rows(graph: Graph) -> Graph:
             _reduction(r, node)
         elif node.op == "onnx.Transpose":
             _transpose(r, node)
+        elif node.op == "onnx.Concat":
+            _join(r, node)
     return r.done()
+
+
+def _join(r: Rewriter, node: Node) -> None:
+    """Images that are enlarged, joined and given borders are written once, not three times."""
+    y = node.outputs[0]
+    if len(r.shape(y)) != 4 or node.attrs["axis"] % 4 != 3 or len(node.inputs) > JOINED_IMAGES:
+        return
+    if r.dtype(y) != "f32" or not all(isinstance(r.shape(n)[3], int) for n in node.inputs):
+        return
+    sources: list[str] = []
+    factors: list[int] = []
+    for name in node.inputs:
+        enlarged = _enlarged(r, name)
+        source, factor = enlarged if enlarged is not None else (name, (1, 1))
+        sources.append(source)
+        factors.extend(factor)
+    pads, last = (0, 0, 0, 0), node
+    reader = r.only_consumer(y)
+    if reader is not None and reader.op == "PadImage":
+        a = reader.attrs
+        if (a["to"], a["channels"]) == ("f32", r.shape(y)[3]):
+            pads, last = a["pads"], reader
+    if any(f != 1 for f in factors) or last is not node:
+        r.replace(last, "JoinImages", sources, {"factors": tuple(factors), "pads": pads})
+
+
+def _enlarged(r: Rewriter, name: str) -> tuple[str, tuple[int, int]] | None:
+    """The image of which ``name`` repeats each pixel, and how often along its height and width."""
+    node = r.producer(name, "onnx.Resize")
+    if node is None or r.only_consumer(name) is None or node.attrs["mode"] != "nearest":
+        return None
+    coordinates, rounding = (
+        node.attrs["coordinate_transformation_mode"],
+        node.attrs["nearest_mode"],
+    )
+    # output i of a whole factor f reads i // f: by its left end, or by its middle
+    by_end = (coordinates, rounding) == ("asymmetric", "floor")
+    if not by_end and not (coordinates == "half_pixel" and rounding.startswith("round_prefer_")):
+        return None
+    source, x, y = node.inputs[0], r.shape(node.inputs[0]), r.shape(name)
+    if x[0] != y[0] or x[3] != y[3] or not dims.is_static((*x[1:3], *y[1:3])):
+        return None
+    (h, w), (tall, wide) = ([int(str(d)) for d in s[1:3]] for s in (x, y))
+    if not h or not w or tall % h or wide % w:
+        return None
+    scales = r.array(given(node, 2)) if given(node, 2) else None
+    if scales is not None and scales.size == 4:
+        if scales.reshape(-1).tolist() != [1, tall // h, wide // w, 1]:
+            return None
+    elif (scales is not None and scales.size) or (given(node, 2) and scales is None):
+        return None
+    return source, (tall // h, wide // w)
 
 
 def _softmax(r: Rewriter, node: Node) -> None:

@@ -60,12 +60,17 @@ class PoolArgs(ctypes.Structure):
                 ("pad_left", _I), ("pad_bottom", _I), ("pad_right", _I), ("count_include_pad", _I)]
 
 
-class ResizeArgs(ctypes.Structure):
-    """``qg::ResizeArgs``."""
+class JoinedImage(ctypes.Structure):
+    """``qg::JoinImagesArgs::Part``."""
 
-    _fields_ = [("x", _P), ("y", _P), ("images", _L), ("h", _L), ("w", _L), ("channels", _L),
-                ("y_h", _L), ("y_w", _L), ("h_taps", _I), ("w_taps", _I), ("h_index", _P),
-                ("w_index", _P), ("h_weight", _P), ("w_weight", _P)]
+    _fields_ = [("x", _P), ("channels", _L), ("factor_h", _L), ("factor_w", _L)]
+
+
+class JoinImagesArgs(ctypes.Structure):
+    """``qg::JoinImagesArgs``."""
+
+    _fields_ = [("y", _P), ("images", _L), ("h", _L), ("w", _L), ("channels", _L), ("top", _L),
+                ("left", _L), ("bottom", _L), ("right", _L), ("n", _I), ("part", JoinedImage * 8)]
 
 
 class EncoderAttentionArgs(ctypes.Structure):
@@ -81,8 +86,8 @@ class EncoderAttentionArgs(ctypes.Structure):
 
 
 STRUCTS: dict[str, type[ctypes.Structure]] = {
-    s.__name__: s for s in (SoftmaxArgs, NormArgs, ReduceArgs, TransposeArgs, PoolArgs, ResizeArgs,
-                            EncoderAttentionArgs)}  # fmt: skip
+    s.__name__: s for s in (SoftmaxArgs, NormArgs, ReduceArgs, TransposeArgs, PoolArgs,
+                            JoinImagesArgs, EncoderAttentionArgs)}  # fmt: skip
 _made: dict[str, ctypes.CDLL] = {}
 
 
@@ -311,25 +316,21 @@ def check_pools(lib: ctypes.CDLL) -> None:
             assert np.array_equal(got, pooled(codes, *case, "max"))
 
 
-def check_resize(lib: ctypes.CDLL) -> None:
+def check_join_images(lib: ctypes.CDLL) -> None:
     rng = np.random.default_rng(5)
-    for channels in (3, 16, 40):
-        x = normal(rng, 2, 5, 7, channels)
-        rows, columns = np.arange(10) // 2, np.arange(21) // 3
-        sizes: dict[str, Any] = {"images": 2, "h": 5, "w": 7, "channels": channels, "y_h": 10,
-                                 "y_w": 21}
-        out = blank(2, 10, 21, channels)
-        got = call(lib, "resize", out, x=x, h_taps=1, w_taps=1, h_index=rows.astype(np.int32),
-                   w_index=columns.astype(np.int32), **sizes)
-        assert np.array_equal(got, x[:, rows][:, :, columns])
-        h_index = rng.integers(0, 5, (10, 2)).astype(np.int32)
-        w_index = rng.integers(0, 7, (21, 4)).astype(np.int32)
-        h_weight, w_weight = normal(rng, 10, 2), normal(rng, 21, 4)
-        got = call(lib, "resize", out, x=x, h_taps=2, w_taps=4, h_index=h_index, w_index=w_index,
-                   h_weight=h_weight, w_weight=w_weight, **sizes)
-        want = np.einsum("nijklc,ij,kl->nikc", x.astype(np.float64)[:, h_index][:, :, :, w_index],
-                         h_weight, w_weight)
-        close(got, want, atol=3e-6)
+    for pads in ((0, 0, 0, 0), (1, 2, 3, 4)):
+        parts = [(normal(rng, 2, 12 // fh, 6 // fw, c), fh, fw)
+                 for c, fh, fw in ((3, 1, 1), (16, 2, 2), (40, 4, 1), (1, 3, 6))]  # fmt: skip
+        want = np.concatenate([x.repeat(fh, 1).repeat(fw, 2) for x, fh, fw in parts], axis=3)
+        top, left, bottom, right = pads
+        want = np.pad(want, ((0, 0), (top, bottom), (left, right), (0, 0)))
+        array = (JoinedImage * 8)()
+        for i, (x, fh, fw) in enumerate(parts):
+            array[i] = JoinedImage(x.ctypes.data, x.shape[3], fh, fw)
+        sizes = {"images": 2, "h": 12, "w": 6, "channels": 60, "n": 4, "top": top, "left": left,
+                 "bottom": bottom, "right": right}  # fmt: skip
+        got = call(lib, "join_images", blank(*want.shape), part=array, **sizes)
+        assert np.array_equal(got, want)
 
 
 # -- attention --
@@ -380,7 +381,7 @@ def check_attention(lib: ctypes.CDLL) -> None:
 
 
 CHECKS: tuple[Callable[[ctypes.CDLL], None], ...] = (
-    check_softmax, check_norms, check_reductions, check_transpose, check_pools, check_resize,
+    check_softmax, check_norms, check_reductions, check_transpose, check_pools, check_join_images,
     check_attention,
 )  # fmt: skip
 
