@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from qigen.artifact import Artifact
     from qigen.build import Progress
     from qigen.model import Model
+    from qigen.targets import Machine
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -968,10 +969,12 @@ def targets(calibrate: bool, as_json: bool) -> None:
 
     if calibrate:
         from qigen.targets.calibrate import calibrate as measure
-        from qigen.targets.calibrate import save
+        from qigen.targets.calibrate import check_data_folder, save
+        from qigen.targets.detect import described
         from qigen.toolchain import find_compiler
 
-        save(measure(targets.native(), find_compiler().run))
+        check_data_folder()
+        save(measure(described(), find_compiler().run))
         targets.native.cache_clear()
     here = targets.native()
     machines = {"native": here, **targets.rows()}
@@ -1014,6 +1017,34 @@ def targets(calibrate: bool, as_json: bool) -> None:
             for name, row in machines.items()
         ),
     )
+    _print_machine(here)
+
+
+def _print_machine(here: Machine) -> None:
+    """What is known of this machine."""
+    said = f"measured on {here.calibrated}" if here.calibrated else "from the table of machines"
+    caches = " ".join(_size(b) for b in (here.l1d_bytes, here.l2_bytes, here.l3_bytes))
+    efficiency = f" and {here.efficiency_cores} efficiency cores" if here.efficiency_cores else ""
+    near = [f"{value:.0f}" for value in (here.l1_gb_s, here.l2_gb_s, here.l3_gb_s) if value]
+    click.echo(
+        f"this machine: {here.cores} cores{efficiency}, {here.numa_nodes} memory "
+        f"node{'s' if here.numa_nodes > 1 else ''}, caches of {caches}; {said}"
+        + ("" if here.calibrated else "; qigen targets --calibrate measures this one")
+    )
+    click.echo(
+        f"GB/s of one thread from the caches: {' '.join(near)}; from memory by number of threads: "
+        f"{' '.join(f'{x:.0f}' for x in here.read_gb_s[: here.cores])}; a barrier takes "
+        f"{here.barrier_us:.2f} us"
+    )
+    classes = next(iter(here.rates.values())).per_cycle
+    _print_table(
+        ("instructions a cycle", *(f">{name}" for name in classes), ">all vector", ">GHz"),
+        (
+            (f"{width} bits", *(f"{rate:.2f}" for rate in row.per_cycle.values()),
+             f"{row.vector:.2f}", f"{row.ghz:.2f}")
+            for width, row in sorted(here.rates.items())
+        ),
+    )  # fmt: skip
 
 
 @_command
