@@ -268,6 +268,7 @@ class _Search:
             ),
             reason=_reason(spec, prediction, m, self.us(spec, p, m), others),
             measured_us=self.measured.get((spec, p.n, p.k, m), 0.0),
+            roofline_us=prediction.roofline_us,
         )
 
 
@@ -302,6 +303,10 @@ def _reason(
     """One line that says what binds the kernel and how it compares."""
     top = sorted(prediction.limits.items(), key=lambda item: -item[1])[:3]
     parts = [", ".join(f"{name} {value:.1f} us" for name, value in top)]
+    parts.append(
+        "bytes from "
+        + ", ".join(f"{level} {b / 1e6:.3g} MB" for level, b in prediction.traffic.items() if b)
+    )
     tokens = next(t for t in spec.tiles if t <= m)
     rows = spec.row_tile if tokens > 1 else 1
     parts.append(
@@ -362,6 +367,8 @@ def explain(plan: Plan) -> list[dict[str, Any]]:
             "measured_us": c.measured_us,
             "gb_s": c.predicted_bytes / c.predicted_us / 1e3,
             "gops": 2 * c.n * c.k * c.m_bucket / c.predicted_us / 1e3,
+            "roofline_us": c.roofline_us,
+            "fraction_of_roofline": c.roofline_us / (c.measured_us or c.predicted_us),
             "instructions": c.predicted_instructions,
             "bound": c.bound,
             "runners_up": _shown(c.runners_up),
@@ -373,6 +380,7 @@ def explain(plan: Plan) -> list[dict[str, Any]]:
 
 def _shown(runners_up: Iterable[Alternative]) -> str:
     return "; ".join(
-        f"tiles {a.schedule['tiles']} blocks {a.schedule['blocks']}: {a.predicted_us:.1f} us"
+        f"tiles {a.schedule['tiles']} blocks {a.schedule['blocks']} prefetch "
+        f"{a.schedule['prefetch']}: {a.predicted_us:.1f} us"
         for a in runners_up
     )
