@@ -59,8 +59,9 @@ from qigen.ir.plan import Plan
 from qigen.passes.memory import MemoryPlan, plan_memory
 from qigen.passes.pipeline import optimize
 from qigen.paths import resource_folder
-from qigen.planner import isa_candidates, plan_model, spec_for
+from qigen.planner import Measured, isa_candidates, plan_model, products, spec_for
 from qigen.quantize.weights import requantized
+from qigen.tune import tune_model, tune_products
 
 DEFAULT_MAX_SEQ = 4096
 """Positions of a session when the user does not say: what the model was made for, up to this."""
@@ -68,6 +69,7 @@ DEFAULT_MAX_SEQ = 4096
 DEFAULT_MAX_BATCH = 8
 
 ACTIVATIONS = ("f32", "bf16", "int8", "int8-token")
+TUNING = ("model", "measure", "off")
 KV_FORMATS = ("f16", "int8", "int4")
 
 
@@ -101,12 +103,13 @@ def compile(
     model's own, up to 4096), ``max_batch`` the sessions of one batched step. ``shape`` fixes
     dimensions of an ONNX model's inputs by name: numbers, "?" for one that stays open, "..64" for
     one that stays open up to 64. ``calibration`` names a file with inputs of an ONNX model that are
-    typical of what it will get.
+    typical of what it will get. ``tune`` is "model" or "off" (the cost model chooses) or "measure":
+    candidates are measured on this machine first, and threads and prefill block of the model after.
 
     Raises BadInput (damaged model), Unsupported, UsageError, ToolchainError. An artifact that
     exists at ``output`` is replaced when all is done; on failure nothing is left behind.
     """
-    _check_options(activations, kv, max_batch, tune, weights)
+    _check_options(activations, kv, max_batch, tune, weights, target)
     report = progress or (lambda stage, done, total: None)
     out = Path(output).resolve()  # of a link, the target is replaced
     check_output(out)
@@ -115,6 +118,8 @@ def compile(
     row = isa_by_name(isa) if isa else isa_candidates(machine)[0]
 
     if is_onnx(Path(model)):
+        if tune == "measure":
+            raise Unsupported("only language models can be tuned so far; leave --tune out")
         for option, given in (
             ("--max-seq", max_seq is not None),
             ("--max-batch", max_batch != DEFAULT_MAX_BATCH),
@@ -151,28 +156,51 @@ def compile(
     tokenizer = _tokenizer(source)
     report("read", 1, 1)
 
-    plan = plan_model(
-        graph,
-        isa=row,
-        machine=machine,
-        activations=activations or "auto",
-        kv=kv,
-        threads=threads or machine.cores,
-        max_seq=max_seq,
-        max_batch=max_batch,
-    )
-    memory = plan_memory(graph, plan.max_tokens)
-    program = _lower(graph, source, plan, memory, row, max_seq, max_batch)
-    with staging_folder(out) as staging, toolchain.ObjectCache(
-        compiler, jobs or os.cpu_count() or 1
-    ) as cache:
-        _build(graph, source, plan, memory, program, row, machine, tokenizer, compiler, cache,
-               staging, Path(keep_sources) if keep_sources else None, report)
+    measured: Measured | None = None
+    if tune == "measure":
+        measured, _ = tune_products(
+            products(graph),
+            isa=row,
+            machine=machine,
+            activations=activations or "auto",
+            threads=threads or machine.cores,
+            jobs=jobs,
+            progress=progress,
+        )
+
+    def build(threads: int, max_tokens: int | None) -> Plan:
+        plan = plan_model(
+            graph,
+            isa=row,
+            machine=machine,
+            activations=activations or "auto",
+            kv=kv,
+            threads=threads,
+            max_tokens=max_tokens,
+            max_seq=max_seq,
+            max_batch=max_batch,
+            measured=measured,
+        )
+        memory = plan_memory(graph, plan.max_tokens)
+        program = _lower(graph, source, plan, memory, row, max_seq, max_batch)
+        with staging_folder(out) as staging, toolchain.ObjectCache(
+            compiler, jobs or os.cpu_count() or 1
+        ) as cache:
+            _build(graph, source, plan, memory, program, row, machine, tokenizer, compiler, cache,
+                   staging, Path(keep_sources) if keep_sources else None, report)
+        return plan
+
+    plan = build(threads or machine.cores, None)
+    if tune == "measure":
+        knobs = tune_model(out, progress=progress)
+        block = max(knobs.block, max_batch)
+        if block < plan.max_tokens or (threads is None and knobs.threads != plan.threads_hint):
+            build(threads or knobs.threads, min(block, plan.max_tokens))
     return Artifact(out)
 
 
 def _check_options(
-    activations: str | None, kv: str, max_batch: int, tune: str, weights: str
+    activations: str | None, kv: str, max_batch: int, tune: str, weights: str, target: str
 ) -> None:
     if activations is not None and activations not in ACTIVATIONS:
         raise UsageError(f"activations {activations}: choose one of {', '.join(ACTIVATIONS)}")
@@ -182,8 +210,10 @@ def _check_options(
         raise Unsupported("an int4 KV cache has no kernels yet; choose f16 or int8")
     if max_batch < 1:
         raise UsageError("max_batch must be at least 1")
-    if tune not in ("model", "off"):
-        raise Unsupported(f"tuning '{tune}' is not built yet; choose model or off")
+    if tune not in TUNING:
+        raise UsageError(f"tuning '{tune}': choose one of {', '.join(TUNING)}")
+    if tune == "measure" and target != "native":
+        raise UsageError("only kernels for this machine can be measured; leave --target out")
     if weights == "auto":
         raise Unsupported("choosing formats by budget is not built yet; name a format")
     if weights != "keep":

@@ -17,7 +17,7 @@ from qigen.backends.base import Isa
 from qigen.backends.cpu.isa import ISAS
 from qigen.backends.cpu.isa import by_name as isa_by_name
 from qigen.backends.cpu.matmul import MatmulSpec
-from qigen.costmodel import Prediction, predict, schedules
+from qigen.costmodel import Prediction, predict, schedules, space
 from qigen.costmodel.matmul import (
     activation_bytes,
     registers,
@@ -144,6 +144,49 @@ def plan_products(
     return chosen, [search.choice(p, chosen[p.key], m) for p in products for m in BUCKETS]
 
 
+def tuning_candidates(
+    products: Sequence[Product],
+    isa: Isa,
+    machine: Machine,
+    activations: str,
+    threads: int,
+    top: int | None,
+) -> dict[tuple[str, int, int], list[MatmulSpec]]:
+    """The kernels of every product that are worth measuring, the planner's choice first.
+
+    Kernels that must share their register tiles have the same lists of tiles, each with its best
+    layout: so the times that are measured can be compared as whole models. What is left of ``top``
+    (None: the whole space) goes to other layouts and prefetch distances of the choice.
+    """
+    search = _Search(list(products), isa, machine, activations, threads, {})
+    if top is None:
+        return {
+            p.key: list(dict.fromkeys((
+                search.best(p, search.tiles(group)[0]),
+                *space(p.format, p.k, isa, search.arithmetic[p.key], machine),
+            )))
+            for group in search.groups()
+            for p in group
+        }  # fmt: skip
+    found: dict[tuple[str, int, int], list[MatmulSpec]] = {}
+    for group in search.groups():
+        ranked = search.tiles(group)
+        others = top // 4  # places for other layouts and distances
+        for p in group:
+            lists = [search.best(p, tiles) for tiles in ranked[: max(1, top - others)]]
+            first = lists[0]
+            variants = [
+                spec
+                for spec in space(p.format, p.k, isa, search.arithmetic[p.key], machine)
+                if spec.tiles == first.tiles and spec not in lists and spec.prefetch
+            ]
+            variants.sort(
+                key=lambda s, p=p: sum(search.us(s, p, m) * _WEIGHTS[m] / m for m in BUCKETS)  # type: ignore[misc]
+            )
+            found[p.key] = (lists + variants)[:top]
+    return found
+
+
 class _Search:
     """The schedules of one model and what they take."""
 
@@ -163,8 +206,9 @@ class _Search:
         self.measured = measured
         self.arithmetic = {p.key: activations_for(p.format, activations) for p in products}
         # the weights that pass through the caches in one step
-        self.working_set = sum(max(1, p.uses) * _packed_bytes(p) for p in products)
+        self.working_set = sum(max(1, p.uses) * packed_bytes(p) for p in products)
         self.correction = self._corrections()
+        self.known = self._measured_everywhere()
         self._predictions: dict[tuple[MatmulSpec, int, int, int], Prediction] = {}
         self._best: dict[tuple[tuple[str, int, int], tuple[int, ...]], MatmulSpec] = {}
 
@@ -177,6 +221,20 @@ class _Search:
             ).us
             ratios.setdefault((spec.format.name, n, k, m), []).append(us / predicted)
         return {key: statistics.median(values) for key, values in ratios.items()}
+
+    def _measured_everywhere(self) -> dict[tuple[str, int, int], list[MatmulSpec]]:
+        """The kernels of each product that were measured for all numbers of tokens: a mere
+        prediction does not stand against them."""
+        times: dict[tuple[MatmulSpec, int, int], set[int]] = {}
+        for spec, n, k, m in self.measured:
+            times.setdefault((spec, n, k), set()).add(m)
+        found: dict[tuple[str, int, int], list[MatmulSpec]] = {p.key: [] for p in self.products}
+        for (spec, n, k), tokens in times.items():
+            key = spec.format.name, n, k
+            fits = spec.isa == self.isa and spec.activations == self.arithmetic.get(key)
+            if fits and tokens >= set(BUCKETS):
+                found[key].append(spec)
+        return found
 
     def prediction(self, spec: MatmulSpec, p: Product, m: int) -> Prediction:
         key = (spec, p.n, p.k, m)
@@ -198,26 +256,46 @@ class _Search:
         key = p.key, tiles
         if key not in self._best:
             arithmetic = self.arithmetic[p.key]
-            specs = schedules(p.format, p.k, self.isa, arithmetic, self.machine, tiles)
+            specs = [spec for spec in self.known[p.key] if spec.tiles == tiles]
+            if not specs:
+                specs = schedules(p.format, p.k, self.isa, arithmetic, self.machine, tiles)
             self._best[key] = _simplest(specs, lambda spec, m: self.us(spec, p, m))
         return self._best[key]
 
     def choose(self) -> dict[tuple[str, int, int], MatmulSpec]:
         """The kernel of every product."""
         chosen: dict[tuple[str, int, int], MatmulSpec] = {}
-        for group in self._groups():
-            sizes = set.intersection(
-                *(set(token_tiles(p.format, self.isa, self.arithmetic[p.key])) for p in group)
-            )
-
-            def step(tiles: tuple[int, ...], m: int, group: list[Product] = group) -> float:
-                return sum(max(1, p.uses) * self.us(self.best(p, tiles), p, m) for p in group)
-
-            tiles = _simplest(tile_lists(sizes), step)
+        for group in self.groups():
+            lists, step = self._lists(group)
+            tiles = _simplest(lists, step)
             chosen.update({p.key: self.best(p, tiles) for p in group})
         return chosen
 
-    def _groups(self) -> list[list[Product]]:
+    def _lists(
+        self, group: list[Product]
+    ) -> tuple[list[tuple[int, ...]], Callable[[tuple[int, ...], int], float]]:
+        """The lists of register tiles that a group can have, and the time of a step with one."""
+        sizes = set.intersection(
+            *(set(token_tiles(p.format, self.isa, self.arithmetic[p.key])) for p in group)
+        )
+        lists = tile_lists(sizes)
+        measured = [{spec.tiles for spec in self.known[p.key]} for p in group]
+        if common := set.intersection(*measured):
+            lists = [tiles for tiles in lists if tiles in common] or lists
+
+        def step(tiles: tuple[int, ...], m: int) -> float:
+            return sum(max(1, p.uses) * self.us(self.best(p, tiles), p, m) for p in group)
+
+        return lists, step
+
+    def tiles(self, group: list[Product]) -> list[tuple[int, ...]]:
+        """The lists of register tiles of a group, the planner's choice first, then the fastest."""
+        lists, step = self._lists(group)
+        first = _simplest(lists, step)
+        scores = dict(zip(lists, _scores(lists, step), strict=True))
+        return [first, *(t for t in sorted(lists, key=lambda t: scores[t]) if t != first)]
+
+    def groups(self) -> list[list[Product]]:
         """Products whose kernels must have the same register tiles."""
         groups: dict[str, list[Product]] = {}
         for p in self.products:
@@ -268,10 +346,12 @@ class _Search:
             ),
             reason=_reason(spec, prediction, m, self.us(spec, p, m), others),
             measured_us=self.measured.get((spec, p.n, p.k, m), 0.0),
+            roofline_us=prediction.roofline_us,
         )
 
 
-def _packed_bytes(p: Product) -> int:
+def packed_bytes(p: Product) -> int:
+    """Bytes of a product's packed weight."""
     rows, kblocks, size = packed_shape(p.format, (p.n, p.k), Layout(16, 1))
     return rows * kblocks * size
 
@@ -282,14 +362,19 @@ def _simplest(options: Sequence[Any], us: Callable[[Any, int], float]) -> Any:
     Options come with the simplest first. A bucket counts by its weight, relative to the option that
     is best there.
     """
+    scores = _scores(options, us)
+    limit = min(scores) * (1 + (_TOLERANCE - 1) / 2)
+    return options[next(i for i, score in enumerate(scores) if score <= limit)]
+
+
+def _scores(options: Sequence[Any], us: Callable[[Any, int], float]) -> list[float]:
+    """Weighted sums over the buckets of each option's time relative to the best there."""
     times = [[us(option, m) for m in BUCKETS] for option in options]
     best = [min(column) for column in zip(*times, strict=True)]
-    scores = [
+    return [
         sum(_WEIGHTS[m] * t / b for m, t, b in zip(BUCKETS, row, best, strict=True))
         for row in times
     ]
-    limit = min(scores) * (1 + (_TOLERANCE - 1) / 2)
-    return options[next(i for i, score in enumerate(scores) if score <= limit)]
 
 
 def _reason(
@@ -302,6 +387,10 @@ def _reason(
     """One line that says what binds the kernel and how it compares."""
     top = sorted(prediction.limits.items(), key=lambda item: -item[1])[:3]
     parts = [", ".join(f"{name} {value:.1f} us" for name, value in top)]
+    parts.append(
+        "bytes from "
+        + ", ".join(f"{level} {b / 1e6:.3g} MB" for level, b in prediction.traffic.items() if b)
+    )
     tokens = next(t for t in spec.tiles if t <= m)
     rows = spec.row_tile if tokens > 1 else 1
     parts.append(
@@ -362,6 +451,8 @@ def explain(plan: Plan) -> list[dict[str, Any]]:
             "measured_us": c.measured_us,
             "gb_s": c.predicted_bytes / c.predicted_us / 1e3,
             "gops": 2 * c.n * c.k * c.m_bucket / c.predicted_us / 1e3,
+            "roofline_us": c.roofline_us,
+            "fraction_of_roofline": c.roofline_us / (c.measured_us or c.predicted_us),
             "instructions": c.predicted_instructions,
             "bound": c.bound,
             "runners_up": _shown(c.runners_up),
@@ -373,6 +464,7 @@ def explain(plan: Plan) -> list[dict[str, Any]]:
 
 def _shown(runners_up: Iterable[Alternative]) -> str:
     return "; ".join(
-        f"tiles {a.schedule['tiles']} blocks {a.schedule['blocks']}: {a.predicted_us:.1f} us"
+        f"tiles {a.schedule['tiles']} blocks {a.schedule['blocks']} prefetch "
+        f"{a.schedule['prefetch']}: {a.predicted_us:.1f} us"
         for a in runners_up
     )

@@ -23,6 +23,9 @@ ACTIVATION_MAX = 127
 """Largest magnitude of a quantized activation."""
 
 I32_MAX = 2**31 - 1
+DEFAULT_PREFETCH = 4096
+"""Bytes ahead of the stream of weights that an int8 kernel of one token prefetches."""
+
 PANEL = 128
 """Weights along K that the f32 kernels decode at a time: 16 rows x 128 x 4 bytes is 8 KiB of L1."""
 
@@ -84,14 +87,15 @@ class MatmulSpec:
     isa: Isa
     activations: str  # "f32", "bf16", "int8" (a scale for each 32 values) or "int8-token"
     tiles: tuple[int, ...]
-    prefetch: int = 4096
+    prefetch: int = DEFAULT_PREFETCH  # 0: none
 
     @property
     def name(self) -> str:
-        """E.g. ``matmul_q4_0_a8__avx512vnni_16x8_kb1``."""
+        """E.g. ``matmul_q4_0_a8__avx512vnni_16x8_kb1``; another prefetch distance is named too."""
+        ahead = f"_pf{self.prefetch}" if self.prefetch != DEFAULT_PREFETCH else ""
         return (
             f"matmul_{self.format.name}_{_ARITHMETIC[self.activations]}__{self.isa.name}"
-            f"_{self.layout.rows * self.row_tile}x{self.tiles[0]}_kb{self.layout.blocks}"
+            f"_{self.layout.rows * self.row_tile}x{self.tiles[0]}_kb{self.layout.blocks}{ahead}"
         )
 
     @property

@@ -24,13 +24,20 @@ from dataclasses import dataclass, replace
 from qigen.backends.base import Isa
 from qigen.backends.cpu.decode import ACTIVATION_GROUP, STEP, decode_plan
 from qigen.backends.cpu.matmul import (
+    DEFAULT_PREFETCH,
     PANEL,
     ActivationRecord,
     MatmulSpec,
     accumulator_bound,
     activation_needs,
 )
-from qigen.costmodel.instructions import COMPUTE, Count, counted, kernel_counts
+from qigen.costmodel.instructions import (
+    COMPUTE,
+    Count,
+    counted,
+    kernel_counts,
+    primitives,
+)
 from qigen.formats.algebra import Format
 from qigen.formats.layout import Layout, kblock_bytes, packed_shape
 from qigen.targets import Machine
@@ -40,7 +47,13 @@ TOKEN_TILES = (2, 3, 4, 6, 8, 10, 12)
 """Tokens of a register tile to consider besides 1."""
 
 PREFETCH = (1024, 2048, 4096, 8192)
-"""Prefetch distances to consider, in bytes."""
+"""Prefetch distances to consider, in bytes, besides none at all."""
+
+BLOCKS = (1, 2, 4)
+"""Source blocks of a K-block to consider: the inner loop is unrolled over a K-block."""
+
+_UNROLLED = 128
+"""Weights of a K-block of several source blocks at most: longer loops gain nothing."""
 
 _OVERLAP = 5.0
 _FORWARD = 5  # cycles from a store to the load of the same bytes
@@ -55,13 +68,48 @@ _SLAB = 64  # tokens of an f32 slab (templates/cpu/matmul_f32.cpp.j2)
 class Prediction:
     """What one call takes: microseconds, bytes of weights and activations, instructions of all
     threads. ``limits`` are the microseconds that each resource alone would need; ``bound`` names
-    the largest."""
+    the largest. ``traffic`` are bytes by the level that they come from, of all threads;
+    ``roofline_us`` is what no kernel of this arithmetic can beat (see :func:`roofline`)."""
 
     us: float
     bytes: int
     instructions: float
     bound: str
     limits: Mapping[str, float]
+    traffic: Mapping[str, float]
+    roofline_us: float
+
+
+def roofline(
+    spec: MatmulSpec,
+    n: int,
+    k: int,
+    m: int,
+    threads: int,
+    machine: Machine,
+    working_set: int | None = None,
+) -> tuple[float, float]:
+    """(microseconds to read the packed weights, microseconds of the multiply-adds alone).
+
+    The greater is the roofline: weights once from where they live, and as many dot products (or
+    float multiply-adds) as the cores issue.
+    """
+    row_blocks, kblocks, size = packed_shape(spec.format, (n, k), spec.layout)
+    _, bandwidth = _home(machine, threads, working_set)
+    rates = _rates(machine, spec.isa)
+    primitive, steps = _MULTIPLY[spec.activations]
+    each = primitives(spec.isa)[primitive]
+    cycles = max(each[kind] / rates.per_cycle[kind] for kind in ("dot", "fma"))
+    busy = min(threads, row_blocks)
+    us = row_blocks * m * (k / steps) * cycles * 1e-3 / rates.ghz / busy
+    return row_blocks * kblocks * size / bandwidth, us
+
+
+_MULTIPLY = {
+    "f32": ("vf_fma", 1), "bf16": ("vf_dot_bf16", 2), "int8": ("vq_dot", 4),
+    "int8-token": ("vq_dot", 4),
+}  # fmt: skip
+"""The primitive that multiplies, and the weights of a row that it takes in each lane."""
 
 
 def _together(values: Iterable[float]) -> float:
@@ -227,7 +275,8 @@ def predict(
     model); if it fits into a cache level, the weights come from there, else (and by default) from
     memory.
     """
-    alone = replace(spec, tiles=(1,), prefetch=0)  # tiles are told apart below
+    # tiles are told apart below; the distance of a prefetch does not change the instructions
+    alone = replace(spec, tiles=(1,), prefetch=DEFAULT_PREFETCH if spec.prefetch else 0)
     row_blocks, kblocks, size = packed_shape(spec.format, (n, k), spec.layout)
     per_thread = -(-row_blocks // threads)
     us = 1e-3 / _rates(machine, spec.isa).ghz  # of a cycle
@@ -238,6 +287,7 @@ def predict(
     instructions = 0.0
     level, bandwidth = _home(machine, threads, working_set)
     limits[level] = weights / bandwidth
+    late = _late(spec, machine, threads) if level == "memory" else 0.0
     time = 0.0
     pairs = per_thread // spec.row_tile if m > 1 else 0
     for rows, groups in ((spec.row_tile, pairs), (1, per_thread - pairs * spec.row_tile)):
@@ -251,7 +301,7 @@ def predict(
             # weights arrive while the first tile works; partly before, if nobody prefetches them
             first = groups * one * (rows if tokens == 1 else 1) if arriving else 0.0
             time += _together((arriving, first))
-            time += 0.0 if tile.prefetches else _EXPOSED * min(arriving, first)
+            time += _EXPOSED * min(arriving, first) * (late if tile.prefetches else 1.0)
             time += calls * one - first
             arriving = 0.0
             shared = calls * row_blocks / per_thread
@@ -262,11 +312,27 @@ def predict(
         limits["unpack"] = per_thread * slabs * kblocks * cycles * us
         time += limits["unpack"]
         instructions += row_blocks * slabs * kblocks * count
-    limits["reload"] = per_thread * _reload_us(spec, machine, kblocks * size, x, m)
+    reload, traffic = _reload(spec, machine, kblocks * size, x, m)
+    limits["reload"] = per_thread * reload
     time = _together((time, limits["reload"]))
     limits["barrier"] = machine.barrier_us if threads > 1 else 0.0
     bound = max(limits, key=lambda name: limits[name])
-    return Prediction(time + limits["barrier"], weights + x, instructions, bound, limits)
+    moved = {near: row_blocks * bytes_ for near, bytes_ in traffic.items()}
+    moved[level] = moved.get(level, 0.0) + weights
+    # a tile reads the row-blocks and the activations of its tokens
+    passes = sum(split(spec.tiles, m).values())
+    moved["l1"] = weights * passes + row_blocks * x / (spec.row_tile if m > 1 else 1)
+    roof = max(roofline(spec, n, k, m, threads, machine, working_set))
+    return Prediction(
+        time + limits["barrier"], weights + x, instructions, bound, limits, moved, roof
+    )
+
+
+def _late(spec: MatmulSpec, machine: Machine, threads: int) -> float:
+    """The part of a stream whose prefetches come too late: a line is asked for ``prefetch`` bytes
+    ahead, and takes one access to memory, in which the thread would read so many."""
+    ahead = machine.memory_ns * machine.read_bandwidth(threads) / 1e3 / threads
+    return max(0.0, 1.0 - spec.prefetch / ahead) if spec.integer else 0.0
 
 
 def _home(machine: Machine, threads: int, working_set: int | None) -> tuple[str, float]:
@@ -279,28 +345,35 @@ def _home(machine: Machine, threads: int, working_set: int | None) -> tuple[str,
     return "memory", machine.read_bandwidth(threads)
 
 
-def _reload_us(spec: MatmulSpec, machine: Machine, block: int, x: int, m: int) -> float:
-    """What one row-block takes from level 2 or 3 besides its first reading: itself, for every tile
-    of tokens but the first, if it does not stay in level 1; and the activations."""
+def _reload(
+    spec: MatmulSpec, machine: Machine, block: int, x: int, m: int
+) -> tuple[float, dict[str, float]]:
+    """(microseconds, bytes by level) that one row-block takes from level 2 or 3 besides its first
+    reading: itself, for every tile of tokens but the first, if it does not stay in level 1; and the
+    activations."""
     tiles = sum(split(spec.tiles, m).values())
     rows = spec.row_tile if m > 1 else 1  # read together
     near = _FULL * machine.l1d_bytes
     if not spec.integer:
         block = 64 * PANEL  # an unpacked panel takes the place of the row-block
     again = (tiles - 1) * block if rows * block + x / tiles > near else 0
+    us = again / (machine.l2_gb_s * 1e3)
     if x + rows * block <= near:
-        return again / (machine.l2_gb_s * 1e3)
-    far = machine.l2_gb_s if x + rows * block <= _FULL * machine.l2_bytes else machine.l3_gb_s
-    return again / (machine.l2_gb_s * 1e3) + x / rows / (far * 1e3)
+        return us, {"l2": again}
+    if x + rows * block <= _FULL * machine.l2_bytes:
+        return us + x / rows / (machine.l2_gb_s * 1e3), {"l2": again + x / rows}
+    return us + x / rows / (machine.l3_gb_s * 1e3), {"l2": again, "l3": x / rows}
 
 
 def layouts(format: Format, k: int) -> tuple[Layout, ...]:
-    """Layouts to consider: two source blocks a K-block where one is no whole number of lines."""
-    one = Layout(16, 1)
-    if kblock_bytes(format, one) % 64 == 0 or format.float_kind is not None:
-        return (one,)
-    two = Layout(16, 2)
-    return (one, two) if k % (2 * format.block) == 0 else (one,)
+    """Layouts to consider: several source blocks a K-block, while they are short and divide K."""
+    if format.float_kind is not None:
+        return (Layout(16, 1),)
+    return tuple(
+        Layout(16, blocks)
+        for blocks in BLOCKS
+        if blocks == 1 or (blocks * format.block <= _UNROLLED and k % (blocks * format.block) == 0)
+    )
 
 
 def token_tiles(format: Format, isa: Isa, activations: str) -> tuple[int, ...]:
@@ -335,14 +408,33 @@ def schedules(
     machine: Machine,
     tiles: tuple[int, ...] | None = None,
 ) -> list[MatmulSpec]:
-    """Every schedule of a weight of ``k`` columns, the simplest first, or those with a given list
-    of tiles; Unsupported if the codes overflow the ISA's accumulators."""
+    """The schedules of a weight of ``k`` columns that the model tells apart, the simplest first, or
+    those with a given list of tiles; Unsupported if the codes overflow the ISA's accumulators."""
     lists = tile_lists(token_tiles(format, isa, activations)) if tiles is None else [tiles]
     prefetch = prefetch_distance(machine)
     return [
         MatmulSpec(format, layout, isa, activations, chosen, prefetch)
         for layout in layouts(format, k)
         for chosen in lists
+    ]
+
+
+def space(
+    format: Format, k: int, isa: Isa, activations: str, machine: Machine
+) -> list[MatmulSpec]:
+    """Every schedule that can be rendered for a weight of ``k`` columns, the simplest first.
+
+    That is every layout, list of register tiles and prefetch distance. :func:`schedules` is the
+    part of it whose distance is the model's choice: in the model no other distance is faster.
+    """
+    if not activations.startswith("int8"):  # panels have a prefetch distance of their own
+        return schedules(format, k, isa, activations, machine)
+    best = prefetch_distance(machine)
+    distances = (best, *(d for d in (0, *PREFETCH) if d != best))
+    return [
+        replace(spec, prefetch=distance)
+        for distance in distances
+        for spec in schedules(format, k, isa, activations, machine)
     ]
 
 

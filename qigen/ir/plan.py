@@ -42,6 +42,7 @@ class KernelChoice:
     ``schedule``: the backend's parameters (``m_tile``, ``row_tile``, ``kblocks``,
     ``prefetch_bytes``, ...). The predictions are for one call; ``bound`` says what limits it
     (``"memory"``, ``"instructions"``, ``"barrier"``). ``measured_us`` is 0 until somebody measures.
+    ``roofline_us`` is what no kernel with this arithmetic can beat on the machine.
     """
 
     name: str
@@ -58,6 +59,7 @@ class KernelChoice:
     runners_up: tuple[Alternative, ...] = ()
     reason: str = ""
     measured_us: float = 0.0
+    roofline_us: float = 0.0
 
     def __post_init__(self) -> None:
         _check(self, f"kernel {self.name}")

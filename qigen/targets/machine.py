@@ -51,7 +51,9 @@ class Machine:
     ``issue_width`` counts instructions of any kind a cycle, ``window`` those that wait in the
     reorder buffer. ``barrier_us`` is a barrier of all threads. ``rates`` by vector width in bits
     (512 only where there is AVX-512), ``latency`` in cycles by class. ``archspec`` names the
-    microarchitectures that the row stands for.
+    microarchitectures that the row stands for. ``l1_gb_s`` is 0 until it is measured (the rate of
+    loads bounds it). ``efficiency_cores`` are not among ``cores``; ``calibrated`` is the date of
+    the measurement, if there was one.
     """
 
     name: str
@@ -72,6 +74,10 @@ class Machine:
     latency: Mapping[str, float]
     archspec: tuple[str, ...] = ()
     source: str = ""
+    l1_gb_s: float = 0.0
+    efficiency_cores: int = 0
+    numa_nodes: int = 1
+    calibrated: str = ""
 
     def has(self, features: Iterable[str]) -> bool:
         """Whether the machine has all the named features."""

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,15 @@ def test_every_primitive_is_known(isa: Isa) -> None:
         assert table["vi_srl"] == {"shift": isa.vectors}
         assert table["vq_dot"]["dot"] == isa.vectors
         assert table["vq_dot"]["broadcast"] == 1
+
+
+def test_a_kernel_without_prefetches() -> None:
+    with_, without = (
+        kernel_counts(replace(spec("avx512vnni", "q4_0", 1), prefetch=p), 1, 1).kblock
+        for p in (4096, 0)
+    )
+    assert with_["prefetch"] == 5 and without["prefetch"] == 0
+    assert with_["instructions"] == without["instructions"] + 5
 
 
 def spec(isa: str, format: str, tokens: int, blocks: int = 1) -> MatmulSpec:
@@ -118,14 +128,15 @@ def main_loop(code: list[tuple[int, str, str]]) -> list[tuple[int, str, str]]:
     shutil.which("g++") is None or shutil.which("objdump") is None, reason="no g++ or objdump"
 )
 @pytest.mark.parametrize(
-    ("isa", "format", "tokens"),
-    [("avx512vnni", "q4_0", 1), ("avx512vnni", "q4_k", 4), ("avx512vnni", "iq4_nl", 8),
-     ("avx2", "q4_0", 1), ("avx2", "q4_k", 2)],
+    ("isa", "format", "tokens", "blocks"),
+    [("avx512vnni", "q4_0", 1, 1), ("avx512vnni", "q4_k", 4, 1), ("avx512vnni", "iq4_nl", 8, 1),
+     ("avx512vnni", "q4_0", 4, 4), ("avx512vnni", "u2g128", 1, 1), ("avx512vnni", "q8_0", 1, 2),
+     ("avx512vnni", "u3g128", 4, 1), ("avx2", "q4_0", 1, 1), ("avx2", "q4_k", 2, 1)],
 )  # fmt: skip
 def test_counts_agree_with_the_compiler(
-    isa: str, format: str, tokens: int, tmp_path: Path
+    isa: str, format: str, tokens: int, blocks: int, tmp_path: Path
 ) -> None:
-    kernel = spec(isa, format, tokens)
+    kernel = spec(isa, format, tokens, blocks)
     if subprocess.run(
         ["g++", *kernel.isa.flags, "-xc++", "-fsyntax-only", "-"], input=b"", check=False
     ).returncode:

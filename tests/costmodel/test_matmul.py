@@ -8,8 +8,9 @@ import pytest
 
 from qigen.backends.cpu.isa import ISAS
 from qigen.backends.cpu.matmul import MatmulSpec
-from qigen.costmodel import predict, schedules
+from qigen.costmodel import predict, roofline, schedules, space
 from qigen.costmodel.matmul import (
+    PREFETCH,
     TOKEN_TILES,
     activation_bytes,
     fits,
@@ -121,12 +122,59 @@ def test_space_is_enumerated() -> None:
     assert len(set(specs)) == len(specs) == 2 * len(
         tile_lists(token_tiles(by_name("q4_0"), VNNI, "int8"))
     )
+    everything = space(by_name("q4_0"), 64, VNNI, "int8", ICELAKE)
+    assert everything[: len(specs)] == specs
+    assert len(set(everything)) == len(everything) == len(specs) * (1 + len(PREFETCH))
+    assert len({s.name for s in everything if s.tiles == (1,)}) == 2 * (1 + len(PREFETCH))
+    floats = space(by_name("q4_0"), 64, VNNI, "f32", ICELAKE)
+    assert floats == schedules(by_name("q4_0"), 64, VNNI, "f32", ICELAKE)
+
+
+def test_the_choice_of_the_prefetch_is_the_best_of_the_space() -> None:
+    """That is why the planner looks at one distance only."""
+    for m in (1, 16):
+        times: dict[int, float] = {}
+        for spec in space(by_name("q4_0"), 4096, VNNI, "int8", ICELAKE):
+            us = predict(spec, 4096, 4096, m, 2, ICELAKE).us
+            times[spec.prefetch] = min(us, times.get(spec.prefetch, us))
+        assert times[prefetch_distance(ICELAKE)] == min(times.values())
+        if m == 1:
+            assert times[0] > times[1024] > times[4096]
+
+
+def test_nothing_beats_the_roofline() -> None:
+    for m in (1, 4, 128):
+        for working_set in (None, 100_000):
+            p = predict(kernel(), 512, 512, m, 2, ICELAKE, working_set)
+            assert p.roofline_us <= p.us
+    memory, compute = roofline(kernel(), 4096, 4096, 1, 2, ICELAKE)
+    assert memory > compute
+    assert memory == pytest.approx(4096 * 4096 * 18 / 32 / ICELAKE.read_bandwidth(2))
+    memory, compute = roofline(kernel(), 4096, 4096, 256, 2, ICELAKE)
+    rate = ICELAKE.rates[512]
+    gops = 2 * 128 / 2 * rate.per_cycle["dot"] * rate.ghz * 2  # 64 multiply-adds an instruction
+    assert compute == pytest.approx(2 * 4096 * 4096 * 256 / gops / 1e3) and compute > memory
+    slow = roofline(kernel(isa=ISAS["scalar"]), 4096, 4096, 256, 2, ICELAKE)[1]
+    assert slow > 4 * compute
+
+
+def test_bytes_by_level() -> None:
+    p = predict(kernel(), 4096, 4096, 1, 2, ICELAKE)
+    weights = 4096 * 4096 * 18 // 32
+    assert p.traffic["memory"] == weights
+    # every byte of the weights is loaded once, and the activations once a row-block
+    assert p.traffic["l1"] == weights + 256 * activation_bytes(kernel(tiles=(1,)), 4096)
+    many = predict(kernel(), 4096, 4096, 128, 2, ICELAKE)
+    assert many.traffic["l2"] > 0
+    assert "l3" in predict(kernel(), 1024, 1024, 1, 1, ICELAKE, 10_000_000).traffic
 
 
 def test_layouts() -> None:
-    # 288 bytes a K-block: two of them are whole cache lines, if there are two
+    # up to 128 weights a K-block, if they divide K
     assert [x.blocks for x in layouts(by_name("q4_0"), 64)] == [1, 2]
     assert [x.blocks for x in layouts(by_name("q4_0"), 96)] == [1]
+    assert [x.blocks for x in layouts(by_name("q4_0"), 4096)] == [1, 2, 4]
+    assert [x.blocks for x in layouts(by_name("u2g128"), 4096)] == [1]
     assert [x.blocks for x in layouts(by_name("q4_k"), 512)] == [1]
     assert [x.blocks for x in layouts(by_name("f16"), 512)] == [1]
 

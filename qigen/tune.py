@@ -1,0 +1,467 @@
+"""Tuning: the candidates of the planner, measured on this machine and remembered.
+
+What is in the database is not measured again. Every product and number of tokens is stored as soon
+as it is measured, so that an interruption loses nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qigen import targets, toolchain
+from qigen.artifact import Artifact
+from qigen.backends.base import Isa
+from qigen.backends.cpu.matmul import MatmulSpec
+from qigen.costmodel import predict
+from qigen.errors import BadInput, QigenError, Unsupported, UsageError
+from qigen.formats.catalog import by_name
+from qigen.planner import (
+    BUCKETS,
+    Measured,
+    Product,
+    isa_candidates,
+    packed_bytes,
+    tuning_candidates,
+)
+from qigen.targets import Machine
+from qigen.tuning import database
+from qigen.tuning.database import Database, Entry, spec_from_json, spec_to_json
+from qigen.tuning.measure import Bench, kernel_text
+
+TOP = 8
+"""Candidates of a product that are measured, by default."""
+
+SECONDS = 1.5
+"""Of measuring for one product and number of tokens at most; compiling comes on top."""
+
+_TIMES_CACHE = 2  # weights that lie between two calls with the same weight, by the last cache
+_AT_MOST = 1 << 30
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was found out about one product and number of tokens.
+
+    ``best`` and ``first`` are the times of the best kernel and of the one that the model ranks
+    first (0 if it failed), ``failures`` what is wrong with others, in words.
+    """
+
+    format: str
+    n: int
+    k: int
+    m: int
+    kernel: str
+    spec: dict[str, Any]
+    best_us: float
+    first_us: float
+    predicted_us: float
+    spread: float
+    candidates: int
+    measured: int
+    failures: tuple[str, ...]
+
+
+def home(working_set: int, machine: Machine) -> str:
+    """Where weights come from if so many bytes pass through the caches."""
+    return "cache" if working_set <= machine.l3_bytes // 2 else "memory"
+
+
+class Tuner:
+    """Measures products with the database at hand. Use as a context manager."""
+
+    def __init__(
+        self,
+        isa: Isa,
+        machine: Machine,
+        threads: int,
+        *,
+        data: Database | None = None,
+        jobs: int | None = None,
+        again: bool = False,
+        progress: Progress | None = None,
+    ) -> None:
+        self.isa = isa
+        self.machine = machine
+        self.threads = threads
+        self.again = again
+        self.report = progress or (lambda stage, done, total: None)
+        self.compiler = toolchain.find_compiler()
+        self.data = data or Database()
+        self._own = data is None
+        self.bench = Bench(self.compiler, jobs)
+        self.key = database.machine_key(machine)
+        self._kernels: dict[MatmulSpec, str] = {}
+
+    def __enter__(self) -> Tuner:
+        self.bench.__enter__()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.bench.__exit__(*exception)
+        if self._own:
+            self.data.__exit__()
+
+    def kernel(self, spec: MatmulSpec) -> str:
+        """The hash of a kernel's source."""
+        if spec not in self._kernels:
+            self._kernels[spec] = kernel_text(spec)[1]
+        return self._kernels[spec]
+
+    def known(self, p: Product, m: int, where: str) -> dict[MatmulSpec, Entry]:
+        """Valid entries of the database for a product, else those that came with the package."""
+        wanted = {
+            "machine": self.key, "compiler": database.compiler_key(self.compiler.version),
+            "n": p.n, "k": p.k, "m": m, "threads": self.threads, "home": where,
+        }  # fmt: skip
+        entries = list(self.data.entries(**wanted))
+        entries += [
+            e for e in database.shipped() if all(getattr(e, c) == v for c, v in wanted.items())
+        ]
+        found: dict[MatmulSpec, Entry] = {}
+        for entry in entries:
+            spec = spec_from_json(entry.spec)
+            fits = spec.format == p.format and spec.isa == self.isa and spec not in found
+            if fits and self.kernel(spec) == entry.kernel:
+                found[spec] = entry
+        return found
+
+    def tune(
+        self,
+        products: Sequence[Product],
+        candidates: dict[tuple[str, int, int], list[MatmulSpec]],
+        working_set: int,
+        buckets: Sequence[int] = BUCKETS,
+        seconds: float = SECONDS,
+    ) -> tuple[Measured, list[Row]]:
+        """Measures the candidates of every product that the database does not know."""
+        where = home(working_set, self.machine)
+        total = working_set
+        if where == "memory":
+            total = min(_AT_MOST, max(working_set, _TIMES_CACHE * self.machine.l3_bytes))
+        elif total == 0:
+            total = 1
+        wanted = {
+            (p.key, m): [
+                spec
+                for spec in candidates[p.key]
+                if self.again or spec not in self.known(p, m, where)
+            ]
+            for p in products
+            for m in buckets
+        }
+        missing = [spec for specs in wanted.values() for spec in specs]
+        built: list[str] = []
+        distinct = len(set(missing))
+
+        def done(name: str) -> None:
+            built.append(name)
+            self.report("compile", len(built), distinct)
+
+        libraries = self.bench.build(missing, done) if missing else {}
+        steps = [(p, m) for p in products for m in buckets]
+        measured: dict[tuple[MatmulSpec, int, int, int], float] = {}
+        rows = []
+        for step, (p, m) in enumerate(steps):
+            self.report("measure", step, len(steps))
+            new = wanted[p.key, m]
+            if new:
+                self._measure(p, m, {s: libraries[s] for s in new}, where, total, seconds)
+            known = self.known(p, m, where)
+            own = [s for s in candidates[p.key] if s in known]
+            for spec, entry in known.items():
+                if entry.status == "ok":
+                    measured[spec, p.n, p.k, m] = entry.us
+            rows.append(self._row(p, m, own, known, len(new), working_set))
+        self.report("measure", len(steps), len(steps))
+        return measured, rows
+
+    def _measure(
+        self,
+        p: Product,
+        m: int,
+        libraries: dict[MatmulSpec, Path],
+        where: str,
+        total: int,
+        seconds: float,
+    ) -> None:
+        outcomes = self.bench.measure(libraries, p.n, p.k, m, self.threads, total, seconds)
+        self.data.add(
+            Entry(
+                machine=self.key,
+                compiler=database.compiler_key(self.compiler.version),
+                kernel=self.kernel(o.spec),
+                n=p.n,
+                k=p.k,
+                m=m,
+                threads=self.threads,
+                home=where,
+                spec=spec_to_json(o.spec),
+                status=o.status,
+                us=o.us if o.status == "ok" else 0.0,
+                spread=o.spread,
+                runs=o.runs,
+                date=database.now(),
+                about=o.message or self.machine.description,
+            )
+            for o in outcomes
+        )
+
+    def _row(
+        self,
+        p: Product,
+        m: int,
+        specs: list[MatmulSpec],
+        known: dict[MatmulSpec, Entry],
+        measured: int,
+        working_set: int,
+    ) -> Row:
+        good = [s for s in specs if known[s].status == "ok"]
+        failures = tuple(
+            f"{s.name}: {known[s].status}, {known[s].about}" for s in specs if s not in good
+        )
+        if not good:
+            raise QigenError(
+                f"no kernel for {p.format.name} {p.n}x{p.k} works: {'; '.join(failures)}"
+            )
+        best = min(good, key=lambda s: known[s].us)
+        first = known[specs[0]]
+        predicted = predict(best, p.n, p.k, m, self.threads, self.machine, working_set)
+        return Row(
+            format=p.format.name,
+            n=p.n,
+            k=p.k,
+            m=m,
+            kernel=best.name,
+            spec=spec_to_json(best),
+            best_us=known[best].us,
+            first_us=first.us,
+            predicted_us=predicted.us,
+            spread=known[best].spread,
+            candidates=len(specs),
+            measured=measured,
+            failures=failures,
+        )
+
+
+def tune_products(
+    products: Sequence[Product],
+    *,
+    isa: Isa,
+    machine: Machine,
+    activations: str = "auto",
+    threads: int = 1,
+    top: int = TOP,
+    exhaustive: bool = False,
+    again: bool = False,
+    buckets: Sequence[int] = BUCKETS,
+    seconds: float = SECONDS,
+    working_set: int | None = None,
+    jobs: int | None = None,
+    data: Database | None = None,
+    progress: Progress | None = None,
+) -> tuple[Measured, list[Row]]:
+    """Measures the best ``top`` candidates of every product (all with ``exhaustive``).
+
+    ``working_set``: bytes of weights from one call to the next with the same (default: those of
+    the products by their uses). Returns what ``plan_model`` takes as ``measured``, and a row for
+    every product and number of tokens.
+    """
+    if top < 1:
+        raise UsageError("at least one candidate must be measured")
+    candidates = tuning_candidates(
+        products, isa, machine, activations, threads, None if exhaustive else top
+    )
+    if working_set is None:
+        working_set = sum(max(1, p.uses) * packed_bytes(p) for p in products)
+    tuner = Tuner(isa, machine, threads, data=data, jobs=jobs, again=again, progress=progress)
+    with tuner:
+        return tuner.tune(products, candidates, working_set, buckets, seconds)
+
+
+def shapes_to_products(shapes: Iterable[str], formats: Iterable[str]) -> list[Product]:
+    """Products ``NxK`` in every format; UsageError for what is no shape."""
+    found = []
+    for text in shapes:
+        parts = text.lower().split("x")
+        if len(parts) != 2 or not all(p.isdigit() and 0 < int(p) < 1 << 24 for p in parts):
+            raise UsageError(f"--shape {text} is no shape; write NxK, for example 4096x4096")
+        for name in formats:
+            found.append(Product(by_name(name), int(parts[0]), int(parts[1]), 1))
+    return found
+
+
+def model_products(path: Path, weights: str = "keep") -> list[Product]:
+    """The matrices of a model file or of an artifact."""
+    from qigen.frontends import build_graph, load_model
+    from qigen.graph_compiler import SHORT_FORMATS, is_onnx
+    from qigen.passes.pipeline import optimize
+    from qigen.planner import products
+    from qigen.quantize.weights import requantized
+
+    if (path / "manifest.json").is_file():
+        artifact = Artifact(path)
+        if artifact.is_graph:
+            raise Unsupported("only language models can be tuned so far", str(path))
+        seen: dict[tuple[str, int, int], int] = {}
+        for tensor in artifact.tensors.values():
+            if "layout" in tensor:
+                for part in tensor["parts"]:
+                    key = (tensor["format"], part["shape"][0], part["shape"][1])
+                    seen[key] = seen.get(key, 0) + 1
+        return [Product(by_name(f), n, k, uses) for (f, n, k), uses in seen.items()]
+    if not path.exists():
+        raise BadInput("there is no such file", str(path))
+    if is_onnx(path):
+        raise Unsupported("only language models can be tuned so far", str(path))
+    source = load_model(path)
+    graph = optimize(build_graph(source, min(source.config.max_position, 4096)))
+    if weights != "keep":
+        graph = requantized(graph, by_name(SHORT_FORMATS.get(weights, weights)))
+    return products(graph)
+
+
+def native_machine(isa: str | None = None) -> tuple[Machine, Isa]:
+    """This machine, and the instruction set to tune for."""
+    from qigen.backends.cpu.isa import by_name as isa_by_name
+
+    machine = targets.native()
+    row = isa_by_name(isa) if isa else isa_candidates(machine)[0]
+    if not machine.has(row.features):
+        raise UsageError(f"this machine has no {row.name}: its kernels cannot be measured here")
+    return machine, row
+
+
+# ---- whole models ----
+
+BLOCKS = (16, 32, 64, 128, 256, 512)
+"""Tokens of a prefill step to try."""
+
+_REPEATS = 3
+_DECODE = 16
+_BETTER = 1.02  # a knob is turned only for more than the noise
+
+
+@dataclass(frozen=True)
+class Knobs:
+    """What suits a compiled model: threads and tokens of a prefill step, with the tokens a second
+    that each value reached."""
+
+    threads: int
+    block: int
+    decode_tok_s: dict[int, float]
+    prefill_tok_s: dict[int, float]
+
+
+def tune_model(
+    path: str | os.PathLike[str],
+    *,
+    data: Database | None = None,
+    again: bool = False,
+    progress: Progress | None = None,
+) -> Knobs:
+    """Measures the whole-model knobs of a compiled language model; remembered by its uid.
+
+    Each value is the median of turns in which all values run once. The fewest threads and the
+    smallest block within 2 % of the best are chosen.
+    """
+    artifact = Artifact(path)
+    if artifact.is_graph:
+        raise Unsupported("only language models can be tuned so far", str(path))
+    machine = targets.native()
+    key, uid = database.machine_key(machine), str(artifact.manifest["model_uid"])
+    report = progress or (lambda stage, done, total: None)
+    limits = artifact.manifest["limits"]
+    own = Database() if data is None else None
+    store = data or own
+    assert store is not None
+    try:
+        threads = store.model(key, uid, "threads") if not again else {}
+        wanted = [t for t in _thread_counts(machine.cores) if t not in threads]
+        if wanted:
+            rates = _rates_by_threads(path, wanted, limits["max_seq"], report)
+            threads.update(rates)
+            for value, rate in rates.items():
+                store.add_model(key, uid, "threads", value, rate)
+        chosen = _least(threads)
+        blocks = store.model(key, uid, "block") if not again else {}
+        most = min(limits["max_tokens"], limits["max_seq"])
+        sizes = [b for b in (*BLOCKS, most) if b <= most and b not in blocks]
+        if sizes:
+            rates = _rates_by_block(path, chosen, sorted(set(sizes)), limits["max_seq"], report)
+            blocks.update(rates)
+            for value, rate in rates.items():
+                store.add_model(key, uid, "block", value, rate)
+        return Knobs(chosen, _least(blocks), threads, blocks)
+    finally:
+        if own is not None:
+            own.__exit__()
+
+
+def _thread_counts(cores: int) -> list[int]:
+    from qigen.targets.calibrate import thread_counts
+
+    return list(thread_counts(cores))
+
+
+def _least(rates: dict[int, float]) -> int:
+    """The smallest value that is as good as the best."""
+    best = max(rates.values())
+    return min(value for value, rate in rates.items() if rate * _BETTER >= best)
+
+
+def _rates_by_threads(
+    path: str | os.PathLike[str], counts: Sequence[int], max_seq: int, report: Progress
+) -> dict[int, float]:
+    import numpy as np
+
+    from qigen.model import load
+
+    tokens = max(1, min(_DECODE, max_seq - 1))
+    rates: dict[int, list[float]] = {t: [] for t in counts}
+    for turn in range(_REPEATS):
+        report("threads", turn, _REPEATS)
+        for count in counts:
+            session = load(path, count).session(max_seq)
+            session.eval(np.zeros(1, np.int32))
+            start = time.perf_counter()
+            for _ in range(tokens):
+                session.rewind(0)
+                session.eval(np.zeros(1, np.int32))
+            rates[count].append(tokens / (time.perf_counter() - start))
+    report("threads", _REPEATS, _REPEATS)
+    return {count: statistics.median(found) for count, found in rates.items()}
+
+
+def _rates_by_block(
+    path: str | os.PathLike[str],
+    threads: int,
+    blocks: Sequence[int],
+    max_seq: int,
+    report: Progress,
+) -> dict[int, float]:
+    import numpy as np
+
+    from qigen.model import load
+
+    session = load(path, threads).session(max_seq)
+    length = min(max_seq, max(blocks))
+    ids = np.zeros(length, np.int32)
+    rates: dict[int, list[float]] = {b: [] for b in blocks}
+    for turn in range(_REPEATS):
+        report("prefill block", turn, _REPEATS)
+        for block in blocks:
+            session.rewind(0)
+            start = time.perf_counter()
+            for first in range(0, length, block):
+                session.eval(ids[first : first + block])
+            rates[block].append(length / (time.perf_counter() - start))
+    report("prefill block", _REPEATS, _REPEATS)
+    return {block: statistics.median(found) for block, found in rates.items()}

@@ -1,0 +1,330 @@
+"""Measures kernels side by side in a process of their own.
+
+Candidates take turns (a disturbance hits all of them) and read weights beyond the caches. A kernel
+that crashes, hangs or computes wrong numbers is reported and left out of the turns.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import selectors
+import signal
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from qigen.backends.cpu.matmul import MatmulSpec, render_matmul
+from qigen.build import KERNEL_FLAGS
+from qigen.codegen.render import render
+from qigen.errors import QigenError
+from qigen.paths import resource_folder
+from qigen.targets.topology import allowed_cpus, available_memory
+from qigen.toolchain import Compiler, ObjectCache, Unit, cache_folder
+from qigen.tuning.problem import Array, Problem, wrong
+
+ROUNDS = 5
+"""Turns whose median counts; the time of a kernel is the least of such medians."""
+
+_AT_LEAST = 3  # medians
+_AT_MOST = 40
+_CLEAR = 0.01  # differences below are not worth more turns
+_SILENCE = 60.0  # seconds without a word: it hangs
+
+
+@dataclass
+class Outcome:
+    """What became of a candidate: ``status`` is 'ok', 'wrong', 'crash' or 'timeout'.
+
+    ``us`` is the least median of some calls, ``spread`` the distance of the quartiles by the
+    median of all calls, ``runs`` how many there were.
+    """
+
+    spec: MatmulSpec
+    status: str = "ok"
+    message: str = ""
+    us: float = 0.0
+    spread: float = 0.0
+    runs: int = 0
+    medians: list[float] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
+
+    def add(self, times: Sequence[float]) -> None:
+        """Takes the microseconds of some more calls in."""
+        self.times += times
+        self.medians.append(statistics.median(times))
+        self.us = min(self.medians)
+        self.runs = len(self.times)
+        low, middle, high = np.percentile(self.times, (25, 50, 75))
+        self.spread = float((high - low) / middle)
+
+
+def kernel_text(spec: MatmulSpec) -> tuple[Unit, str]:
+    """(the translation unit of a kernel, its hash): what was measured is valid while the hash is
+    the same."""
+    headers = {
+        spec.isa.header: render(spec.isa.template),
+        "kernels.h": render("cpu/kernels.h.j2"),
+        "epilogue.h": render("cpu/epilogue.h.j2"),
+    }
+    text = render_matmul(spec, ("store",)).text
+    unit = Unit(spec.name, text, (*KERNEL_FLAGS, *spec.isa.flags), headers)
+    code = "\n".join(x for x in text.splitlines() if not x.lstrip().startswith("//"))
+    digest = hashlib.blake2b(digest_size=12)
+    for part in (*unit.flags, code, *(headers[name] for name in sorted(headers))):
+        digest.update(part.encode() + b"\0")
+    return unit, digest.hexdigest()
+
+
+class Bench:
+    """Compiles kernels and measures them. Use as a context manager.
+
+    ``total_bytes``: weights that go through the caches between two calls with the same weight.
+    """
+
+    def __init__(self, compiler: Compiler, jobs: int | None = None) -> None:
+        self.compiler = compiler
+        self.jobs = jobs or os.cpu_count() or 1
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Bench:
+        self.folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="qigen-")))
+        self.cache = self._stack.enter_context(ObjectCache(self.compiler, self.jobs))
+        self._linkers = self._stack.enter_context(ThreadPoolExecutor(self.jobs))
+        self._driver = self._linkers.submit(self._build_driver)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def _build_driver(self) -> Path:
+        source = resource_folder("templates") / "tools" / "time_kernels.cpp"
+        include = resource_folder("runtime") / "include"
+        (self.folder / "kernels.h").write_text(render("cpu/kernels.h.j2"), encoding="utf-8")
+        program = self.folder / "time_kernels"
+        self.compiler.run(
+            ["-std=c++17", "-O2", "-pthread", f"-I{include}", f"-I{self.folder}", str(source),
+             "-o", str(program), "-ldl"],
+            source.name,
+        )  # fmt: skip
+        return program
+
+    def build(
+        self, specs: Sequence[MatmulSpec], done: Callable[[str], None] | None = None
+    ) -> dict[MatmulSpec, Path]:
+        """The shared libraries of kernels, compiled in parallel; ToolchainError if one fails."""
+        units = {spec: kernel_text(spec) for spec in dict.fromkeys(specs)}
+        objects = {spec: self.cache.compile(unit, done) for spec, (unit, _) in units.items()}
+        folder = cache_folder() / "tuning"
+        folder.mkdir(parents=True, exist_ok=True)
+        version = hashlib.blake2b(self.compiler.version.encode(), digest_size=4).hexdigest()
+
+        def link(spec: MatmulSpec) -> Path:
+            target = folder / f"{spec.name[:80]}-{units[spec][1]}-{version}.so"
+            found = objects[spec].result()
+            if target.exists():
+                return target
+            with tempfile.TemporaryDirectory(prefix="qigen-", dir=folder) as name:
+                scratch = Path(name)
+                banner = f"// {spec.name} for measuring. Template: tools/tuned_kernel.cpp.j2."
+                text = render("tools/tuned_kernel.cpp.j2", banner=banner, entry=spec.entry("store"))
+                (scratch / "entry.cpp").write_text(text, encoding="utf-8")
+                (scratch / "kernels.h").write_text(render("cpu/kernels.h.j2"), encoding="utf-8")
+                self.compiler.run(
+                    ["-std=c++17", "-O2", "-fPIC", "-shared", f"-I{scratch}",
+                     str(scratch / "entry.cpp"), str(found), "-o", str(scratch / "out.so")],
+                    spec.name,
+                )  # fmt: skip
+                (scratch / "out.so").replace(target)
+            return target
+
+        return dict(zip(units, self._linkers.map(link, units), strict=True))
+
+    def measure(
+        self,
+        libraries: Mapping[MatmulSpec, Path],
+        n: int,
+        k: int,
+        m: int,
+        threads: int,
+        total_bytes: int,
+        seconds: float = 2.0,
+    ) -> list[Outcome]:
+        """Times of all kernels for x [m, k] and W [n, k], in the order of ``libraries``.
+
+        It ends when the order is clear, when the noise is larger than the differences, or after
+        ``seconds``. QigenError if there is not enough memory.
+        """
+        outcomes = [Outcome(spec) for spec in libraries]
+        with tempfile.TemporaryDirectory(dir=self.folder) as name:
+            folder = Path(name)
+            cases = []
+            for i, spec in enumerate(libraries):
+                content, y, bound = Problem(spec, n, k, m).build()
+                case = folder / f"{i}.case"
+                case.write_bytes(content)
+                cases.append((str(libraries[spec]), str(case), y, bound))
+            memory = available_memory() // 2
+            total = min(total_bytes, memory)
+            alive = list(range(len(outcomes)))
+            checked: set[int] = set()
+            while alive:
+                arguments = [str(total), str(threads), ",".join(map(str, sorted(allowed_cpus())))]
+                for i in alive:
+                    arguments += cases[i][:2]
+                with _Process([str(self._driver.result()), *arguments]) as process:
+                    try:
+                        for place, i in enumerate(alive):
+                            if i not in checked:
+                                self._check(process, place, i, folder, cases, outcomes, (m, n))
+                                checked.add(i)
+                        if all(outcomes[i].status == "ok" for i in alive):
+                            _take_turns(process, [outcomes[i] for i in alive], seconds)
+                            return outcomes
+                    except _Died as died:
+                        failed = outcomes[alive[died.at]]
+                        failed.status, failed.message = died.status, str(died)
+                alive = [i for i in alive if outcomes[i].status == "ok"]
+        return outcomes
+
+    def _check(
+        self,
+        process: _Process,
+        place: int,
+        i: int,
+        folder: Path,
+        cases: list[tuple[str, str, Array, Array]],
+        outcomes: list[Outcome],
+        shape: tuple[int, int],
+    ) -> None:
+        """Compares what a kernel computes with the reference."""
+        result = folder / "y"
+        process.ask(f"check {place} {result}")
+        y = np.fromfile(result, np.float32).reshape(shape)
+        message = wrong(y, cases[i][2], cases[i][3])
+        if message:
+            outcomes[i].status, outcomes[i].message = "wrong", message
+
+
+def _take_turns(process: _Process, outcomes: list[Outcome], seconds: float) -> None:
+    """Runs rounds until the order is clear or cannot become so."""
+    process.ask("rounds 1")  # code and tables into the caches, clocks up
+    end = time.monotonic() + seconds
+    for taken in range(1, _AT_MOST + 1):
+        times = process.ask(f"rounds {ROUNDS}")
+        for outcome, own in zip(outcomes, times, strict=True):
+            outcome.add(own)
+        if taken < _AT_LEAST:
+            continue
+        if time.monotonic() >= end or settled(outcomes):
+            return
+
+
+def settled(outcomes: Sequence[Outcome]) -> bool:
+    """Whether more turns would change nothing: the best is ahead of the second by more than the
+    noise of a median, or the noise is so small that what lies between them does not matter."""
+    first, *rest = sorted(outcomes, key=lambda o: o.us)
+    if not rest:
+        return first.runs >= 2 * _AT_LEAST * ROUNDS
+    second = rest[0]
+    noise = max(_median_error(first), _median_error(second))
+    ahead = second.us / first.us - 1
+    return ahead > 2 * noise or (ahead < _CLEAR and noise < _CLEAR)
+
+
+def _median_error(outcome: Outcome) -> float:
+    """Relative error of the median of all calls, from their spread (1.25 standard deviations by
+    the root of the number, for times that are distributed normally)."""
+    return 1.25 * outcome.spread / 1.35 / float(np.sqrt(max(1, outcome.runs)))
+
+
+class _Died(Exception):
+    """The process ended or hangs while it ran kernel ``at``."""
+
+    def __init__(self, at: int, status: str, message: str) -> None:
+        super().__init__(message)
+        self.at = at
+        self.status = status
+
+
+class _Process:
+    """A running ``time_kernels``."""
+
+    def __init__(self, arguments: Sequence[str]) -> None:
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115, closed in __exit__
+        self._process = subprocess.Popen(
+            arguments,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            start_new_session=True,  # Ctrl-C is ours to handle
+        )
+        assert self._process.stdout is not None
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._process.stdout, selectors.EVENT_READ)
+        self._pending = b""
+        self._at: int | None = None
+
+    def __enter__(self) -> _Process:
+        if self._line() != "ready":
+            self._errors.seek(0)
+            text = self._errors.read().decode("utf-8", "replace").strip()
+            self.__exit__()
+            raise QigenError(f"kernels cannot be measured: {text or 'the program ended'}")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+        self._selector.close()
+        self._errors.close()
+
+    def ask(self, command: str) -> list[list[float]]:
+        """The microseconds of each kernel that a command makes run, in the order of the kernels."""
+        times: dict[int, list[float]] = {}
+        try:
+            assert self._process.stdin is not None
+            self._process.stdin.write(command.encode() + b"\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            pass  # the next line says how it ended
+        while (line := self._line()) != "done":
+            if line is None:
+                raise self._death()
+            if line.startswith("at "):
+                self._at = int(line[3:])
+                times.setdefault(self._at, [])
+            elif self._at is not None:
+                times[self._at].append(float(line))
+        return [times[i] for i in sorted(times)]
+
+    def _line(self) -> str | None:
+        """The next line; None if the process ended or says nothing."""
+        while b"\n" not in self._pending:
+            if not self._selector.select(_SILENCE):
+                return None
+            assert self._process.stdout is not None
+            more = os.read(self._process.stdout.fileno(), 1 << 16)
+            if not more:
+                return None
+            self._pending += more
+        line, _, self._pending = self._pending.partition(b"\n")
+        return line.decode()
+
+    def _death(self) -> Exception:
+        if self._at is None:
+            return QigenError("the program that measures kernels ended before it ran one")
+        try:
+            code = self._process.wait(1)
+        except subprocess.TimeoutExpired:
+            return _Died(self._at, "timeout", f"it says nothing for {_SILENCE:.0f} s")
+        name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        return _Died(self._at, "crash", f"it ended with {name}")
