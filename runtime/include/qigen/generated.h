@@ -52,6 +52,11 @@ struct CpuFeature {
   static constexpr uint64_t avx512ifma = 1ull << 30;
   static constexpr uint64_t avx512bf16 = 1ull << 31;
   static constexpr uint64_t avx512fp16 = 1ull << 32;
+  static constexpr uint64_t neon = 1ull << 48;
+  static constexpr uint64_t dotprod = 1ull << 49;
+  static constexpr uint64_t i8mm = 1ull << 50;
+  static constexpr uint64_t bf16 = 1ull << 51;
+  static constexpr uint64_t sve = 1ull << 52;
 };
 
 // Keys and values of one session. The layout inside is the generated code's business.
