@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from qigen.errors import Unsupported
-from qigen.targets.features import FEATURES
+from qigen.targets.features import FEATURES, architecture, host_architecture
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -50,8 +50,9 @@ class Machine:
     ``l2_gb_s`` and ``l3_gb_s`` are for one thread. ``memory_ns`` is one access to memory.
     ``issue_width`` counts instructions of any kind a cycle, ``window`` those that wait in the
     reorder buffer. ``barrier_us`` is a barrier of all threads. ``rates`` by vector width in bits
-    (512 only where there is AVX-512), ``latency`` in cycles by class. ``archspec`` names the
-    microarchitectures that the row stands for.
+    (512 only where there is AVX-512, 128 alone on ARM), ``latency`` in cycles by class.
+    ``archspec`` names the microarchitectures that the row stands for, ``system`` what such machines
+    run unless the target says otherwise.
     """
 
     name: str
@@ -71,11 +72,17 @@ class Machine:
     rates: Mapping[int, Rates]
     latency: Mapping[str, float]
     archspec: tuple[str, ...] = ()
+    system: str = "linux"
     source: str = ""
 
     def has(self, features: Iterable[str]) -> bool:
         """Whether the machine has all the named features."""
         return set(features) <= set(self.features)
+
+    @property
+    def architecture(self) -> str:
+        """x86_64 or aarch64; that of this machine if the row has no features."""
+        return architecture(self.features) or host_architecture()
 
     def read_bandwidth(self, threads: int) -> float:
         """Bytes a microsecond that ``threads`` threads read from memory together."""

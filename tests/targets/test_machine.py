@@ -19,7 +19,8 @@ def test_row_is_complete(machine: Machine) -> None:
     assert machine.description and machine.source
     assert machine.l1d_bytes < machine.l2_bytes <= machine.l3_bytes
     assert list(machine.read_gb_s) == sorted(machine.read_gb_s)
-    assert set(machine.rates) == ({256, 512} if machine.has(["avx512f"]) else {256})
+    widths = {256, 512} if machine.has(["avx512f"]) else {256}
+    assert set(machine.rates) == ({128} if machine.has(["neon"]) else widths)
     for rates in machine.rates.values():
         assert set(rates.per_cycle) == set(CLASSES)
         assert 1 < rates.ghz < 6
@@ -36,7 +37,8 @@ def test_names_and_features() -> None:
         next(isa.name for isa in reversed(ISAS.values()) if machine.has(isa.features))
         for machine in rows().values()
     }
-    assert {"scalar", "avx2", "avx512vnni"} <= best
+    assert best == set(ISAS) - {"neoni8mm"}  # all machines with i8mm have bf16 too
+
 
 
 def test_unknown_name() -> None:
@@ -61,5 +63,6 @@ def test_features_are_those_of_the_runtime() -> None:
 
 def test_linux_names() -> None:
     flags = ["fpu", "pni", "bmi1", "abm", "avx512_vnni", "avx512_bf16", "avx_vnni", "avx2"]
+    assert named(["fp", "asimd", "asimddp", "i8mm", "bf16"]) == ("neon", "dotprod", "i8mm", "bf16")
     expected = ("sse3", "avx2", "bmi", "lzcnt", "avxvnni", "avx512vnni", "avx512bf16")
     assert named(flags) == expected
