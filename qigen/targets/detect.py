@@ -14,7 +14,7 @@ import archspec.cpu  # type: ignore[import-untyped]
 import psutil  # type: ignore[import-untyped,unused-ignore]
 
 from qigen.targets import calibrate
-from qigen.targets.features import of_this_machine
+from qigen.targets.features import host_system, of_this_machine
 from qigen.targets.machine import Machine, rows
 
 _CPU = Path("/sys/devices/system/cpu")
@@ -35,6 +35,7 @@ def native() -> Machine:
         description=f"this machine, like {row.name}: {row.description}",
         features=of_this_machine(),
         cores=usable_cores(),
+        system=host_system(),
         l1d_bytes=caches.get("l1d", row.l1d_bytes),
         l2_bytes=caches.get("l2", row.l2_bytes),
         l3_bytes=caches.get("l3", row.l3_bytes),

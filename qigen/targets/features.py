@@ -70,6 +70,11 @@ def architecture(features: Iterable[str]) -> str:
     return found.pop() if found else ""
 
 
+def host_system() -> str:
+    """linux, macos or windows."""
+    return {"Darwin": "macos"}.get(platform.system(), platform.system().lower())
+
+
 def host_architecture() -> str:
     """x86_64 or aarch64: what this machine is, by one name on every system."""
     machine = platform.machine()

@@ -1,7 +1,5 @@
 #include "cpu.h"
 
-#include <sched.h>
-
 #include <algorithm>
 #include <climits>
 #include <cstdlib>
@@ -9,6 +7,9 @@
 #include <sstream>
 #include <thread>
 
+#ifdef __linux__
+#include <sched.h>
+#endif
 #if defined(__x86_64__) || defined(__i386__)
 #include <cpuid.h>
 #elif defined(__aarch64__) && defined(__linux__)
@@ -199,6 +200,8 @@ void require_cpu(uint64_t required, const char* isa) {
       isa, cpu_feature_names(missing).c_str());
 }
 
+#ifdef __linux__
+
 std::vector<int> allowed_cores() {
   // The mask of the kernel may be larger than cpu_set_t, so grow until it fits.
   for (int size = 1024; size <= 1 << 20; size *= 2) {
@@ -217,6 +220,16 @@ std::vector<int> allowed_cores() {
   }
   return {0};
 }
+
+#else
+
+std::vector<int> allowed_cores() {
+  std::vector<int> cores(std::max(1u, std::thread::hardware_concurrency()));
+  for (size_t i = 0; i < cores.size(); ++i) cores[i] = static_cast<int>(i);
+  return cores;
+}
+
+#endif
 
 int cgroup_cores(const std::string& root) {
   double cores = INT_MAX;

@@ -10,10 +10,14 @@
 // first on the link line.
 #pragma once
 
-#include <sched.h>
-
 #include <atomic>
 #include <cstdint>
+
+#ifdef _WIN32
+extern "C" __declspec(dllimport) int SwitchToThread(void);
+#else
+#include <sched.h>
+#endif
 
 #define QIGEN_ALWAYS_INLINE inline __attribute__((always_inline))
 
@@ -140,7 +144,11 @@ QIGEN_ALWAYS_INLINE void relax(uint32_t looks) {
   if (looks < 256) {
     cpu_relax();
   } else {
+#ifdef _WIN32
+    SwitchToThread();
+#else
     sched_yield();
+#endif
   }
 }
 

@@ -2,12 +2,13 @@
 // process: foreign.py speaks to it over its standard input and output.
 //
 // usage: server LIBRARY PID. A request is a line "NAME N_INTEGERS i.. N_FLOATS f.."; pointers among
-// the integers are addresses of process PID. Pages that the function touches are brought in at their
-// own addresses when it faults on them; what it changed is written back when it returns. Only bytes
-// that differ are written: others of the page may belong to objects that the other process changes
-// meanwhile. The answer is "ok RESULT".
+// the integers are addresses of process PID. Pages that the function touches are brought in at
+// their own addresses when it faults on them; what it changed is written back when it returns. Only
+// bytes that differ are written: others of the page may belong to objects that the other process
+// changes meanwhile. The answer is "ok RESULT".
 #include <dlfcn.h>
 #include <fcntl.h>
+#include <setjmp.h>
 #include <signal.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -37,18 +38,38 @@ size_t n_pages = 0;
   _exit(3);
 }
 
-void bring_page(int, siginfo_t* info, void*) {
-  uint8_t* at = reinterpret_cast<uint8_t*>(reinterpret_cast<uintptr_t>(info->si_addr) & ~(kPage - 1));
+sigjmp_buf again;
+
+// Maps the page as the other process has it; false if that has none there.
+bool bring_page(uint8_t* at) {
   if (n_pages == kMaxPages) die("too many pages", at);
-  void* here = mmap(at, kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0);
-  if (here != at) die("fault outside the memory of the test", info->si_addr);
+  void* here = mmap(at, kPage, PROT_READ | PROT_WRITE,
+                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0);
+  if (here == MAP_FAILED) return false;
   void* before = mmap(nullptr, kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (before == MAP_FAILED) die("no memory", at);
-  if (pread(memory, before, kPage, reinterpret_cast<off_t>(at)) != static_cast<ssize_t>(kPage)) {
-    die("the test's process has no memory", info->si_addr);
+  if (here != at ||
+      pread(memory, before, kPage, reinterpret_cast<off_t>(at)) != static_cast<ssize_t>(kPage)) {
+    munmap(here, kPage);
+    munmap(before, kPage);
+    return false;
   }
-  std::memcpy(at, before, kPage);
   pages[n_pages++] = {at, static_cast<uint8_t*>(before)};
+  return true;
+}
+
+// Brings the page that is missing and those around it. The function then starts again: qemu was
+// seen to skip the store that faulted when a handler returns to it.
+void on_fault(int, siginfo_t* info, void*) {
+  constexpr uintptr_t kAround = 64 * kPage;
+  const uintptr_t address = reinterpret_cast<uintptr_t>(info->si_addr);
+  if (!bring_page(reinterpret_cast<uint8_t*>(address & ~(kPage - 1)))) {
+    die("fault outside the memory of the test", info->si_addr);
+  }
+  const uintptr_t first = address & ~(kAround - 1);
+  for (uintptr_t at = first; at < first + kAround; at += kPage)
+    bring_page(reinterpret_cast<uint8_t*>(at));
+  siglongjmp(again, 1);
 }
 
 void write_back() {
@@ -90,7 +111,7 @@ int main(int argc, char** argv) {
     return 4;
   }
   struct sigaction action = {};
-  action.sa_sigaction = bring_page;
+  action.sa_sigaction = on_fault;
   action.sa_flags = SA_SIGINFO;
   sigaction(SIGSEGV, &action, nullptr);
   sigaction(SIGBUS, &action, nullptr);
@@ -112,9 +133,12 @@ int main(int argc, char** argv) {
     for (int k = 0; k < floats && k < 2; ++k) {
       if (std::scanf("%a", &f[k]) != 1) return 5;
     }
-    using Function = int64_t (*)(int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, float, float);
+    using Function = int64_t (*)(int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
+                                 int64_t, float, float);
     const Function function = reinterpret_cast<Function>(dlsym(library, name));
     if (!function) die(name, nullptr);
+    sigsetjmp(again, 1);
+    for (size_t k = 0; k < n_pages; ++k) std::memcpy(pages[k].here, pages[k].before, kPage);
     const int64_t result = function(i[0], i[1], i[2], i[3], i[4], i[5], i[6], i[7], f[0], f[1]);
     write_back();
     std::printf("ok %" PRId64 "\n", result);
