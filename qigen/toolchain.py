@@ -264,6 +264,10 @@ def link_shared(
         "macos": [f"-Wl,-install_name,@rpath/{output.name}", "-Wl,-dead_strip"],
         "windows": ["-Wl,--gc-sections"],
     }[system]
+    if compiler.zig and system == "linux":
+        # The C++ library inside leaves destructors of thread-specific data behind (those of the
+        # exceptions of each thread), which would run after the library is unmapped.
+        options.append("-Wl,-z,nodelete")
     objects_ = map(str, objects)
     compiler.run(
         ["-shared", "-pthread", *options, *objects_, "-o", str(output)], output.name
