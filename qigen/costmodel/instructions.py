@@ -32,7 +32,7 @@ _INTRINSICS: tuple[tuple[str, str | None], ...] = (
     (r"cvt|packu?s", "convert"),
     (r"s[rl]l|sra|avg", "shift"),
     (r"shuffle|permute|unpack|extract|(mask_)?blend", "shuffle"),
-    (r"and|or|xor|ternarylogic|cmp|test|mov|mask_mov|mask_and|kor", "logic"),
+    (r"and|or|xor|ternarylogic|cmp|test|mov|mask_(mov|and|sub)|kor", "logic"),
     (r"add_epi|sub|abs|sign|min_ep|max_ep", "logic"),
     (r"prefetch", "load"),
 )
