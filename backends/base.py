@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from types import ModuleType
 
 from qigen.errors import Unsupported
+from qigen.targets.features import architecture
 
 _BACKENDS = ("cpu",)
 
@@ -25,6 +26,9 @@ class Isa:
     ``vectors`` is how many machine registers 16 lanes are, ``dot_instructions`` and
     ``flush_instructions`` what the byte dot product and its widening cost. ``row_tile`` row-blocks
     share the loads of the activations where the registers hold the accumulators of both.
+    ``code_max`` is the largest unsigned code that the byte dot product takes (127 where it
+    multiplies signed bytes only): larger codes are centred. ``native_bf16``: an instruction
+    multiplies pairs of bf16.
     """
 
     name: str
@@ -37,12 +41,24 @@ class Isa:
     dot_instructions: int
     flush_instructions: int
     row_tile: int = 1
+    code_max: int = 255
+    native_bf16: bool = False
     source: str = ""
 
     @property
     def header(self) -> str:
         """Name of the rendered header of primitives."""
         return f"isa_{self.name}.h"
+
+    @property
+    def architecture(self) -> str:
+        """The processors that it is for, as ``uname -m`` names them; '' if it is for all."""
+        return architecture(self.features)
+
+    @property
+    def signed_dot(self) -> bool:
+        """Whether some codes need a dot product of their own that takes them centred."""
+        return self.dot_limit is not None or self.code_max < 255
 
 
 @dataclass(frozen=True)

@@ -149,7 +149,8 @@ def isas() -> str:
                 ", ".join(isa.features) or "none",
                 isa.registers,
                 isa.vectors,
-                "32-bit lanes" if isa.dot_limit is None else f"16-bit lanes (≤ {isa.dot_limit})",
+                ("32-bit lanes" if isa.dot_limit is None else f"16-bit lanes (≤ {isa.dot_limit})")
+                + (", signed bytes" if isa.code_max < 255 else ""),
             )
             for isa in ISAS.values()
         ),

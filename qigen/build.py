@@ -14,9 +14,11 @@ from typing import Any
 
 from qigen import toolchain
 from qigen.artifact import file_entry, write_manifest
+from qigen.backends.base import Isa
 from qigen.codegen.render import render
 from qigen.errors import UsageError
 from qigen.paths import resource_folder
+from qigen.targets import Machine
 
 Progress = Callable[[str, int, int], None]
 
@@ -28,7 +30,7 @@ _COMMON_FLAGS = (
 KERNEL_FLAGS = (
     *_COMMON_FLAGS, "-O3", "-fno-exceptions", "-fno-rtti", "-fno-threadsafe-statics", "-Wno-psabi",
 )  # fmt: skip
-RUNTIME_FLAGS = (*_COMMON_FLAGS, "-O2", "-pthread")
+RUNTIME_FLAGS = (*_COMMON_FLAGS, "-O2", "-pthread", "-DQIGEN_EXPORTS")
 
 
 def check_output(out: Path) -> None:
@@ -113,14 +115,60 @@ def runtime_units() -> list[toolchain.Unit]:
     ]
 
 
-def link(compiler: toolchain.Compiler, objects: Sequence[Future[Path]], staging: Path) -> None:
-    """Link ``model.so``. The runtime's objects come first: what both define is taken from the one
+def find_compiler(machine: Machine) -> toolchain.Compiler:
+    """The compiler that makes code for a machine."""
+    return toolchain.find_compiler(machine.architecture, machine.system)
+
+
+def check_isa(isa: Isa, machine: Machine, native: bool) -> None:
+    """UsageError if an ISA row that was asked for is not one of the target's processor.
+
+    ``native``: the target is this machine, for which any row of its architecture can be compiled,
+    to run elsewhere.
+    """
+    if isa.architecture not in ("", machine.architecture):
+        raise UsageError(
+            f"--isa {isa.name} is for {isa.architecture}, but the target {machine.name} is "
+            f"{machine.architecture}"
+        )
+    lacks = [feature for feature in isa.features if feature not in machine.features]
+    if lacks and not native:
+        raise UsageError(
+            f"--isa {isa.name} contradicts --target {machine.name}, which lacks "
+            f"{', '.join(lacks)}; take another target, or {machine.name}+{'+'.join(lacks)} if "
+            "yours has them"
+        )
+
+
+def describe_target(machine: Machine, isa: Isa) -> dict[str, Any]:
+    """The manifest's entry of what an artifact is for."""
+    return {
+        "machine": machine.name,
+        "isa": isa.name,
+        "features": list(isa.features),
+        "architecture": machine.architecture,
+        "system": machine.system,
+    }
+
+
+def link(
+    compiler: toolchain.Compiler,
+    objects: Sequence[Future[Path]],
+    staging: Path,
+    system: str = "linux",
+) -> None:
+    """Link the library. The runtime's objects come first: what both define is taken from the one
     without ISA flags."""
     script = resource_folder("runtime") / "qigen.map"
-    toolchain.link_shared(compiler, [o.result() for o in objects], script, staging / "model.so")
+    library = staging / toolchain.LIBRARY_NAMES[system]
+    toolchain.link_shared(compiler, [o.result() for o in objects], script, library, system)
+    for left in staging.glob("*.pdb"):  # for debuggers
+        left.unlink()
+    for left in staging.glob("*.lib"):  # what programs link with; zig names it by the first object
+        left.rename(staging / "model.lib")
 
 
-def write_interface(staging: Path, model: Any, name: str) -> None:
+def write_interface(staging: Path, model: Any, name: str, system: str = "linux") -> None:
     """The headers and the CMake package of an artifact."""
     stem = identifier(name)
     (staging / "model.h").write_text(render("model/model.h.j2", model=model, stem=stem))
@@ -128,7 +176,9 @@ def write_interface(staging: Path, model: Any, name: str) -> None:
     shutil.copyfile(include / "qigen.h", staging / "qigen.h")
     cmake = staging / "cmake"
     cmake.mkdir()
-    (cmake / "qigen_model-config.cmake").write_text(render("model/config.cmake.j2", stem=stem))
+    library = toolchain.LIBRARY_NAMES[system]
+    config = render("model/config.cmake.j2", stem=stem, library=library)
+    (cmake / "qigen_model-config.cmake").write_text(config)
 
 
 def finish(staging: Path, manifest: Mapping[str, Any]) -> None:

@@ -228,7 +228,10 @@ def _load(path: Path, threads: int, pin: bool = False) -> Model:
     "-o", "--output", type=click.Path(path_type=Path), required=True, help="The artifact, a folder."
 )
 @click.option(
-    "--target", default="native", show_default=True, help="'native' or a name of `qigen targets`."
+    "--target",
+    default="native",
+    show_default=True,
+    help="'native' or [ARCHITECTURE-SYSTEM:]NAME[+FEATURE], NAME of `qigen targets`.",
 )
 @click.option("--isa", help="Force an instruction set of `qigen targets`.")
 @click.option(

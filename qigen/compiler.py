@@ -30,7 +30,10 @@ from qigen.backends.cpu.ops import render_ops
 from qigen.build import (
     KERNEL_FLAGS,
     Progress,
+    check_isa,
     check_output,
+    describe_target,
+    find_compiler,
     finish,
     included,
     link,
@@ -113,9 +116,10 @@ def compile(
     report = progress or (lambda stage, done, total: None)
     out = Path(output).resolve()  # of a link, the target is replaced
     check_output(out)
-    compiler = toolchain.find_compiler()
     machine = targets.native() if target == "native" else targets.by_name(target)
     row = isa_by_name(isa) if isa else isa_candidates(machine)[0]
+    check_isa(row, machine, target == "native")
+    compiler = find_compiler(machine)
 
     if is_onnx(Path(model)):
         if tune == "measure":
@@ -336,16 +340,16 @@ def _build(
     if keep_sources is not None:
         write_sources(keep_sources, model_headers, [*units, model_unit])
     report("link", 0, 1)
-    link(compiler, futures, staging)
+    link(compiler, futures, staging, machine.system)
     if tokenizer is not None:
         tokenizer.save(staging)
-    write_interface(staging, program, program.name)
+    write_interface(staging, program, program.name, machine.system)
     manifest = {
         "manifest_version": MANIFEST_VERSION,
         "abi": ABI_VERSION,
         "name": program.name,
         "model_uid": program.uid.hex(),
-        "target": {"machine": machine.name, "isa": isa.name, "features": list(isa.features)},
+        "target": describe_target(machine, isa),
         "source": {
             "path": str(source.metadata.path.resolve()),
             "container": source.metadata.container,

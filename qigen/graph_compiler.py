@@ -103,7 +103,7 @@ def compile_graph(
     """Compile an ONNX model (the file at ``path``, or ``model``) into the folder ``out``."""
     report = progress or (lambda stage, done, total: None)
     check_output(out)
-    toolchain.find_compiler()
+    build.find_compiler(machine)
     report("read", 0, 1)
     source = read_model(path) if model is None else model
     graph = import_model(source, str(path), options.shapes)
@@ -156,7 +156,7 @@ def build_artifact(
     report: Progress = lambda stage, done, total: None,
 ) -> None:
     """Optimize, lower and compile an imported graph; ``about`` is its source for the manifest."""
-    compiler = toolchain.find_compiler()
+    compiler = build.find_compiler(machine)
     graph = optimize_graph(graph, options.activations, _rounding(options))
     formats, choices = _plan_formats(graph, isa, machine, options.activations)
     graph = with_rows(graph, formats)
@@ -214,8 +214,8 @@ def build_artifact(
         if keep_sources is not None:
             build.write_sources(keep_sources, {**headers, **model_headers}, [*units, unit])
         report("link", 0, 1)
-        build.link(compiler, futures, staging)
-        build.write_interface(staging, program, program.name)
+        build.link(compiler, futures, staging, machine.system)
+        build.write_interface(staging, program, program.name, machine.system)
         build.finish(
             staging,
             {
@@ -224,11 +224,7 @@ def build_artifact(
                 "kind": "graph",
                 "name": program.name,
                 "model_uid": program.uid.hex(),
-                "target": {
-                    "machine": machine.name,
-                    "isa": isa.name,
-                    "features": list(isa.features),
-                },
+                "target": build.describe_target(machine, isa),
                 "source": {**about, "notes": list(graph.meta.get("notes", ()))},
                 "interface": {
                     "inputs": _interface(graph, graph.inputs),

@@ -9,9 +9,12 @@ from __future__ import annotations
 import errno
 import functools
 import hashlib
+import importlib.util
 import os
+import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,21 +24,47 @@ from pathlib import Path
 import platformdirs
 
 from qigen.errors import ToolchainError
+from qigen.targets.features import host_architecture, host_system
 
 _CANDIDATES = ("g++", "clang++", "c++")
 # What the compiler, assembler and linker say of a full disk, a quota and `ulimit -f`.
 _DISK_FULL = (
     "No space left on device", "Disk quota exceeded", "File too large", "File size limit exceeded",
 )  # fmt: skip
-_INSTALL = "install one (Debian: apt-get install g++) or set QIGEN_CXX to its path"
+_INSTALL = (
+    "install one (Debian: apt-get install g++; from PyPI: pip install 'qigen[zig]') or set "
+    "QIGEN_CXX to its path"
+)
+_GLIBC = "2.28"  # the oldest C library that what zig makes for Linux asks for
+_ZIG_TARGETS = {
+    ("x86_64", "linux"): f"x86_64-linux-gnu.{_GLIBC}",
+    ("aarch64", "linux"): f"aarch64-linux-gnu.{_GLIBC}",
+    ("x86_64", "macos"): "x86_64-macos",
+    ("aarch64", "macos"): "aarch64-macos",
+    ("x86_64", "windows"): "x86_64-windows-gnu",
+    ("aarch64", "windows"): "aarch64-windows-gnu",
+}
+LIBRARY_NAMES = {"linux": "model.so", "macos": "model.dylib", "windows": "model.dll"}
+"""What the library of an artifact is called, by system."""
 
 
 @dataclass(frozen=True)
 class Compiler:
-    """A C++ compiler: its path and the first line of its version."""
+    """A C++ compiler: its path and the first line of its version.
+
+    ``first`` are arguments that come before all others; ``zig``: it is zig, which names processors
+    its own way.
+    """
 
     path: str
     version: str
+    first: tuple[str, ...] = ()
+    zig: bool = False
+
+    @property
+    def label(self) -> str:
+        """What messages call it."""
+        return "zig" if self.zig else self.path
 
     def run(self, arguments: Sequence[str], what: str) -> None:
         """Run the compiler; ToolchainError with the first lines of its complaint.
@@ -44,18 +73,27 @@ class Compiler:
         """
         try:
             done = subprocess.run(
-                [self.path, *arguments], capture_output=True, text=True, errors="replace"
+                [self.path, *self.first, *self._translated(arguments)],
+                capture_output=True,
+                text=True,
+                errors="replace",
             )
         except OSError as error:
             raise ToolchainError(
-                f"{self.path} cannot be run ({error.strerror}); {_INSTALL}", what
+                f"{self.label} cannot be run ({error.strerror}); {_INSTALL}", what
             ) from None
         if done.returncode != 0:
             if any(text in done.stderr for text in _DISK_FULL):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             lines = [line for line in done.stderr.splitlines() if "error" in line.lower()]
             shown = " | ".join((lines or done.stderr.splitlines())[:3])
-            raise ToolchainError(f"{self.path} failed: {shown}", what)
+            raise ToolchainError(f"{self.label} failed: {shown}", what)
+
+    def _translated(self, arguments: Sequence[str]) -> list[str]:
+        """Zig takes a processor with features where GCC takes an architecture with extensions."""
+        if not self.zig:
+            return list(arguments)
+        return [re.sub(r"^-march=armv8[.\d]*-a", "-mcpu=generic", a) for a in arguments]
 
 
 @functools.lru_cache(maxsize=8)
@@ -66,20 +104,57 @@ def _probe(path: str) -> Compiler:
     return Compiler(path, done.stdout.splitlines()[0])
 
 
-def find_compiler() -> Compiler:
-    """The compiler named by QIGEN_CXX or CXX, else the first of g++, clang++, c++ on the PATH."""
-    for variable in ("QIGEN_CXX", "CXX"):
+@functools.lru_cache(maxsize=8)
+def _find_zig(architecture: str, system: str) -> Compiler | None:
+    """Zig from its wheel, for a target; None if it is not installed."""
+    if importlib.util.find_spec("ziglang") is None or (architecture, system) not in _ZIG_TARGETS:
+        return None
+    command = ("-m", "ziglang")
+    done = subprocess.run(
+        [sys.executable, *command, "version"], capture_output=True, text=True, errors="replace"
+    )
+    if done.returncode != 0:
+        raise ToolchainError("the package ziglang does not work; install it again")
+    triple = _ZIG_TARGETS[architecture, system]
+    return Compiler(
+        sys.executable,
+        f"zig {done.stdout.strip()} for {triple}",
+        (*command, "c++", "-target", triple, "-fno-sanitize=all"),
+        zig=True,
+    )
+
+
+def find_compiler(architecture: str = "", system: str = "") -> Compiler:
+    """The compiler that makes code for an architecture and system (default: this machine's).
+
+    The one named by QIGEN_CXX or CXX; else for this machine the first of g++, clang++, c++ on the
+    PATH, for another Linux its GNU cross-compiler; else zig. ToolchainError says what to install.
+    """
+    architecture = architecture or host_architecture()
+    system = system or host_system()
+    here = (architecture, system) == (host_architecture(), host_system())
+    for variable in ("QIGEN_CXX", "CXX") if here else ("QIGEN_CXX",):
         named = os.environ.get(variable)
         if named:
             found = shutil.which(named)
             if found is None:
                 raise ToolchainError(f"{variable} names {named}, which does not exist; {_INSTALL}")
             return _probe(found)
-    for name in _CANDIDATES:
+    cross = (f"{architecture}-linux-gnu-g++",) if system == "linux" else ()
+    for name in _CANDIDATES if here else cross:
         found = shutil.which(name)
         if found is not None:
             return _probe(found)
-    raise ToolchainError(f"there is no C++ compiler on the PATH; {_INSTALL}")
+    zig = _find_zig(architecture, system)
+    if zig is not None:
+        return zig
+    if here:
+        raise ToolchainError(f"there is no C++ compiler on the PATH; {_INSTALL}")
+    package = f"Debian: apt-get install g++-{architecture.replace('_', '-')}-linux-gnu; "
+    raise ToolchainError(
+        f"there is no compiler for {architecture} {system} here; install one "
+        f"({package if system == 'linux' else ''}from PyPI: pip install 'qigen[zig]')"
+    )
 
 
 def cache_folder() -> Path:
@@ -169,21 +244,31 @@ class ObjectCache:
 
 
 def link_shared(
-    compiler: Compiler, objects: Sequence[Path], version_script: Path, output: Path
+    compiler: Compiler,
+    objects: Sequence[Path],
+    version_script: Path,
+    output: Path,
+    system: str = "linux",
 ) -> None:
-    """Link ``model.so``: only the C interface is exported, unused sections are dropped."""
-    compiler.run(
-        [
-            "-shared",
-            "-pthread",
+    """Link the library of an artifact: only the C interface is exported, unused sections are
+    dropped."""
+    options = {
+        "linux": [
             f"-Wl,-soname,{output.name}",  # programs that link it ask for it by this name
             f"-Wl,--version-script={version_script}",
             "-Wl,-z,defs",
             "-Wl,--gc-sections",
             "-Wl,--build-id=none",
-            *map(str, objects),
-            "-o",
-            str(output),
         ],
-        output.name,
+        # what is hidden is not exported
+        "macos": [f"-Wl,-install_name,@rpath/{output.name}", "-Wl,-dead_strip"],
+        "windows": ["-Wl,--gc-sections"],
+    }[system]
+    if compiler.zig and system == "linux":
+        # The C++ library inside leaves destructors of thread-specific data behind (those of the
+        # exceptions of each thread), which would run after the library is unmapped.
+        options.append("-Wl,-z,nodelete")
+    objects_ = map(str, objects)
+    compiler.run(
+        ["-shared", "-pthread", *options, *objects_, "-o", str(output)], output.name
     )

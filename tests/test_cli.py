@@ -186,6 +186,7 @@ def test_no_compiler(
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("QIGEN_CXX", raising=False)
     monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr("qigen.toolchain._find_zig", lambda architecture, system: None)
     code, out, err = run("compile", stories_gguf, "-o", tmp_path / "s.qgn")
     assert (code, out) == (5, "") and "compiler" in err
     assert not list(tmp_path.iterdir())

@@ -180,7 +180,7 @@ def test_measured_times_correct_predictions_of_the_same_product() -> None:
 
 
 def test_isa_candidates() -> None:
-    assert [i.name for i in isa_candidates(ICELAKE)] == ["avx512vnni", "avx2", "scalar"]
+    assert [i.name for i in isa_candidates(ICELAKE)] == ["avx512vnni", "avx512", "avx2", "scalar"]
     assert [i.name for i in isa_candidates(rows()["generic"])] == ["scalar"]
     assert isa_candidates(machine_by_name("znver4"))[0].name == "avx512bf16"
 

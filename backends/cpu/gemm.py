@@ -72,7 +72,7 @@ def tiles_for(isa: Isa, arithmetic: str) -> Tiles:
     """
     if not isa.features:
         return Tiles(2, 1, 0, 1 << 17)
-    native = {"f32": True, "bf16": "avx512bf16" in isa.features,
+    native = {"f32": True, "bf16": isa.native_bf16,
               "u8s8": isa.dot_limit is None}[arithmetic]  # fmt: skip
     if isa.registers >= 32:
         return Tiles(12 if native else 10, 2, 4, 1 << 19)

@@ -59,19 +59,19 @@ def accumulator_bound(plan: DecodePlan, isa: Isa) -> Bound:
     signed = False
     flush = None
     lane = None
-    if isa.dot_limit is not None:
-        # a 16-bit lane adds two products a step
+    limit = isa.dot_limit
+    # a 16-bit lane adds two products a step
+    if top > isa.code_max or (limit is not None and 2 * top * ACTIVATION_MAX > limit):
+        # code - centre instead, as a signed byte
+        signed = True
+        centre = 0 if f.table else 1 << (f.code_bits - 1)
+        table_zero, zero = 0, f.zero - centre
+        top = max(abs(low - centre), abs(high - centre))
+    if limit is not None:
         step = 2 * top * ACTIVATION_MAX
-        if step > isa.dot_limit:
-            # |code - centre| instead: the activation takes the sign
-            signed = True
-            centre = 0 if f.table else 1 << (f.code_bits - 1)
-            table_zero, zero = 0, f.zero - centre
-            top = max(abs(low - centre), abs(high - centre))
-            step = 2 * top * ACTIVATION_MAX
-        if step > isa.dot_limit:
+        if step > limit:
             raise Unsupported(f"{f.name} overflows the 16-bit lanes of {isa.name}")
-        flush = min(isa.dot_limit // step, plan.segment_length // STEP)
+        flush = min(limit // step, plan.segment_length // STEP)
         lane = flush * step
     segment = plan.segment_length * (top + abs(zero)) * ACTIVATION_MAX
     assert segment <= I32_MAX, "a segment has at most 32 weights of 8 bits"
@@ -160,7 +160,11 @@ def render_matmul(
     if plan is None:
         raise Unsupported(f"{f.name} has no integer codes: its activations must be f32")
     bound = accumulator_bound(plan, spec.isa)
-    lane = f"16-bit lane {bound.lane} of 32767 over {bound.flush} steps, " if bound.flush else ""
+    lane = (
+        f"16-bit lane {bound.lane} of {spec.isa.dot_limit} over {bound.flush} steps, "
+        if bound.flush
+        else ""
+    )
     lines.append(f"Proven accumulator bound: {lane}segment sum {bound.segment} of {I32_MAX}.")
     text = render(
         "cpu/matmul_int8.cpp.j2",

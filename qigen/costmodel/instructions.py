@@ -32,9 +32,23 @@ _INTRINSICS: tuple[tuple[str, str | None], ...] = (
     (r"cvt|packu?s", "convert"),
     (r"s[rl]l|sra|avg", "shift"),
     (r"shuffle|permute|unpack|extract|(mask_)?blend", "shuffle"),
-    (r"and|or|xor|ternarylogic|cmp|test|mov|mask_mov|mask_and|kor", "logic"),
+    (r"and|or|xor|ternarylogic|cmp|test|mov|mask_(mov|and|sub)|kor", "logic"),
     (r"add_epi|sub|abs|sign|min_ep|max_ep", "logic"),
     (r"prefetch", "load"),
+)
+
+# NEON intrinsics without their v (addq_f32 ...).
+_NEON: tuple[tuple[str, str | None], ...] = (
+    (r"reinterpret|get|combine", None),
+    (r"dup", "broadcast"),
+    (r"ld1", "load"),
+    (r"st1", "store"),
+    (r"dotq|usdotq|bfdotq|ml[as]l|mull|pad", "dot"),
+    (r"fm[as]q|(mul|add|sub|div|max|min|sqrt|rndn?|abs)v?q?_f|mulq", "fma"),
+    (r"cvt|movl|movn|uzp", "convert"),
+    (r"sh[rl]|sri", "shift"),
+    (r"qtbl|zip|ext", "shuffle"),
+    (r"and|orr|eor|bic|bsl|c(lt|le|eq|ge|gt)q|neg|mvn|maxv|addv|maxq|minq|addq|subq", "logic"),
 )
 
 # Plain C++ primitives (generic vectors): what one vector register of theirs takes, by name.
@@ -105,7 +119,12 @@ def primitives(isa: Isa) -> dict[str, Count]:
     bodies = {}
     for found in re.finditer(r"QG_(?:INLINE|CALL)\s+\w+\s+(\w+)\(", text):
         bodies[found[1]] = _block(text, found.end())[0]
-    intrinsics = re.compile(r"_mm(?:256|512)?_(\w+)\(")
+    intrinsics = re.compile(
+        r"\bv(?![fibq]_|next|prev)(\w+_(?:[sufp]|bf)(?:8|16|32|64))\("
+        if isa.architecture == "aarch64"
+        else r"_mm(?:256|512)?_(\w+)\("
+    )
+    table = _NEON if isa.architecture == "aarch64" else _INTRINSICS
     portable = not intrinsics.search(text)
 
     def expand(name: str) -> Count:
@@ -115,11 +134,11 @@ def primitives(isa: Isa) -> dict[str, Count]:
             return counted({kind: each} if kind else {})
         count = counted({})
         for found in intrinsics.finditer(bodies[name]):
-            kind = _classified(found[1], _INTRINSICS)
+            kind = _classified(found[1], table)
             if kind and not _NUMBER.match(_argument(bodies[name], found.end())):
                 count[kind] += 1
         for found in re.finditer(r"\b(\w+)(?:<[^>]*>)?\(", bodies[name]):
-            if found[1] in bodies:
+            if found[1] in bodies and found[1] != name:
                 for kind, n in expand(found[1]).items():
                     count[kind] += n
         return count

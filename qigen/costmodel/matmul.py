@@ -139,7 +139,8 @@ def fits(spec: MatmulSpec, tokens: int, rows: int) -> bool:
 
 
 def _rates(machine: Machine, isa: Isa) -> Rates:
-    return machine.rates[512 if isa.vectors == 1 else 256]
+    width = 512 // isa.vectors
+    return machine.rates[min(machine.rates, key=lambda bits: abs(bits - width))]
 
 
 def _port_cycles(count: Count, rates: Rates, machine: Machine) -> dict[str, float]:
@@ -385,7 +386,7 @@ def token_tiles(format: Format, isa: Isa, activations: str) -> tuple[int, ...]:
     spec = MatmulSpec(format, Layout(16, 1), isa, activations, (1,))
     if spec.integer:
         accumulator_bound(decode_plan(format, spec.layout), isa)
-    if isa.vectors > 2:
+    if not isa.features:
         return ()
     return tuple(
         t for t in TOKEN_TILES if registers(spec, t, spec.row_tile) <= _CROWDED * isa.registers

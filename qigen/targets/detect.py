@@ -9,7 +9,7 @@ from dataclasses import replace
 import archspec.cpu  # type: ignore[import-untyped]
 
 from qigen.targets import calibrate
-from qigen.targets.features import of_this_machine
+from qigen.targets.features import host_system, of_this_machine
 from qigen.targets.machine import Machine, rows
 from qigen.targets.topology import (
     allowed_cpus,
@@ -53,6 +53,7 @@ def described() -> Machine:
         cores=usable_cores(),
         efficiency_cores=len(efficiency_cpus() & allowed_cpus()),
         numa_nodes=numa_nodes(),
+        system=host_system(),
         l1d_bytes=caches.get("l1d", row.l1d_bytes),
         l2_bytes=caches.get("l2", row.l2_bytes),
         l3_bytes=caches.get("l3", row.l3_bytes),

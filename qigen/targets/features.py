@@ -7,17 +7,20 @@ without ``-m``. Linux and archspec write some of them in other ways.
 from __future__ import annotations
 
 import functools
+import platform
 from collections.abc import Iterable
 from pathlib import Path
 
 import archspec.cpu  # type: ignore[import-untyped]
 
-FEATURES: tuple[str, ...] = (
+_X86: tuple[str, ...] = (
     "sse3", "ssse3", "sse4_1", "sse4_2", "popcnt", "avx", "f16c", "fma", "avx2", "bmi", "bmi2",
     "lzcnt", "movbe", "gfni", "avxvnni", "avxvnniint8", "avxifma", "avx512f", "avx512bw",
     "avx512dq", "avx512vl", "avx512cd", "avx512vbmi", "avx512vbmi2", "avx512vnni", "avx512bitalg",
     "avx512vpopcntdq", "avx512ifma", "avx512bf16", "avx512fp16",
 )  # fmt: skip
+_ARM: tuple[str, ...] = ("neon", "dotprod", "i8mm", "bf16", "sve")
+FEATURES: tuple[str, ...] = (*_X86, *_ARM)
 
 _SPELLED = {
     "pni": "sse3",
@@ -32,6 +35,8 @@ _SPELLED = {
     "avx512_vpopcntdq": "avx512vpopcntdq",
     "avx512_bf16": "avx512bf16",
     "avx512_fp16": "avx512fp16",
+    "asimd": "neon",
+    "asimddp": "dotprod",
 }
 """What Linux (/proc/cpuinfo) and archspec call a feature that has another name here."""
 
@@ -53,6 +58,24 @@ def of_this_machine() -> tuple[str, ...]:
     if cpuinfo.is_file():
         for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
             key, _, value = line.partition(":")
-            if key.strip() == "flags":
+            if key.strip() in ("flags", "Features"):  # x86, ARM
                 return named(value.split())
     return named(archspec.cpu.host().features)
+
+
+def architecture(features: Iterable[str]) -> str:
+    """x86_64 or aarch64, whichever has these features; '' if there are none."""
+    found = {"x86_64" if name in _X86 else "aarch64" for name in features}
+    assert len(found) <= 1, "features of two architectures"
+    return found.pop() if found else ""
+
+
+def host_system() -> str:
+    """linux, macos or windows."""
+    return {"Darwin": "macos"}.get(platform.system(), platform.system().lower())
+
+
+def host_architecture() -> str:
+    """x86_64 or aarch64: what this machine is, by one name on every system."""
+    machine = platform.machine()
+    return {"AMD64": "x86_64", "arm64": "aarch64"}.get(machine, machine)

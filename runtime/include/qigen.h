@@ -26,7 +26,9 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#if defined(__GNUC__)
+#if defined(_WIN32) && defined(QIGEN_EXPORTS) /* only while the library itself is compiled */
+#define QIGEN_API __declspec(dllexport)
+#elif defined(__GNUC__)
 #define QIGEN_API __attribute__((visibility("default")))
 #else
 #define QIGEN_API

@@ -1,4 +1,4 @@
-/* qigen_loader.h: opens an artifact's model.so at run time (header-only, C11, POSIX).
+/* qigen_loader.h: opens an artifact's library at run time (header-only, C11).
  *
  *   qigen_api api;
  *   char problem[512];
@@ -22,9 +22,19 @@
 #include "qigen.h"
 
 #ifndef QIGEN_STATIC
-#include <dlfcn.h>
-#include <elf.h>
 #include <errno.h>
+#ifdef _WIN32
+#include <windows.h>
+#define QIGEN_LIBRARY "model.dll"
+#else
+#include <dlfcn.h>
+#ifdef __APPLE__
+#define QIGEN_LIBRARY "model.dylib"
+#else
+#include <elf.h>
+#define QIGEN_LIBRARY "model.so"
+#endif
+#endif
 #endif
 
 #ifdef __cplusplus
@@ -118,6 +128,43 @@ static inline qigen_status qigen_describe(char* problem, size_t size, qigen_stat
   return status;
 }
 
+/* Whether there is a file folder/name. */
+static inline int qigen_has_file(const char* folder, const char* name) {
+  char path[4096];
+  const int length = snprintf(path, sizeof path, "%s/%s", folder, name);
+  FILE* file = length > 0 && (size_t)length < sizeof path ? fopen(path, "rb") : NULL;
+  if (file) fclose(file);
+  return file != NULL;
+}
+
+/* An artifact without the library of this system may have that of another. */
+static inline qigen_status qigen_check_system(const char* folder, char* problem, size_t size) {
+  static const char* const systems[][2] = {
+      {"Linux", "model.so"}, {"macOS", "model.dylib"}, {"Windows", "model.dll"}};
+  size_t i;
+  if (qigen_has_file(folder, QIGEN_LIBRARY)) return QIGEN_OK;
+  for (i = 0; i < 3; ++i) {
+    if (!qigen_has_file(folder, systems[i][1])) continue;
+    return qigen_describe(problem, size, QIGEN_MACHINE,
+                          "%s is compiled for %s: it has %s, not %s; compile the model with "
+                          "--target native on this machine",
+                          folder, systems[i][0], systems[i][1], QIGEN_LIBRARY);
+  }
+  return QIGEN_OK; /* the check of the file says what is wrong */
+}
+
+#if defined(_WIN32) || defined(__APPLE__)
+static inline qigen_status qigen_check_library(const char* path, char* problem, size_t size) {
+  FILE* file = fopen(path, "rb");
+  if (!file) {
+    return qigen_describe(problem, size, QIGEN_BAD_INPUT,
+                          "%s: %s; give the folder that qigen compile wrote", path,
+                          strerror(errno));
+  }
+  fclose(file);
+  return QIGEN_OK;
+}
+#else
 /* Looks at the file before dlopen does: dlopen crashes on a truncated library, and its messages
  * don't tell damage from a library for another processor. */
 static inline qigen_status qigen_check_library(const char* path, char* problem, size_t size) {
@@ -154,43 +201,64 @@ static inline qigen_status qigen_check_library(const char* path, char* problem, 
   }
   return QIGEN_OK;
 }
+#endif
+
+#ifdef _WIN32
+static inline void* qigen_open_library(const char* path) { return (void*)LoadLibraryA(path); }
+static inline void qigen_close_library(void* library) { FreeLibrary((HMODULE)library); }
+static inline const char* qigen_library_problem(void) { return "Windows cannot load model.dll"; }
+static inline void* qigen_symbol(void* library, const char* name) {
+  void* symbol;
+  FARPROC function = GetProcAddress((HMODULE)library, name);
+  memcpy(&symbol, &function, sizeof symbol);
+  return symbol;
+}
+#else
+/* Local: several artifacts in one process export the same names. */
+static inline void* qigen_open_library(const char* path) {
+  return dlopen(path, RTLD_NOW | RTLD_LOCAL);
+}
+static inline void qigen_close_library(void* library) { dlclose(library); }
+static inline const char* qigen_library_problem(void) { return dlerror(); }
+static inline void* qigen_symbol(void* library, const char* name) { return dlsym(library, name); }
+#endif
 
 /* Stores the function `name` of the library at *function; POSIX lets an object pointer be a
  * function. */
 static inline int qigen_find_function(void* library, const char* name, void* function) {
-  void* symbol = dlsym(library, name);
+  void* symbol = qigen_symbol(library, name);
   memcpy(function, &symbol, sizeof symbol);
   return symbol != NULL;
 }
 
 static inline void qigen_api_close(qigen_api* api) {
-  if (api->library) dlclose(api->library);
+  if (api->library) qigen_close_library(api->library);
   memset(api, 0, sizeof *api);
 }
 
-/* Opens folder/model.so and fills *api. On failure, *api is empty and a sentence is in `problem`.
- * QIGEN_BAD_INPUT: no such file, or damaged. QIGEN_MACHINE: another processor, another ABI version
- * or a C library that is too old. */
+/* Opens the library of the artifact and fills *api. On failure, *api is empty and a sentence is in
+ * `problem`. QIGEN_BAD_INPUT: no such file, or damaged. QIGEN_MACHINE: another system or processor,
+ * another ABI version or a C library that is too old. */
 static inline qigen_status qigen_api_open(qigen_api* api, const char* folder, char* problem,
                                           size_t size) {
   char path[4096];
   const char* missing = NULL;
   uint32_t version = 0;
   qigen_status status;
-  int length = snprintf(path, sizeof path, "%s/model.so", folder);
+  int length = snprintf(path, sizeof path, "%s/" QIGEN_LIBRARY, folder);
   memset(api, 0, sizeof *api);
   if (length < 0 || (size_t)length >= sizeof path) {
     return qigen_describe(problem, size, QIGEN_BAD_INPUT,
                           "the path of the artifact is longer than %zu bytes", sizeof path);
   }
-  status = qigen_check_library(path, problem, size);
+  status = qigen_check_system(folder, problem, size);
+  if (status == QIGEN_OK) status = qigen_check_library(path, problem, size);
   if (status != QIGEN_OK) return status;
 
-  /* Local: several artifacts in one process export the same names. */
-  api->library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+  api->library = qigen_open_library(path);
   if (!api->library) {
     return qigen_describe(problem, size, QIGEN_MACHINE,
-                          "%s; compile the model again on this machine", dlerror());
+                          "%s; compile the model again on this machine", qigen_library_problem());
   }
   if (!qigen_find_function(api->library, "qigen_abi_version", &api->abi_version)) {
     missing = "qigen_abi_version";

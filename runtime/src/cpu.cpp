@@ -1,7 +1,5 @@
 #include "cpu.h"
 
-#include <sched.h>
-
 #include <algorithm>
 #include <climits>
 #include <cstdlib>
@@ -9,8 +7,15 @@
 #include <sstream>
 #include <thread>
 
+#ifdef __linux__
+#include <sched.h>
+#endif
 #if defined(__x86_64__) || defined(__i386__)
 #include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 #include "error.h"
@@ -18,6 +23,8 @@
 
 namespace qigen::runtime {
 namespace {
+
+#if defined(__x86_64__) || defined(__i386__)
 
 // Registers that an instruction set needs and that the operating system must save: bits of XCR0.
 enum State : uint64_t { kNoState = 0, kYmm = 0x6, kZmm = 0xe6 };
@@ -67,8 +74,6 @@ constexpr Row kRows[] = {
     {CpuFeature::avx512fp16, "avx512fp16", kLeaf7D, 23, kZmm},
 };
 
-#if defined(__x86_64__) || defined(__i386__)
-
 // XCR0, read without the intrinsic because that would need -mxsave.
 uint64_t extended_control_register() {
   uint32_t low, high;
@@ -104,10 +109,57 @@ uint64_t detect() {
   return features;
 }
 
+#elif defined(__aarch64__)
+
+struct Row {
+  uint64_t feature;
+  const char* name;
+  int word, bit;        // Linux: AT_HWCAP or AT_HWCAP2 (arch/arm64/include/uapi/asm/hwcap.h)
+  const char* setting;  // macOS: sysctl
+};
+
+constexpr Row kRows[] = {
+    {CpuFeature::neon, "neon", 0, 1, "hw.optional.AdvSIMD"},
+    {CpuFeature::dotprod, "dotprod", 0, 20, "hw.optional.arm.FEAT_DotProd"},
+    {CpuFeature::i8mm, "i8mm", 1, 13, "hw.optional.arm.FEAT_I8MM"},
+    {CpuFeature::bf16, "bf16", 1, 14, "hw.optional.arm.FEAT_BF16"},
+    {CpuFeature::sve, "sve", 0, 22, "hw.optional.arm.FEAT_SVE"},
+};
+
+#if defined(__linux__)
+
+uint64_t detect() {
+  const unsigned long words[] = {getauxval(AT_HWCAP), getauxval(AT_HWCAP2)};
+  uint64_t features = 0;
+  for (const Row& row : kRows) {
+    if ((words[row.word] >> row.bit) & 1) features |= row.feature;
+  }
+  return features;
+}
+
+#elif defined(__APPLE__)
+
+uint64_t detect() {
+  uint64_t features = 0;
+  for (const Row& row : kRows) {
+    int present = 0;
+    size_t size = sizeof present;
+    if (sysctlbyname(row.setting, &present, &size, nullptr, 0) == 0 && present) {
+      features |= row.feature;
+    }
+  }
+  return features;
+}
+
 #else
 
-uint64_t detect() { return 0; }
+// Windows on ARM asks for both of these.
+uint64_t detect() { return CpuFeature::neon; }
 
+#endif
+
+#else
+#error "qigen runs on x86-64 and aarch64"
 #endif
 
 // First number of "quota period" or of one number in a file; false if the file has none ("max").
@@ -148,6 +200,8 @@ void require_cpu(uint64_t required, const char* isa) {
       isa, cpu_feature_names(missing).c_str());
 }
 
+#ifdef __linux__
+
 std::vector<int> allowed_cores() {
   // The mask of the kernel may be larger than cpu_set_t, so grow until it fits.
   for (int size = 1024; size <= 1 << 20; size *= 2) {
@@ -166,6 +220,16 @@ std::vector<int> allowed_cores() {
   }
   return {0};
 }
+
+#else
+
+std::vector<int> allowed_cores() {
+  std::vector<int> cores(std::max(1u, std::thread::hardware_concurrency()));
+  for (size_t i = 0; i < cores.size(); ++i) cores[i] = static_cast<int>(i);
+  return cores;
+}
+
+#endif
 
 int cgroup_cores(const std::string& root) {
   double cores = INT_MAX;

@@ -128,7 +128,7 @@ size_t element_bytes(int32_t dtype) { return type_of(dtype).bytes; }
 const char* dtype_name(int32_t dtype) { return type_of(dtype).name; }
 
 void* Outputs::allocate(uint64_t bytes) {
-  void* memory = std::aligned_alloc(kLine, std::max(lines(bytes), kLine));
+  void* memory = aligned_memory(kLine, std::max(lines(bytes), kLine));
   if (!memory) {
     throw Failure(QIGEN_NO_MEMORY, "the system refused %" PRIu64 " bytes for results", bytes);
   }

@@ -27,7 +27,7 @@ struct Outputs {
 
  private:
   struct Free {
-    void operator()(void* memory) const { std::free(memory); }
+    void operator()(void* memory) const { free_aligned(memory); }
   };
   std::vector<std::unique_ptr<void, Free>> memory_;
 };

@@ -6,6 +6,9 @@
 
 namespace qigen::runtime {
 
+// Whether there is such a file, even one that can't be opened.
+bool file_exists(const std::string& path);
+
 class MappedFile {
  public:
   MappedFile() = default;
@@ -18,6 +21,9 @@ class MappedFile {
   const std::string& path() const { return path_; }
   const uint8_t* data() const { return data_; }  // page aligned; null if the file is empty
   uint64_t size() const { return size_; }
+
+  // Only a hint: reading starts in the background.
+  void read_ahead() const;
 
  private:
   std::string path_;

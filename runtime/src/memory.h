@@ -9,6 +9,11 @@ namespace qigen::runtime {
 // at a time.
 enum class Pages { kSmall, kHuge };
 
+// Memory of a multiple of `alignment` bytes; null if the system has none. free_aligned gives it
+// back.
+void* aligned_memory(uint64_t alignment, uint64_t bytes);
+void free_aligned(void* memory);
+
 class LazyMemory {
  public:
   // Throws QIGEN_NO_MEMORY; `purpose` is named in the message. No bytes give a null pointer.

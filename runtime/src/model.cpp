@@ -1,9 +1,6 @@
 #include "model.h"
 
-#include <unistd.h>
-
 #include <algorithm>
-#include <cerrno>
 #include <cstring>
 
 #include "cpu.h"
@@ -29,7 +26,7 @@ const ModelDescription& checked_description() {
 
 Vocabulary open_vocabulary(const std::string& path, int32_t vocab) {
   // Models that aren't language models have none.
-  if (access(path.c_str(), F_OK) != 0 && errno == ENOENT) return {};
+  if (!file_exists(path)) return {};
   return Vocabulary(path, vocab);
 }
 

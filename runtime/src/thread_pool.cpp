@@ -1,7 +1,9 @@
 #include "thread_pool.h"
 
+#ifndef _WIN32
 #include <pthread.h>
 #include <signal.h>
+#endif
 
 #include <chrono>
 
@@ -29,6 +31,10 @@ class DefaultFloatingPoint {
 
 // Worker threads take no signals of the application: Ctrl-C belongs to its own threads.
 class SignalsBlocked {
+#ifdef _WIN32  // has no signals that go to threads
+ public:
+  SignalsBlocked() {}
+#else
  public:
   SignalsBlocked() {
     sigset_t all;
@@ -39,9 +45,11 @@ class SignalsBlocked {
 
  private:
   sigset_t saved_;
+#endif
 };
 
 // Only a preference: a core that was taken away meanwhile is no reason to fail.
+#ifdef __linux__
 void pin_to_core(std::thread& thread, int core) {
   const size_t bytes = CPU_ALLOC_SIZE(core + 1);
   cpu_set_t* set = CPU_ALLOC(core + 1);
@@ -51,6 +59,9 @@ void pin_to_core(std::thread& thread, int core) {
   pthread_setaffinity_np(thread.native_handle(), bytes, set);
   CPU_FREE(set);
 }
+#else
+void pin_to_core(std::thread&, int) {}
+#endif
 
 }  // namespace
 
@@ -83,7 +94,7 @@ ThreadPool::~ThreadPool() { stop_workers(); }
 
 void ThreadPool::start_workers(bool pin) {
   const std::vector<int> cores = allowed_cores();
-  SignalsBlocked blocked;
+  [[maybe_unused]] SignalsBlocked blocked;
   for (int thread = 1; thread < threads_; ++thread) {
     workers_.emplace_back([this, thread] { work(thread); });
     if (pin) pin_to_core(workers_.back(), cores[thread % cores.size()]);

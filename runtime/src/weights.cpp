@@ -1,7 +1,5 @@
 #include "weights.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <cinttypes>
 #include <cstddef>
@@ -86,8 +84,7 @@ MappedFile open_weights(const std::string& path, const ModelDescription& descrip
         "artifact again",
         name);
   }
-  // Only a hint: reading starts in the background and load doesn't wait for it.
-  madvise(const_cast<uint8_t*>(file.data()), file.size(), MADV_WILLNEED);
+  file.read_ahead();  // load doesn't wait for it
   return file;
 }
 

@@ -10,5 +10,6 @@ AVX512BF16 = replace(
     template="cpu/isa/avx512bf16.h.j2",
     features=(*AVX512VNNI.features, "avx512bf16"),
     flags=(*AVX512VNNI.flags, "-mavx512bf16"),
+    native_bf16=True,
     source="Intel SDM: VDPBF16PS",
 )

@@ -57,7 +57,7 @@ class Primitive:
     ``or_else`` is a second result that is also right. ``call`` is the C++ expression, ``{0}``,
     ``{1}``.. its arguments and ``{out}`` where it stores its result; it defaults to a plain call.
     ``ulps`` is how far a float may lie from the rounded meaning. ``narrow`` marks what only ISAs
-    with a ``dot_limit`` need.
+    whose ``signed_dot`` is set need.
     """
 
     name: str

@@ -10,10 +10,14 @@
 // first on the link line.
 #pragma once
 
-#include <sched.h>
-
 #include <atomic>
 #include <cstdint>
+
+#ifdef _WIN32
+extern "C" __declspec(dllimport) int SwitchToThread(void);
+#else
+#include <sched.h>
+#endif
 
 #define QIGEN_ALWAYS_INLINE inline __attribute__((always_inline))
 
@@ -52,6 +56,11 @@ struct CpuFeature {
   static constexpr uint64_t avx512ifma = 1ull << 30;
   static constexpr uint64_t avx512bf16 = 1ull << 31;
   static constexpr uint64_t avx512fp16 = 1ull << 32;
+  static constexpr uint64_t neon = 1ull << 48;
+  static constexpr uint64_t dotprod = 1ull << 49;
+  static constexpr uint64_t i8mm = 1ull << 50;
+  static constexpr uint64_t bf16 = 1ull << 51;
+  static constexpr uint64_t sve = 1ull << 52;
 };
 
 // Keys and values of one session. The layout inside is the generated code's business.
@@ -135,7 +144,11 @@ QIGEN_ALWAYS_INLINE void relax(uint32_t looks) {
   if (looks < 256) {
     cpu_relax();
   } else {
+#ifdef _WIN32
+    SwitchToThread();
+#else
     sched_yield();
+#endif
   }
 }
 

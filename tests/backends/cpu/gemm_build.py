@@ -17,6 +17,7 @@ import numpy.typing as npt
 from qigen.backends.base import Isa, KernelSource
 from qigen.backends.cpu.gemm import PREPARE_ENTRIES
 from qigen.codegen.render import render
+from tests.backends.cpu.foreign import open_library
 from tests.backends.cpu.kernel_build import FLAGS, SANITIZERS, compiler
 
 Array = npt.NDArray[Any]
@@ -120,7 +121,7 @@ def build(folder: Path, isa: Isa, kernels: Sequence[KernelSource], sanitize: boo
     sources["harness.cpp"] = template.render(isa=isa, kernels=kernels, struct=struct,
                                              structs=list(STRUCTS))
     flags = [*FLAGS, *isa.flags, *(SANITIZERS if sanitize else ()), "-shared", "-fPIC"]
-    command = [compiler() or "g++", *flags]
+    command = [compiler(isa) or "g++", *flags]
     digest = hashlib.sha256(repr((command, sorted(sources.items()))).encode()).hexdigest()[:20]
     target = folder / f"gemm-{isa.name}-{digest}.so"
     if target.exists():
@@ -135,9 +136,9 @@ def build(folder: Path, isa: Isa, kernels: Sequence[KernelSource], sanitize: boo
     return target
 
 
-def load(path: Path) -> ctypes.CDLL:
+def load(path: Path) -> Any:
     """The library, checked to agree on the layout of the structs."""
-    library = ctypes.CDLL(str(path))
+    library = open_library(path)
     for name, struct in STRUCTS.items():
         size = getattr(library, f"bytes_{name}")
         size.restype = _L

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 import hashlib
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -17,8 +15,11 @@ import numpy as np
 import numpy.typing as npt
 
 from qigen.backends.base import Isa, KernelSource
+from qigen.backends.cpu.isa import ISAS
 from qigen.backends.cpu.isa.primitives import KINDS, Primitive
 from qigen.codegen.render import render
+from qigen.targets.features import of_this_machine
+from tests.backends.cpu import foreign
 
 Array = npt.NDArray[Any]
 
@@ -41,27 +42,18 @@ class MatmulArgs(ctypes.Structure):
                 ("y_stride", ctypes.c_int64), ("bias", ctypes.c_void_p)]
 
 
-def compiler() -> str | None:
-    """The C++ compiler of the tests, or None if this machine has none."""
-    return shutil.which("g++") or shutil.which("c++")
-
-
-@functools.lru_cache(maxsize=1)
-def _cpu_flags() -> frozenset[str]:
-    """Feature names of the first CPU as the kernel lists them, without underscores."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return frozenset()
-    line = next((line for line in text.splitlines() if line.startswith("flags")), "")
-    return frozenset(line.replace("_", "").split())
+def compiler(isa: Isa = ISAS["scalar"]) -> str | None:
+    """The C++ compiler of the tests for an ISA, or None if this machine has none."""
+    return foreign.compiler_for(isa)
 
 
 def why_not(isa: Isa) -> str:
     """Why kernels for ``isa`` cannot run here, for pytest's skip; '' if they can."""
-    if compiler() is None:
+    if foreign.foreign(isa):
+        return foreign.why_not(isa)
+    if compiler(isa) is None:
         return "no C++ compiler on PATH"
-    missing = [f for f in isa.features if f not in _cpu_flags()]
+    missing = [f for f in isa.features if f not in of_this_machine()]
     return f"this CPU has no {', '.join(missing)}" if missing else ""
 
 
@@ -83,7 +75,7 @@ def build(folder: Path, isa: Isa, kernels: Sequence[KernelSource] = (),
     sources["harness.cpp"] = template.render(isa=isa, kernels=kernels, primitives=primitives,
                                              bytes=sizes, main=sanitize)
     flags = [*FLAGS, *isa.flags, *(SANITIZERS if sanitize else ("-shared", "-fPIC"))]
-    command = [compiler() or "g++", *flags]
+    command = [compiler(isa) or "g++", *flags]
     digest = hashlib.sha256(repr((command, sorted(sources.items()))).encode()).hexdigest()[:20]
     target = folder / f"{isa.name}-{digest}{'' if sanitize else '.so'}"
     if target.exists():
@@ -99,9 +91,9 @@ def build(folder: Path, isa: Isa, kernels: Sequence[KernelSource] = (),
     return target
 
 
-def load(library: Path) -> ctypes.CDLL:
+def load(library: Path) -> Any:
     """The library, checked to agree on the layout of MatmulArgs."""
-    handle = ctypes.CDLL(str(library))
+    handle = foreign.open_library(library)
     handle.matmul_args_bytes.restype = ctypes.c_int64
     assert handle.matmul_args_bytes() == ctypes.sizeof(MatmulArgs)
     return handle

@@ -8,11 +8,13 @@ import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jinja2
 
 from qigen.backends.base import Isa, KernelSource
 from qigen.codegen.render import render
+from tests.backends.cpu.foreign import open_library
 from tests.backends.cpu.kernel_build import FLAGS, SANITIZERS, compiler
 
 # without what makes the compiler slow and finds nothing in these kernels
@@ -59,7 +61,7 @@ def build(folder: Path, isa: Isa, kernels: Sequence[KernelSource], header: str,
         isa=isa, header=header, kernels=kernels, struct=struct,
         structs=sorted(set(struct.values())))
     flags = [*FLAGS, *isa.flags, *(_SANITIZERS if sanitize else ()), "-shared", "-fPIC"]
-    command = [compiler() or "g++", *flags]
+    command = [compiler(isa) or "g++", *flags]
     digest = hashlib.sha256(repr((command, sorted(sources.items()))).encode()).hexdigest()[:20]
     target = folder / f"{Path(header).stem}-{isa.name}-{digest}.so"
     if target.exists():
@@ -74,9 +76,9 @@ def build(folder: Path, isa: Isa, kernels: Sequence[KernelSource], header: str,
     return target
 
 
-def load(path: Path, structs: Sequence[type[ctypes.Structure]]) -> ctypes.CDLL:
+def load(path: Path, structs: Sequence[type[ctypes.Structure]]) -> Any:
     """The library, checked to agree on the layout of the structs."""
-    library = ctypes.CDLL(str(path))
+    library = open_library(path)
     for struct in structs:
         size = getattr(library, f"bytes_{struct.__name__}")
         size.restype = ctypes.c_int64

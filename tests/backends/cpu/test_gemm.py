@@ -78,7 +78,7 @@ DEPTHWISE: tuple[dict[str, Any], ...] = (
 def specs(isa: Isa) -> tuple[list[GemmSpec], list[DepthwiseSpec]]:
     """The kernels under test; a row that differs from another in bf16 only has that one."""
     gemms = [GemmSpec(isa, **about) for about in GEMMS]
-    if "avx512bf16" in isa.features:
+    if isa.native_bf16:
         return [s for s in gemms if s.arithmetic == "bf16"], []
     return gemms, [DepthwiseSpec(isa, **about) for about in DEPTHWISE]
 
