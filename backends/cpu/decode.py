@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qigen.formats.algebra import Field, Format
-from qigen.formats.layout import Layout, field_offsets, field_planes
+from qigen.formats.layout import Layout, field_offsets, field_planes, row_offsets
 
 ACTIVATION_GROUP = 32
 """Activations are quantized in groups of this many values along K."""
@@ -48,11 +48,15 @@ class Step:
 
 @dataclass(frozen=True)
 class ScaleRead:
-    """Field elements that make the scale and minimum of a segment, by field name."""
+    """Field elements that make the scale and minimum of a segment, by field name.
+
+    ``number`` is the kind of float, '' for integers.
+    """
 
     name: str
     reads: tuple[PlaneRead, ...]
     signed: bool
+    number: str = ""
 
 
 @dataclass(frozen=True)
@@ -78,11 +82,22 @@ class DecodePlan:
     segment_length: int
     masks: tuple[int, ...]
     lane_masks: tuple[int, ...]
+    row: tuple[ScaleRead, ...] = ()
+    """Row fields with one element, read once a row-block."""
+    row_lut: int | None = None
+    """Byte offset in the row-block of a table that is a row field."""
 
     @property
     def has_minimum(self) -> bool:
+        """Whether an integer kernel adds a product of the sum of the activations: a minimum, a zero
+        point that is data, or a zero that is no integer."""
         names = {f.name for f in self.format.fields}
-        return bool(names & {"m", "dmin"})
+        return bool(names & {"m", "dmin", "z"}) or self.format.zero != int(self.format.zero)
+
+    @property
+    def min_sign(self) -> int:
+        """The sign of that product."""
+        return self.format.min_sign if self.format.has("m") or self.format.has("dmin") else -1
 
     @property
     def unpack_instructions(self) -> int:
@@ -189,7 +204,7 @@ def decode_plan(format: Format, layout: Layout) -> DecodePlan:
     assert format.float_kind is None, f"{format.name} holds floats: nothing to decode"
     offsets = field_offsets(format, layout)
     codes = next(f for f in format.fields if f.name == "codes")
-    others = [f for f in format.fields if f.name != "codes"]
+    others = [f for f in format.block_fields if f.name not in ("codes", "lut")]
     length = min(format.group, ACTIVATION_GROUP)
     seen: set[str] = set()
     segments = []
@@ -213,6 +228,7 @@ def decode_plan(format: Format, layout: Layout) -> DecodePlan:
                         seen,
                     ),
                     f.name == "sub" and format.sub_signed,
+                    f.number,
                 )
                 for f in others
             )
@@ -232,5 +248,18 @@ def decode_plan(format: Format, layout: Layout) -> DecodePlan:
     )
     return DecodePlan(
         format, layout, layout.blocks * format.block, tuple(segments), length,
-        tuple(masks), tuple(lane_masks),
+        tuple(masks), tuple(lane_masks), *_row_reads(format, layout),
     )
+
+
+def _row_reads(format: Format, layout: Layout) -> tuple[tuple[ScaleRead, ...], int | None]:
+    """(reads of row fields that are one word a row, where a row's table lies)."""
+    offsets = row_offsets(format, layout)
+    reads = []
+    for field in format.fields:
+        if field.scope == "row" and field.name in ("d", "m", "z"):
+            (plane,) = field_planes(format, field)
+            read = PlaneRead(f"row_{field.name}", offsets[field.name, 0], plane.word_bits, True, 0,
+                             0, False)
+            reads.append(ScaleRead(field.name, (read,), False, field.number))
+    return tuple(reads), offsets.get(("lut", 0))

@@ -39,7 +39,7 @@ from qigen.costmodel.instructions import (
     primitives,
 )
 from qigen.formats.algebra import Format
-from qigen.formats.layout import Layout, kblock_bytes, packed_shape
+from qigen.formats.layout import Layout, kblock_bytes, packed_bytes, packed_shape
 from qigen.targets import Machine
 from qigen.targets.machine import Rates
 
@@ -280,7 +280,7 @@ def predict(
     row_blocks, kblocks, size = packed_shape(spec.format, (n, k), spec.layout)
     per_thread = -(-row_blocks // threads)
     us = 1e-3 / _rates(machine, spec.isa).ghz  # of a cycle
-    weights = row_blocks * kblocks * size
+    weights = packed_bytes(spec.format, (n, k), spec.layout)
     x = activation_bytes(alone, k) * m
 
     limits: dict[str, float] = {}

@@ -193,6 +193,11 @@ PRIMITIVES: tuple[Primitive, ...] = (
     Primitive("vf_ldexp", (Operand("vf", 0.5, 4), Operand("vf", -250, 250)), "vf",
               lambda a, n: np.ldexp(a, np.rint(n).astype(np.int32)),
               "vf_ldexp({0}, vf_round({1}))"),
+    # tables: of 16 floats in a vector, and of any number in memory
+    Primitive("vf_lookup", (_VF, Operand("vi", 0, 15)), "vf",
+              lambda t, i: np.take_along_axis(t, i.astype(np.intp), axis=1)),
+    Primitive("vf_gather", (Operand("float*"), Operand("vi", 0, 15)), "vf",
+              lambda t, i: np.take_along_axis(t, i.astype(np.intp), axis=1)),
     # comparisons: masks, which are false where either operand is a NaN
     Primitive("vf_lt", (_VF, _VF), "vf", lambda a, b: _select(a < b, a, b),
               "vf_select(vf_lt({0}, {1}), {0}, {1})"),
