@@ -143,6 +143,8 @@ def render_matmul(
         "head_bytes": head_bytes(f, spec.layout),
         "shared_bytes": shared_bytes(f),
         "minifloats": MINIFLOATS,
+        "vector_shift": f.vector.bit_length() if f.vector else 0,  # bytes of f16 entries
+        "book_bytes": (2 * f.vector << f.code_bits) if f.vector else 0,
         "small_floats": f.minifloat is not None
         or any(field.number in MINIFLOATS for field in f.fields),
         "lut_offset": field_offsets(f, spec.layout).get(("lut", 0, 0), 0),

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from qigen.formats.algebra import Field, Format, QuantizedTensor, Run, validate
 from qigen.formats.blocks import from_blocks, to_blocks
-from qigen.formats.catalog import CATALOG, REPRESENTATIVE, by_ggml_type, by_name, int_row
+from qigen.formats.catalog import (
+    CATALOG,
+    REPRESENTATIVE,
+    by_ggml_type,
+    by_name,
+    codebook_row,
+    int_row,
+    masked,
+    with_outliers,
+)
 from qigen.formats.layout import (
     Layout,
     Plane,
@@ -32,12 +41,14 @@ __all__ = [
     "Run",
     "by_ggml_type",
     "by_name",
+    "codebook_row",
     "field_offsets",
     "field_planes",
     "from_blocks",
     "head_bytes",
     "int_row",
     "kblock_bytes",
+    "masked",
     "pack",
     "packed_bytes",
     "packed_shape",
@@ -47,4 +58,5 @@ __all__ = [
     "to_blocks",
     "unpack",
     "validate",
+    "with_outliers",
 ]

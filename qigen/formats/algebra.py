@@ -10,10 +10,13 @@ with ``S = f32(d) * f32(sub - sub_zero) * scale_factor`` (or ``2^(e-127) * scale
 makes it equal to ggml's own dequantization to the last bit. A zero point of the group (field 'z',
 an integer or a float) is taken off V(c) before S is applied. V(c) is the code itself, an entry of a
 table of integers or floats, a small float, or an entry of a table that is data (field 'lut').
-Fields of scope 'row' are stored once a row, those of scope 'tensor' once a weight. Outliers (row
-fields 'oc' and 'ov') add ov[n, j] to W[n, oc[n, j]]; columns kept apart ('qc' once a weight, 'qv'
-once a row) do the same with columns that all rows share. A format is a value of this module, never
-a class of its own; the named ones are the rows of :mod:`qigen.formats.catalog`.
+Fields of scope 'row' are stored once a row, those of scope 'tensor' once a weight. A codebook
+(field 'book') has vectors of ``vector`` weights: their sum over the books, times S, are the
+weights.
+A mask N:M keeps N of every M weights, whose places are in the field 'ix'; the others are zero.
+Outliers (fields 'oc' and 'ov') add ov[j] to the weight oc[j] of the block. A format is a value of
+this module, never a class of its own; the named ones are the rows of
+:mod:`qigen.formats.catalog`.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ Array = npt.NDArray[Any]
 Float32Array = npt.NDArray[np.float32]
 
 # Field names that hold a float (f16 or f32 by width if the field has no kind) and not an integer.
-FLOAT_FIELDS = ("d", "dmin", "m", "lut", "ov", "qv", "book")
+FLOAT_FIELDS = ("d", "dmin", "m", "lut", "ov", "book", "subz", "zd", "zz")
 
 # Exponents that say NaN or infinity, by kind of float. e4m3 has one NaN and no infinity.
 _NOT_FINITE = {"f16": 0x7C00, "bf16": 0x7F80, "f32": 0x7F800000, "e4m3": 0x7F, "e5m2": 0x7C}
@@ -170,6 +173,8 @@ class Format:
     minifloat: Minifloat | None = None
     base3: bool = False
     used: int | None = None
+    vector: int = 0
+    mask: tuple[int, int] | None = None
     sub_zero: int = 0
     sub_signed: bool = False
     min_sign: int = -1
@@ -209,6 +214,14 @@ class Format:
                 and not self.has("sub") and not self.has("e"))
 
     @property
+    def sparsity(self) -> str:
+        """Mask and residual in words: '2:4', '3 outliers of 256', or ''."""
+        words = [f"{self.mask[0]}:{self.mask[1]}"] if self.mask else []
+        if self.has("oc"):
+            words.append(f"{self.field('oc').count} outliers of {self.block}")
+        return ", ".join(words)
+
+    @property
     def integer(self) -> bool:
         """Whether the values of the codes are integers of a byte, so that integer kernels exist."""
         return not (self.float_kind or self.values or self.minifloat or self.has("lut")
@@ -218,6 +231,16 @@ class Format:
     def level_count(self) -> int:
         """How many values a code may have."""
         return self.used or (3 if self.base3 else 1 << self.code_bits)
+
+    @cached_property
+    def hole(self) -> int:
+        """The code whose value is zero, which stands where a mask keeps nothing; Unsupported if
+        there is none."""
+        zeros = np.flatnonzero(self.levels == 0)
+        if not len(zeros) or self.has("m") or self.has("z") or self.has("dmin") or self.has("lut"):
+            raise Unsupported("no code of this format always stands for zero: a mask needs a "
+                              "symmetric format or a table with a zero", self.name)
+        return int(zeros[0])
 
     @cached_property
     def levels(self) -> Float32Array:
@@ -257,6 +280,8 @@ class Format:
             return "float"
         if self.minifloat is not None:
             return f"e{self.minifloat.exponent}m{self.minifloat.mantissa}"
+        if self.vector:
+            return "codebook"
         if self.has("lut"):
             return f"table a {self.field('lut').scope}"
         if self.values is not None:
@@ -356,11 +381,6 @@ class QuantizedTensor:
         for a in range(0, n, step):
             part = slice_rows(self.format, self.fields, a, a + step)
             out[a : a + step] = _decode(self.format, part)[:, :k]
-        for columns, values in (("oc", "ov"), ("qc", "qv")):
-            if self.format.has(columns):
-                at = np.broadcast_to(self.fields[columns][:, 0], (n, self.fields[values].shape[2]))
-                more = as_float32(self.format.field(values).number, self.fields[values][:, 0])
-                np.add.at(out, (np.arange(n)[:, None], at.astype(np.int64)), more)
         return out
 
 
@@ -385,8 +405,13 @@ def validate(tensor: QuantizedTensor, where: str) -> None:
 
     An e8m0 scale of 255 is a NaN by the OCP microscaling specification.
     """
+    if tensor.format.mask is not None:
+        _validate_mask(tensor, where)
     for field in tensor.format.fields:
         array = tensor.fields[field.name]
+        if field.name == "oc" and array.size and int(array.max()) >= tensor.format.block:
+            raise BadInput(f"an outlier's place is {int(array.max())} in a block of "
+                           f"{tensor.format.block} weights; the file is damaged", where)
         small = tensor.format.minifloat if field.name == "codes" else None
         kind = tensor.format.float_kind or field.number
         if small is not None:
@@ -405,6 +430,18 @@ def validate(tensor: QuantizedTensor, where: str) -> None:
                 raise BadInput(f"row {row} has a NaN or infinite "
                                f"{'weight' if field.name == 'codes' else 'scale'} ('{field.name}')"
                                "; the file is damaged, convert the model again", where)
+
+
+def _validate_mask(tensor: QuantizedTensor, where: str) -> None:
+    """BadInput if the places of the kept weights do not ascend within every M weights."""
+    assert tensor.format.mask is not None
+    keep, of = tensor.format.mask
+    places = tensor.fields["ix"].reshape(len(tensor.fields["ix"]), -1, keep).astype(np.int64)
+    bad: npt.NDArray[np.bool_] = np.diff(places, axis=2, append=of) <= 0
+    if bad.any():
+        row = int(np.argmax(bad.reshape(len(bad), -1).any(axis=1)))
+        raise BadInput(f"row {row} has places of kept weights that do not ascend, or lie beyond "
+                       f"{of - 1}; sort them", where)
 
 
 def as_float32(number: str, array: Array) -> Float32Array:
@@ -451,8 +488,12 @@ def _decode(fmt: Format, fields: Mapping[str, Array]) -> Float32Array:
         with np.errstate(invalid="ignore"):  # a signalling NaN stays a NaN
             kind = "f16" if codes.dtype == np.uint16 else "f32"
             return as_float32(kind, codes).reshape(n, nblocks * fmt.block)
+    if fmt.has("book"):
+        return _decode_vectors(fmt, fields)
     if fmt.base3:
         codes = _ternary_codes(codes)
+    if fmt.mask is not None:
+        codes = expanded(fmt, codes, fields["ix"])
     values: Float32Array
     if fmt.has("lut"):
         lut = np.broadcast_to(_field_float32(fmt, fields, "lut"),
@@ -467,14 +508,53 @@ def _decode(fmt: Format, fields: Mapping[str, Array]) -> Float32Array:
     with np.errstate(over="ignore", invalid="ignore"):
         values = values.reshape(n, nblocks, fmt.block // fmt.group, fmt.group)
         if fmt.has("z"):
-            values -= _field_float32(fmt, fields, "z")[..., None]
+            values -= _zeros(fmt, fields)[..., None]
         values *= _scales(fmt, fields)[..., None]
         if fmt.has("m"):
             values += np.float32(fmt.min_sign) * _field_float32(fmt, fields, "m")[..., None]
         elif fmt.has("dmin"):
             minima = _field_float32(fmt, fields, "dmin") * fields["submin"].astype(np.float32)
             values += np.float32(fmt.min_sign) * minima[..., None]
+    values = values.reshape(n, nblocks, fmt.block)
+    if fmt.has("oc"):
+        rows, blocks = np.ogrid[:n, :nblocks]
+        outliers = _field_float32(fmt, fields, "ov")
+        for j in range(outliers.shape[2]):
+            values[rows, blocks, fields["oc"][..., j]] += outliers[..., j]
     return values.reshape(n, nblocks * fmt.block)
+
+
+def _decode_vectors(fmt: Format, fields: Mapping[str, Array]) -> Float32Array:
+    """float32 [N, nblocks * block] of codes of vectors: the books' entries, summed in order."""
+    codes = fields["codes"]
+    n, nblocks = codes.shape[:2]
+    books = fmt.field("codes").count * fmt.vector // fmt.block
+    book = _field_float32(fmt, fields, "book").reshape(books, -1, fmt.vector)
+    chosen = codes.reshape(n, nblocks, -1, books)
+    values = book[0][chosen[..., 0]]
+    for i in range(1, books):
+        values = values + book[i][chosen[..., i]]
+    values = values.reshape(n, nblocks, fmt.block)
+    out: Float32Array = (values * _scales(fmt, fields)).reshape(n, nblocks * fmt.block)
+    return out
+
+
+def expanded(fmt: Format, codes: Array, places: Array) -> Array:
+    """The codes of all weights of the blocks: the kept ones at their places, else the hole."""
+    assert fmt.mask is not None
+    keep, of = fmt.mask
+    out = np.full((*codes.shape[:2], fmt.block), fmt.hole, codes.dtype)
+    at = np.arange(codes.shape[2]) // keep * of + places.astype(np.int64)
+    np.put_along_axis(out, at, codes, axis=2)
+    return out
+
+
+def _zeros(fmt: Format, fields: Mapping[str, Array]) -> Float32Array:
+    """float32 [N, nblocks, groups]: the zero points that are data."""
+    zero = _field_float32(fmt, fields, "z")
+    if fmt.has("zd"):
+        zero = (zero - _field_float32(fmt, fields, "zz")) * _field_float32(fmt, fields, "zd")
+    return zero
 
 
 def _scales(fmt: Format, fields: Mapping[str, Array]) -> Float32Array:
@@ -493,5 +573,7 @@ def _scales(fmt: Format, fields: Mapping[str, Array]) -> Float32Array:
     elif fmt.has("sub"):
         sub = fields["sub"]
         sub = sub.view(np.int8) if fmt.sub_signed else sub
+        if fmt.has("subz"):
+            return scale * (sub.astype(np.float32) - _field_float32(fmt, fields, "subz"))
         scale = scale * np.subtract(sub, np.float32(fmt.sub_zero), dtype=np.float32)
     return scale if fmt.scale_factor == 1.0 else scale * factor

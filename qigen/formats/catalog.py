@@ -11,6 +11,7 @@ import difflib
 import functools
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from statistics import NormalDist
 
 from qigen.errors import Unsupported
@@ -251,7 +252,76 @@ def _bipolar(bits: int) -> Format:
                   source="bit planes of -1 and 1: arbitrary precision by binary products")
 
 
+OUTLIER_BLOCK = 256
+"""Weights of a block that keeps some outliers."""
+
+
+def _widened(row: Format, block: int) -> Format:
+    """The same row in blocks of ``block`` weights, a multiple of its own."""
+    times, rest = divmod(block, row.block)
+    if rest or row.ggml_type is not None or row.vector or row.has("lut"):
+        raise Unsupported("this format cannot be combined with masks or outliers; take a group "
+                          "row such as s4g128", row.name)
+    return replace(row, block=block, fields=tuple(
+        replace(f, count=f.count * times) if f.scope == "block" else f for f in row.fields))
+
+
+def with_outliers(row: Format, count: int) -> Format:
+    """``row`` with the ``count`` greatest weights of every 256 of a row corrected by an f16."""
+    wide = _widened(row, OUTLIER_BLOCK)
+    return replace(wide, name=f"{row.name}_o{count}", fields=(
+        *wide.fields, Field("oc", 8, count), _float("ov", "f16", count)),
+        source=f"{row.source}; {count} outliers of 256 apart (SpQR, SqueezeLLM)")
+
+
+def masked(row: Format, keep: int, of: int) -> Format:
+    """``row`` with ``keep`` of every ``of`` (4, 8, 16 or 32) weights stored and the others zero."""
+    if of not in (4, 8, 16, 32) or not 0 < keep < of:
+        raise Unsupported(f"a mask of {keep} of {of} weights has no kernel; take N of 4, 8, 16 or "
+                          "32", row.name)
+    row = _widened(row, max(row.block, 32))
+    kept = row.block * keep // of
+    if any(kept * p % 32 for p in (1, 2, 4, 8) if row.code_bits & p):
+        row = _widened(row, 4 * row.block)
+        kept = row.block * keep // of
+    fields = [replace(f, count=kept) if f.name == "codes" else f for f in row.fields]
+    fields.insert(1, Field("ix", of.bit_length() - 1, kept))
+    result = replace(row, name=f"{row.name}_{keep}of{of}", fields=tuple(fields), mask=(keep, of),
+                     source=f"{row.source}; {keep}:{of} sparse (Sparse-MARLIN, VENOM, STen)")
+    assert result.hole >= 0
+    return result
+
+
+def codebook_row(books: int, bits: int, vector: int = 8) -> Format:
+    """Vectors of ``vector`` weights as sums of entries of ``books`` codebooks of 2^bits entries."""
+    if not 1 <= books <= 4 or not 4 <= bits <= 16 or vector not in (4, 8, 16):
+        raise Unsupported("codebooks have 1 to 4 books of 4 to 16 bits and vectors of 4, 8 or 16 "
+                          "weights", f"aqlm_{books}x{bits}")
+    suffix = "" if vector == 8 else f"v{vector}"
+    return Format(f"aqlm_{books}x{bits}{suffix}", 32, 32, (
+        Field("codes", bits, 32 // vector * books), _float("d", "f16", scope="row"),
+        _float("book", "f16", books * vector << bits, "tensor")), vector=vector,
+        source="AQLM, PV-Tuning: additive codebooks")
+
+
+_SPQR3 = Format(
+    "spqr3", 256, 16, (
+        Field("codes", 3, 256), Field("sub", 3, 16), Field("z", 3, 16),
+        *(_float(name, "f16") for name in ("d", "subz", "zd", "zz")),
+        Field("oc", 8, 3), _float("ov", "f16", 3)),
+    source="SpQR: 3-bit codes in groups of 16, scales and zeros of 3 bits, outliers apart")
+
 _ROWS = (
+    codebook_row(1, 16),
+    codebook_row(2, 8),
+    _SPQR3,
+    *(with_outliers(int_row(kind, bits, 128), 3) for kind in "sz" for bits in (2, 3, 4)),
+    with_outliers(table_row("nf4", 64), 3),
+    *(masked(int_row("s", bits, 128), 2, 4) for bits in (2, 4, 8)),
+    masked(int_row("s", 4, 128), 2, 8),
+    masked(int_row("s", 4, 128), 1, 4),
+    masked(table_row("nf4", 64), 2, 4),
+    with_outliers(masked(int_row("s", 4, 128), 2, 4), 3),
     Format("nvfp4", 32, 16, (Field("codes", 4, 32), Field("sub", 8, 2, kind="e4m3"),
                              _float("d", "f32", scope="row")),
            table=_E2M1_DOUBLED, scale_factor=0.5,
@@ -316,6 +386,18 @@ _FAMILY = re.compile(r"(?P<base>[suzh][2-8]|nf[234]|fp4|fp\d_e\dm\d)"
 @functools.cache
 def _of_family(name: str) -> Format | None:
     """A row that is not listed but named by the rule of its family: ``z3g64_f32``, ``nf4g128``."""
+    combined = re.fullmatch(r"(?P<row>.+)_(o(?P<count>\d+)|(?P<keep>\d+)of(?P<of>\d+))", name)
+    if combined is not None:
+        row = CATALOG.get(combined["row"]) or _of_family(combined["row"])
+        if row is None:
+            return None
+        if combined["count"]:
+            return with_outliers(row, int(combined["count"]))
+        return masked(row, int(combined["keep"]), int(combined["of"]))
+    books = re.fullmatch(r"aqlm_(\d)x(\d+)(v\d+)?", name)
+    if books is not None:
+        vector = int((books[3] or "v8")[1:])
+        return codebook_row(int(books[1]), int(books[2]), vector)
     found = _FAMILY.fullmatch(name)
     if found is None:
         return None

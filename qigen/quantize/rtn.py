@@ -7,6 +7,7 @@ are the nearest ones to what the stored scale really says.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import numpy as np
 
@@ -55,6 +56,8 @@ def quantize_rtn(w: Float32Array, fmt: Format) -> QuantizedTensor:
             raise BadInput(f"row {row} of the weight has a NaN or an infinity; repair the model "
                            "first", fmt.name)
     table = _tensor_table(w, fmt) if fmt.has("lut") and n else None
+    if fmt.vector:
+        return QuantizedTensor(fmt, (n, k), _by_codebook(w, fmt) if n else fields)
     for a in range(0, n, step):
         chunk = np.ascontiguousarray(w[a : a + step])
         part = _dense(chunk, fmt) if fmt.float_kind else _coded(chunk, fmt, table)
@@ -70,10 +73,10 @@ def check_rounding(fmt: Format, k: int) -> None:
     weights cannot be cut into its blocks.
     """
     two_levels = fmt.has("sub") and not (fmt.field("sub").number or fmt.has("z"))
-    if two_levels or fmt.has("dmin") or fmt.has("book"):
+    if two_levels or fmt.has("dmin"):
         raise Unsupported("there is no rounding to nearest for scales that are quantized "
-                          "themselves, or for codebooks; take a group row such as s4g32, or q8_0, "
-                          "q4_0, q4_1, q5_0, q5_1", fmt.name)
+                          "themselves; take a group row such as s4g32, or q8_0, q4_0, q4_1, q5_0, "
+                          "q5_1", fmt.name)
     check_columns(fmt, k)
 
 
@@ -117,7 +120,8 @@ def _float_bits(x: Float32Array, number: str) -> Array:
     if number == "bf16":
         # The low half is rounded away: add just under half, and one more where the result is odd.
         odd = (bits >> np.uint32(16)) & np.uint32(1)
-        return ((bits + np.uint32(0x7FFF) + odd) >> np.uint32(16)).astype(np.uint16)
+        upper: Array = (bits + np.uint32(0x7FFF) + odd) >> np.uint32(16)
+        return upper.astype(np.uint16)
     return bits
 
 
@@ -141,9 +145,15 @@ def _nearest_level(x: Float32Array, levels: Float32Array, top: float = np.inf) -
 def _coded(chunk: Float32Array, fmt: Format, table: Float32Array | None) -> dict[str, Array]:
     """The field arrays of rows ``chunk`` [n, K]; ``table`` is the table of the whole weight."""
     n, k = chunk.shape
+    if fmt.has("oc"):
+        return _with_outliers(chunk, fmt)
+    if fmt.mask is not None:
+        return _masked(chunk, fmt)
     x = _groups(chunk, fmt)
     if fmt.has("lut"):
         part = _by_table(x, fmt, table)
+    elif fmt.has("subz"):
+        part = _quantized_scales(x, fmt)
     elif fmt.has("z") and fmt.has("sub"):
         part = _two_levels(x, fmt)
     elif fmt.has("m") or fmt.has("z"):
@@ -155,6 +165,151 @@ def _coded(chunk: Float32Array, fmt: Format, table: Float32Array | None) -> dict
     else:
         part = _scaled(x, fmt)
     return {**part, "codes": _blocks_of_codes(part["codes"].reshape(n, -1), k, fmt)}
+
+
+def _padded(chunk: Float32Array, fmt: Format) -> Float32Array:
+    """[n, K] as [n, nblocks, block], with zeros past K."""
+    n, k = chunk.shape
+    padded: Float32Array = np.pad(chunk, ((0, 0), (0, -k % fmt.block)))
+    blocks: Float32Array = padded.reshape(n, -1, fmt.block)
+    return blocks
+
+
+def _with_outliers(chunk: Float32Array, fmt: Format) -> dict[str, Array]:
+    """The greatest weights of every block apart: the base format rounds zeros in their place, and
+    what it makes of them is made up for."""
+    n, k = chunk.shape
+    count = fmt.field("oc").count
+    fields = tuple(f for f in fmt.fields if f.name not in ("oc", "ov"))
+    base = replace(fmt, fields=fields)
+    x = _padded(chunk, fmt)
+    order = np.argpartition(-np.abs(x), count - 1, axis=2)[..., :count]
+    places = np.sort(order, axis=2)
+    rest = x.copy()
+    np.put_along_axis(rest, places, np.float32(0), axis=2)
+    rest_rows = np.ascontiguousarray(rest.reshape(n, -1)[:, :k])
+    part = _coded(rest_rows, base, None)
+    shaped = {f.name: part[f.name].reshape(f.shape(n, x.shape[1])) for f in fields}
+    rounded = _padded(QuantizedTensor(base, (n, k), shaped).dequantize(), fmt)
+    missing = np.take_along_axis(x - rounded, places, axis=2)
+    bits, _ = _stored(np.ascontiguousarray(missing), fmt, "ov")
+    return {**shaped, "oc": places.astype(np.uint8), "ov": bits}
+
+
+def _masked(chunk: Float32Array, fmt: Format) -> dict[str, Array]:
+    """The N greatest of every M weights."""
+    assert fmt.mask is not None
+    keep, of = fmt.mask
+    n, k = chunk.shape
+    fields = tuple(replace(f, count=fmt.block) if f.name == "codes" else f
+                   for f in fmt.fields if f.name != "ix")
+    base = replace(fmt, fields=fields, mask=None)
+    x = _padded(chunk, fmt).reshape(n, -1, of)
+    places = np.sort(np.argpartition(-np.abs(x), keep - 1, axis=2)[..., :keep], axis=2)
+    rest = np.zeros_like(x)
+    np.put_along_axis(rest, places, np.take_along_axis(x, places, axis=2), axis=2)
+    part = _coded(np.ascontiguousarray(rest.reshape(n, -1)[:, :k]), base, None)
+    codes = np.take_along_axis(part["codes"].reshape(n, -1, of), places, axis=2)
+    count = fmt.field("codes").count
+    return {**part, "codes": codes.reshape(n, -1, count),
+            "ix": places.astype(np.uint8).reshape(n, -1, count)}
+
+
+def _quantized_scales(x: Float32Array, fmt: Format) -> dict[str, Array]:
+    """SpQR: groups with scales and zero points that are themselves quantized, one step a block."""
+    n, _, size = x.shape
+    groups = fmt.block // fmt.group
+    blocks = x.reshape(n, -1, groups, size)
+    top = np.float32((1 << fmt.code_bits) - 1)
+    least, greatest = np.minimum(blocks.min(axis=3), 0), np.maximum(blocks.max(axis=3), 0)
+
+    def fit(values: Float32Array, bits: int) -> tuple[Array, Float32Array, Float32Array]:
+        """(codes, step, zero) of values [n, nblocks, groups]: values = step (code - zero)."""
+        last = np.float32((1 << bits) - 1)
+        low, high = values.min(axis=2, keepdims=True), values.max(axis=2, keepdims=True)
+        low = np.where(low == high, np.minimum(low, 0), low)
+        step = as_float32("f16", _float_bits((high - low) / last, "f16"))
+        zero = as_float32("f16", _float_bits(_divided(-low, step), "f16"))
+        codes = np.rint(_divided(values, np.broadcast_to(step, values.shape)) + zero).clip(0, last)
+        return codes.astype(np.uint8), step, zero
+
+    sub, d, subz = fit((greatest - least) / top, fmt.field("sub").bits)
+    scale = d * (sub.astype(np.float32) - subz)
+    z, zd, zz = fit(_divided(-least, scale), fmt.field("z").bits)
+    zero = zd * (z.astype(np.float32) - zz)
+    wanted = _divided(blocks, np.broadcast_to(scale[..., None], blocks.shape)) + zero[..., None]
+    codes = np.rint(wanted).clip(0, top)
+    part = {"codes": codes, "sub": sub, "z": z}
+    for name, value in (("d", d), ("subz", subz), ("zd", zd), ("zz", zz)):
+        part[name], _ = _stored(np.ascontiguousarray(value), fmt, name)
+    return part
+
+
+_BOOK_SAMPLE = 1 << 16
+_BOOK_STEPS = 6
+
+
+def _nearest_rows(x: Float32Array, centres: Float32Array) -> Array:
+    """The index of the nearest centre [count, d] to every vector [n, d]."""
+    half = (centres * centres).sum(axis=1) / np.float32(2)
+    found = np.empty(len(x), np.int64)
+    for a in range(0, len(x), 4096):
+        found[a : a + 4096] = np.argmin(half - x[a : a + 4096] @ centres.T, axis=1)
+    return found
+
+
+def _cluster(x: Float32Array, count: int, rng: np.random.Generator) -> Float32Array:
+    """float32 [count, d]: centres of the vectors [n, d] by Lloyd's iteration."""
+    centres: Float32Array = x[rng.integers(0, len(x), count)].copy()
+    for _ in range(_BOOK_STEPS):
+        nearest = _nearest_rows(x, centres)
+        number = np.bincount(nearest, minlength=count)
+        for j in range(x.shape[1]):
+            total = np.bincount(nearest, x[:, j], minlength=count)
+            centres[:, j] = np.where(number > 0, total / np.maximum(number, 1), centres[:, j])
+    return centres
+
+
+def _book_of(x: Float32Array, bits: int, rng: np.random.Generator) -> tuple[Float32Array, Array]:
+    """(entries [2^bits, d], code of every vector): clusters, and clusters of clusters past 8 bits,
+    whose codes have the coarse cluster in the upper bits."""
+    coarse = min(bits, 8)
+    fine = bits - coarse
+    sample = x[rng.permutation(len(x))[:_BOOK_SAMPLE]]
+    centres = _cluster(sample, 1 << coarse, rng)
+    codes = _nearest_rows(x, centres)
+    if not fine:
+        return centres, codes
+    entries = np.zeros((1 << bits, x.shape[1]), np.float32)
+    for c in range(1 << coarse):
+        mine = np.flatnonzero(codes == c)
+        part = entries[c << fine : (c + 1) << fine]
+        if len(mine) == 0:
+            part[...] = centres[c]
+            continue
+        part[...] = _cluster(x[mine], 1 << fine, rng)
+        codes[mine] = (c << fine) + _nearest_rows(x[mine], part)
+    return entries, codes
+
+
+def _by_codebook(w: Float32Array, fmt: Format) -> dict[str, Array]:
+    """Additive codebooks of the whole weight: each of what the ones before leave over."""
+    n = len(w)
+    rng = np.random.default_rng(0)
+    codes_field = fmt.field("codes")
+    books = codes_field.count * fmt.vector // fmt.block
+    d_bits, d = _stored(np.sqrt(np.mean(w * w, axis=1, keepdims=True))[..., None], fmt)
+    rest = _divided(_padded(w, fmt), np.broadcast_to(d, (n, 1, 1))).reshape(-1, fmt.vector)
+    entries, codes = [], []
+    for _ in range(books):
+        book, chosen = _book_of(rest, codes_field.bits, rng)
+        bits, book = _stored(np.ascontiguousarray(book), fmt, "book")
+        rest = rest - book[chosen]
+        entries.append(bits)
+        codes.append(chosen)
+    chosen = np.stack(codes, axis=1).reshape(n, -1, codes_field.count)
+    return {"codes": chosen.astype(codes_field.dtype), "d": d_bits,
+            "book": np.concatenate(entries).reshape(1, 1, -1)}
 
 
 def _blocks_of_codes(codes: Array, k: int, fmt: Format) -> Array:

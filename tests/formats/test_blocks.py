@@ -121,7 +121,15 @@ def test_rows_are_consistent(row: Format) -> None:
     assert set(per_group) <= {groups}
     assert row.group * groups == row.block or row.float_kind
     assert not row.has("submin") or row.field("submin").count == groups
-    assert row.base3 or row.field("codes").count == row.block
+    stored = row.field("codes").count
+    if row.vector:
+        assert stored * row.vector % row.block == 0 and row.block % row.vector == 0
+    elif row.mask is not None:
+        keep, of = row.mask
+        assert stored == row.field("ix").count == row.block * keep // of
+        assert row.levels[row.hole] == 0
+    else:
+        assert row.base3 or stored == row.block
     assert all(f.scope in ("block", "row", "tensor") for f in row.fields)
     assert row.values is None or len(row.values) == 1 << row.code_bits
     if row.integer:

@@ -9,13 +9,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qigen.errors import BadInput, Unsupported
-from qigen.formats import CATALOG, Format, Layout, by_name, pack, to_blocks, unpack, validate
+from qigen.formats import (
+    CATALOG,
+    Format,
+    Layout,
+    QuantizedTensor,
+    by_name,
+    masked,
+    pack,
+    to_blocks,
+    unpack,
+    validate,
+    with_outliers,
+)
 from qigen.formats.algebra import as_float32
 from qigen.quantize import quantize_rtn
 
 NEW_ROWS = [row for row in CATALOG.values() if row.ggml_type is None]
 GROUP_ROWS = [row for row in NEW_ROWS if row.name[0] in "su" and row.name[2] == "g"
-              and not row.channel and row.group == row.block and row.field("d").number == "f16"]
+              and not row.channel and row.group == row.block and row.field("d").number == "f16"
+              and not row.mask and not row.has("oc")]
 LEGACY = [by_name(name) for name in ("q8_0", "q4_0", "q4_1", "q5_0", "q5_1")]
 SYMMETRIC = [row for row in (*GROUP_ROWS, *LEGACY) if not row.has("m")]
 ASYMMETRIC = [row for row in (*GROUP_ROWS, *LEGACY) if row.has("m")]
@@ -181,13 +194,18 @@ def test_every_row_comes_near_and_packs_without_loss(row: Format, k: int) -> Non
     got = tensor.dequantize()
     rms = np.sqrt(np.mean((got - w) ** 2) / np.mean(w**2))
     bits = 2 if row.base3 else row.code_bits
+    if row.mask is not None:
+        bits = {2: 1, 4: 2}[row.mask[1] // row.mask[0]]
+    elif row.vector:  # bits a weight
+        bits = row.code_bits * row.field("codes").count // row.block
     assert rms < {1: 0.7, 2: 0.75, 3: 0.3, 4: 0.15, 5: 0.13, 6: 0.07, 7: 0.03, 8: 0.06}[bits]
     again = unpack(row, tensor.shape, Layout(), pack(tensor, Layout()))
     for name, array in tensor.fields.items():
         np.testing.assert_array_equal(again.fields[name], array)
 
 
-@pytest.mark.parametrize("row", [row for row in NEW_ROWS if row.has("z") and not row.has("sub")],
+@pytest.mark.parametrize("row", [row for row in NEW_ROWS if row.has("z") and not row.has("sub")
+                                 and not row.has("oc")],
                          ids=ids)
 def test_zero_points_keep_zero_and_the_range(row: Format) -> None:
     w = normal(9, 2 * row.block, 7) + np.float32(1.5)
@@ -200,7 +218,8 @@ def test_zero_points_keep_zero_and_the_range(row: Format) -> None:
         assert (got[:, 3] == 0).all() and (tensor.fields["z"] < 1 << row.code_bits).all()
 
 
-@pytest.mark.parametrize("row", [r for r in NEW_ROWS if r.minifloat or r.values or r.table],
+@pytest.mark.parametrize("row", [r for r in NEW_ROWS if (r.minifloat or r.values or r.table)
+                                 and not r.mask and not r.has("oc")],
                          ids=ids)
 def test_tables_take_the_nearest_value(row: Format) -> None:
     w = normal(5, 2 * row.block, 8)
@@ -220,6 +239,65 @@ def test_tables_take_the_nearest_value(row: Format) -> None:
     x = w.reshape(5, 2, groups, -1).astype(np.float64)
     nearest = np.abs(levels * scales[..., None, None] - x[..., None]).min(axis=-1)
     assert (np.abs(got.reshape(x.shape) - x) <= nearest + 1e-6).all()
+
+
+@pytest.mark.parametrize("name", ["s4g128", "z3g128", "nf4g64", "s4g128_2of4"])
+def test_outliers_are_the_greatest_and_come_back(name: str) -> None:
+    w = normal(7, 500, 10) * np.float32(0.05)
+    w[np.arange(7), np.arange(7) * 70] = 5.0
+    w[3, 255:258] = (-4.0, 4.0, -4.0)  # two blocks
+    row = with_outliers(by_name(name), 3)
+    assert by_name(row.name) == row
+    tensor = quantize_rtn(w, row)
+    got = tensor.dequantize()
+    assert (np.abs(got - w)[np.abs(w) > 3] < 2e-3).all(), "f16 of what the codes leave over"
+    plain = quantize_rtn(w, by_name(name)).dequantize()
+    assert np.square(got - w).sum() < 0.8 * np.square(plain - w).sum()
+    bad = {**tensor.fields, "ov": np.full_like(tensor.fields["ov"], 0x7C00)}
+    with pytest.raises(BadInput, match="'ov'"):
+        validate(QuantizedTensor(row, tensor.shape, bad), "w")
+
+
+@pytest.mark.parametrize("keep,of", [(1, 4), (2, 4), (3, 4), (2, 8), (5, 8), (4, 16), (16, 32)])
+def test_masks_keep_the_greatest(keep: int, of: int) -> None:
+    row = masked(by_name("s8g64"), keep, of)
+    assert by_name(row.name) == row
+    w = normal(5, 3 * row.block, 11)
+    tensor = quantize_rtn(w, row)
+    groups = np.abs(w).reshape(5, -1, of)
+    least = np.sort(groups, axis=2)[..., of - keep : of - keep + 1]
+    kept = groups >= least
+    got = tensor.dequantize().reshape(groups.shape)
+    assert (got[~kept] == 0).all()
+    step = np.abs(w).max() / 127
+    assert (np.abs(got - w.reshape(groups.shape))[kept] <= step).all()
+    validate(tensor, "w")
+    places = tensor.fields["ix"].copy()
+    places[2, 1, 1], places[2, 1, 0] = places[2, 1, 0], places[2, 1, 1]
+    if keep > 1:
+        with pytest.raises(BadInput, match="row 2"):
+            validate(QuantizedTensor(row, tensor.shape, {**tensor.fields, "ix": places}), "w")
+
+
+def test_codebooks_hold_few_vectors_exactly() -> None:
+    rng = np.random.default_rng(12)
+    few = rng.standard_normal((16, 8)).astype(np.float16).astype(np.float32)
+    few /= np.float32(1)
+    w = few[rng.integers(0, 16, (40, 12))].reshape(40, 96)
+    for name in ("aqlm_1x8", "aqlm_2x8", "aqlm_1x12", "aqlm_2x6v4"):
+        tensor = quantize_rtn(w, by_name(name))
+        rms = np.sqrt(np.mean((tensor.dequantize() - w) ** 2))
+        assert rms < (0.4 if name == "aqlm_1x8" else 0.5), name
+        assert tensor.fields["book"].shape[:2] == (1, 1)
+        part = tensor.rows(5, 9)
+        np.testing.assert_array_equal(part.dequantize(), tensor.dequantize()[5:9])
+
+
+def test_combinations_that_make_no_sense() -> None:
+    for name in ("z4g128_2of4", "u4g128_2of4", "lut4_channel_2of4", "q4_0_o3", "aqlm_2x8_o3",
+                 "s4g128_4of4", "s4g128_2of5", "bipolar2_2of4"):
+        with pytest.raises(Unsupported):
+            by_name(name)
 
 
 def test_ternary_codes_are_ternary() -> None:
