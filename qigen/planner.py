@@ -27,8 +27,8 @@ from qigen.costmodel.matmul import (
 from qigen.errors import BadInput, UsageError
 from qigen.formats.algebra import Format
 from qigen.formats.catalog import by_name
-from qigen.formats import layout
 from qigen.formats.layout import Layout
+from qigen.formats.layout import packed_bytes as weight_bytes
 from qigen.ir.graph import Graph, constant_shape
 from qigen.ir.ops.fused import group_parts
 from qigen.ir.plan import Alternative, KernelChoice, Plan, ScheduleValue
@@ -353,7 +353,7 @@ class _Search:
 
 def packed_bytes(p: Product) -> int:
     """Bytes of a product's packed weight."""
-    return layout.packed_bytes(p.format, (p.n, p.k), Layout(16, 1))
+    return weight_bytes(p.format, (p.n, p.k), Layout(16, 1))
 
 
 def _simplest(options: Sequence[Any], us: Callable[[Any, int], float]) -> Any:
