@@ -41,8 +41,12 @@ def _codes(fmt: Format) -> str:
         return "float"
     if fmt.base3:
         return "base 3, 5 a byte"
+    if fmt.vector:
+        return f"{fmt.code_bits} bits for {fmt.vector} weights"
+    if not fmt.integer:
+        return f"{fmt.code_bits} bits: {fmt.map_kind}"
     low, high = (value - fmt.zero for value in fmt.mapped_range)
-    values = f"{fmt.code_bits} bits: {low} … {high}"
+    values = f"{fmt.code_bits} bits: {low:g} … {high:g}"
     return f"{values}, table of {len(fmt.table)}" if fmt.table else values
 
 
@@ -65,9 +69,10 @@ def rounded_formats() -> str:
     rows: dict[str, list[Format]] = {}
     for fmt in CATALOG.values():
         if fmt.ggml_type is None:
-            rows.setdefault(fmt.name.partition("g")[0], []).append(fmt)
+            family = re.match(r"[suzh]\d(?=g\w+$)|bipolar|aqlm|lut\d_[a-z]+|nf\d|fp4", fmt.name)
+            rows.setdefault(family[0] if family else fmt.name, []).append(fmt)
     return markdown(
-        ("names", "bits a weight", "V(c) − Z", "scale", "zero or minimum"),
+        ("names", "bits a weight", "V(c) − Z", "scale", "zero or minimum", "written from"),
         (
             (
                 ", ".join(f"`{f.name}`" for f in row),
@@ -75,6 +80,7 @@ def rounded_formats() -> str:
                 _codes(row[0]),
                 row[0].scale_kind,
                 row[0].zero_kind,
+                row[0].source,
             )
             for row in rows.values()
         ),
@@ -164,7 +170,7 @@ def bounds() -> str:
     columns += [f"{isa.name}: 16-bit lane at most, over steps" for isa in narrow]
     rows: dict[tuple[object, ...], list[str]] = {}
     for fmt in CATALOG.values():
-        if fmt.float_kind:
+        if not fmt.integer:
             continue
         plan = decode_plan(fmt, Layout())
         proven = [accumulator_bound(plan, isa) for isa in narrow]

@@ -24,7 +24,7 @@ from qigen.errors import BadInput
 from qigen.formats.algebra import QuantizedTensor
 from qigen.formats.blocks import to_blocks
 from qigen.formats.catalog import by_name
-from qigen.formats.layout import Layout, pack, packed_shape, unpack
+from qigen.formats.layout import Layout, pack, packed_bytes, packed_shape, shared_bytes, unpack
 from qigen.ir.graph import (
     Constant,
     constant_bytes,
@@ -52,8 +52,8 @@ def tensor_bytes(tensor: PackedTensor, constants: Mapping[str, Constant]) -> int
     shapes = [constant_shape(constants[part]) for part in tensor.parts]
     if tensor.spec is None:
         return 4 * align(shapes[0][0], 16)
-    sizes = [packed_shape(tensor.spec.format, (s[0], s[1]), tensor.spec.layout) for s in shapes]
-    return sum(rows * kblocks * size for rows, kblocks, size in sizes)
+    spec = tensor.spec
+    return sum(packed_bytes(spec.format, (s[0], s[1]), spec.layout) for s in shapes)
 
 
 def place_tensors(
@@ -82,12 +82,18 @@ def pack_tensor(
         out[: len(vector)] = vector
         return out.view(np.uint8)
     packed = []
+    shared: list[npt.NDArray[np.uint8]] = []
+    start = shared_bytes(tensor.spec.format)
     for part in tensor.parts:
         data = load_constant(constants[part])
         assert isinstance(data, QuantizedTensor), part
         rows, _, _ = packed_shape(tensor.spec.format, data.shape, tensor.spec.layout)
-        packed.append(pack(data, tensor.spec.layout).reshape(rows, -1))
-    return packed[0].reshape(-1) if len(packed) == 1 else np.stack(packed, axis=1).reshape(-1)
+        whole = pack(data, tensor.spec.layout)
+        if len(tensor.parts) == 1:
+            return whole
+        shared.append(whole[:start])
+        packed.append(whole[start:].reshape(rows, -1))
+    return np.concatenate([*shared, np.stack(packed, axis=1).reshape(-1)])
 
 
 def write_weights(
@@ -280,8 +286,10 @@ class Artifact:
                 shape = (tensor["parts"][index]["shape"][0], tensor["parts"][index]["shape"][1])
                 data = self._map()[tensor["offset"] : tensor["offset"] + tensor["bytes"]]
                 rows, _, _ = packed_shape(fmt, shape, layout)
-                mine = data.reshape(rows, len(names), -1)[:, index].reshape(-1)
-                return unpack(fmt, shape, layout, np.ascontiguousarray(mine))
+                start = shared_bytes(fmt)
+                mine = data[len(names) * start :].reshape(rows, len(names), -1)[:, index]
+                shared = data[index * start : (index + 1) * start]
+                return unpack(fmt, shape, layout, np.concatenate([shared, mine.reshape(-1)]))
         raise BadInput(f"there is no matrix {name}; see `qigen inspect`", str(self.path))
 
     def source_blocks(self, name: str) -> npt.NDArray[np.uint8]:

@@ -1093,7 +1093,10 @@ def formats(as_json: bool) -> None:
         _print_json(rows)
         return
     _print_table(
-        ("name", ">bits a weight", ">code bits", ">group", "map", "scale", "zero", "source"),
+        (
+            "name", ">bits a weight", ">code bits", ">group", "map", "scale", "zero", "mask, apart",
+            "--weights", "activations on cpu", "source",
+        ),
         (
             (
                 row["name"],
@@ -1103,6 +1106,9 @@ def formats(as_json: bool) -> None:
                 row["map"],
                 row["scale"],
                 row["zero"],
+                row["sparsity"] or "-",
+                "yes" if row["rounding"] else "no",
+                " ".join(row["activations"]),
                 row["source"],
             )
             for row in rows

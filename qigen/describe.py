@@ -13,7 +13,9 @@ import numpy as np
 import onnx
 
 from qigen.artifact import Artifact
+from qigen.backends.cpu.isa import ISAS
 from qigen.errors import BadInput, Unsupported
+from qigen.formats.algebra import Format
 from qigen.formats.catalog import CATALOG
 from qigen.frontends.gguf import load_gguf, read_gguf
 from qigen.frontends.huggingface import load_huggingface
@@ -22,6 +24,7 @@ from qigen.frontends.onnx import import_model
 from qigen.frontends.onnx.reader import opsets, parse_model, prepare_model
 from qigen.graph_compiler import is_onnx
 from qigen.ir.types import PACKED_BITS, of_onnx
+from qigen.quantize.rtn import check_rounding
 
 _SHOWN_NUMBERS = 8  # of an array in the metadata
 
@@ -61,11 +64,24 @@ def formats() -> list[dict[str, Any]]:
             "map": row.map_kind,
             "scale": row.scale_kind,
             "zero": row.zero_kind,
+            "sparsity": row.sparsity,
+            "activations": ["f32", "bf16", *(("int8", "int8-token") if row.integer else ())],
+            "isas": list(ISAS),
+            "rounding": _rounds(row),
             "gguf": row.ggml_type is not None,
             "source": row.source,
         }
         for row in CATALOG.values()
     ]
+
+
+def _rounds(row: Format) -> bool:
+    """Whether ``--weights`` can round to the format."""
+    try:
+        check_rounding(row, row.block)
+    except Unsupported:
+        return False
+    return True
 
 
 def _by_format(tensors: Iterable[dict[str, Any]]) -> dict[str, dict[str, int]]:

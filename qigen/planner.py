@@ -27,7 +27,8 @@ from qigen.costmodel.matmul import (
 from qigen.errors import BadInput, UsageError
 from qigen.formats.algebra import Format
 from qigen.formats.catalog import by_name
-from qigen.formats.layout import Layout, packed_shape
+from qigen.formats.layout import Layout
+from qigen.formats.layout import packed_bytes as weight_bytes
 from qigen.ir.graph import Graph, constant_shape
 from qigen.ir.ops.fused import group_parts
 from qigen.ir.plan import Alternative, KernelChoice, Plan, ScheduleValue
@@ -88,11 +89,11 @@ def products(graph: Graph) -> list[Product]:
 
 
 def activations_for(format: Format, asked: str) -> str:
-    """The arithmetic of a matmul: 'auto' is int8, and f32 for float formats, which have no codes
-    to multiply."""
+    """The arithmetic of a matmul: 'auto' is int8, and f32 for formats of floats, whose codes are no
+    integers to multiply."""
     if asked not in ACTIVATIONS:
         raise UsageError(f"activations '{asked}' are not one of {', '.join(ACTIVATIONS)}")
-    if format.float_kind is not None and asked != "bf16":
+    if not format.integer and asked != "bf16":
         return "f32"
     return "int8" if asked == "auto" else asked
 
@@ -352,8 +353,7 @@ class _Search:
 
 def packed_bytes(p: Product) -> int:
     """Bytes of a product's packed weight."""
-    rows, kblocks, size = packed_shape(p.format, (p.n, p.k), Layout(16, 1))
-    return rows * kblocks * size
+    return weight_bytes(p.format, (p.n, p.k), Layout(16, 1))
 
 
 def _simplest(options: Sequence[Any], us: Callable[[Any, int], float]) -> Any:

@@ -8,10 +8,10 @@ format adds nothing to this file.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qigen.formats.algebra import Field, Format
-from qigen.formats.layout import Layout, field_offsets, field_planes
+from qigen.formats.layout import Layout, field_offsets, field_planes, row_offsets
 
 ACTIVATION_GROUP = 32
 """Activations are quantized in groups of this many values along K."""
@@ -38,21 +38,59 @@ class PlaneRead:
 
 
 @dataclass(frozen=True)
+class Kept:
+    """A weight that a mask keeps: byte ``byte`` of the vector ``codes`` of kept codes, which goes
+    to the place that ``place`` reads, less 32 bits for every step of the M weights before."""
+
+    codes: int
+    byte: int
+    place: tuple[PlaneRead, ...]
+    before: int
+
+
+@dataclass(frozen=True)
 class Step:
-    """Weights ``k .. k+3`` of the K-block for 16 rows; ``digit`` is the base-3 digit to take."""
+    """Weights ``k .. k+3`` of the K-block for 16 rows; ``digit`` is the base-3 digit to take.
+
+    Of a masked format, ``packed`` are the steps of kept codes that this step is the first to need
+    (their ``k`` counts kept codes), and ``kept`` the weights that may fall into it.
+    """
 
     k: int
     reads: tuple[PlaneRead, ...]
     digit: int | None
+    packed: tuple[Step, ...] = ()
+    kept: tuple[Kept, ...] = ()
+
+
+@dataclass(frozen=True)
+class Outlier:
+    """An outlier of the 16 rows: its place in the block that begins at weight ``k``, its value."""
+
+    k: int
+    place: tuple[PlaneRead, ...]
+    value: tuple[PlaneRead, ...]
+
+
+@dataclass(frozen=True)
+class VectorRead:
+    """Weights ``k .. k + vector - 1``: the codes of all books."""
+
+    k: int
+    codes: tuple[tuple[PlaneRead, ...], ...]
 
 
 @dataclass(frozen=True)
 class ScaleRead:
-    """Field elements that make the scale and minimum of a segment, by field name."""
+    """Field elements that make the scale and minimum of a segment, by field name.
+
+    ``number`` is the kind of float, '' for integers.
+    """
 
     name: str
     reads: tuple[PlaneRead, ...]
     signed: bool
+    number: str = ""
 
 
 @dataclass(frozen=True)
@@ -78,11 +116,24 @@ class DecodePlan:
     segment_length: int
     masks: tuple[int, ...]
     lane_masks: tuple[int, ...]
+    row: tuple[ScaleRead, ...] = ()
+    """Row fields with one element, read once a row-block."""
+    row_lut: int | None = None
+    """Byte offset in the row-block of a table that is a row field."""
+    outliers: tuple[Outlier, ...] = ()
+    vectors: tuple[VectorRead, ...] = ()
 
     @property
     def has_minimum(self) -> bool:
+        """Whether an integer kernel adds a product of the sum of the activations: a minimum, a zero
+        point that is data, or a zero that is no integer."""
         names = {f.name for f in self.format.fields}
-        return bool(names & {"m", "dmin"})
+        return bool(names & {"m", "dmin", "z"}) or self.format.zero != int(self.format.zero)
+
+    @property
+    def min_sign(self) -> int:
+        """The sign of that product."""
+        return self.format.min_sign if self.format.has("m") or self.format.has("dmin") else -1
 
     @property
     def unpack_instructions(self) -> int:
@@ -96,6 +147,7 @@ class DecodePlan:
                 for i, read in enumerate(step.reads):
                     count += (read.right != 0) + (read.masked or i > 0)
                 count += self.format.table is not None
+                count += 5 * len(step.kept)
         return count
 
     @property
@@ -184,21 +236,63 @@ def _code_step(
     return Step(block * format.block + k, tuple(reads), None)
 
 
+def _masked_step(
+    format: Format,
+    block: int,
+    k: int,
+    offsets: dict[tuple[str, int, int], int],
+    seen: set[str],
+) -> Step:
+    """The step of weights ``k .. k+3`` of a block of which a mask keeps some."""
+    assert format.mask is not None
+    keep, of = format.mask
+    codes, places = format.field("codes"), format.field("ix")
+    packed, kept = [], []
+    first_code = block * codes.count
+    for e in range(k // of * keep, k // of * keep + keep):
+        at = e // STEP * STEP
+        name = f"packed {first_code + at}"
+        if name not in seen:
+            seen.add(name)
+            step = _code_step(format, codes, block, at, offsets, seen)
+            packed.append(replace(step, k=first_code + at))
+        place = _lane_reads(format, places, block, e, offsets, seen)
+        kept.append(Kept(first_code + at, e % STEP, place, k % of // STEP * 32))
+    return Step(block * format.block + k, (), None, tuple(packed), tuple(kept))
+
+
 def decode_plan(format: Format, layout: Layout) -> DecodePlan:
     """The decode plan of a quantized format (``float_kind`` is None) in a layout."""
     assert format.float_kind is None, f"{format.name} holds floats: nothing to decode"
     offsets = field_offsets(format, layout)
     codes = next(f for f in format.fields if f.name == "codes")
-    others = [f for f in format.fields if f.name != "codes"]
+    others = [f for f in format.block_fields if f.name not in ("codes", "lut", "ix", "oc", "ov")]
     length = min(format.group, ACTIVATION_GROUP)
     seen: set[str] = set()
     segments = []
+    outliers: list[Outlier] = []
+    vectors: list[VectorRead] = []
     for block in range(layout.blocks):
+        if format.vector:
+            books = codes.count * format.vector // format.block
+            vectors += [
+                VectorRead(
+                    block * format.block + v * format.vector,
+                    tuple(
+                        _lane_reads(format, codes, block, v * books + i, offsets, seen)
+                        for i in range(books)
+                    ),
+                )
+                for v in range(format.block // format.vector)
+            ]
+            continue
         for k in range(0, format.block, length):
             group = k // format.group
             new_group = k % format.group == 0
             steps = tuple(
-                _code_step(format, codes, block, j, offsets, seen)
+                _masked_step(format, block, j, offsets, seen)
+                if format.mask
+                else _code_step(format, codes, block, j, offsets, seen)
                 for j in range(k, k + length, STEP)
             )
             fields = tuple(
@@ -213,6 +307,7 @@ def decode_plan(format: Format, layout: Layout) -> DecodePlan:
                         seen,
                     ),
                     f.name == "sub" and format.sub_signed,
+                    f.number,
                 )
                 for f in others
             )
@@ -226,11 +321,38 @@ def decode_plan(format: Format, layout: Layout) -> DecodePlan:
                     fields,
                 )
             )
-    masks = sorted({r.mask for s in segments for t in s.steps for r in t.reads if r.masked})
-    lane_masks = sorted(
-        {r.mask for s in segments for f in s.fields if not f.signed for r in f.reads if r.masked}
-    )
+        if format.has("oc"):
+            outliers += [
+                Outlier(
+                    block * format.block,
+                    _lane_reads(format, format.field("oc"), block, j, offsets, seen),
+                    _lane_reads(format, format.field("ov"), block, j, offsets, seen),
+                )
+                for j in range(format.field("oc").count)
+            ]
+    steps_ = [t for s in segments for t in s.steps]
+    steps_ += [p for t in steps_ for p in t.packed]
+    masks = sorted({r.mask for t in steps_ for r in t.reads if r.masked})
+    lane_reads = [r for s in segments for f in s.fields if not f.signed for r in f.reads]
+    lane_reads += [r for t in steps_ for kept in t.kept for r in kept.place]
+    lane_reads += [r for o in outliers for r in o.place]
+    lane_reads += [r for v in vectors for reads in v.codes for r in reads]
+    lane_masks = sorted({r.mask for r in lane_reads if r.masked})
     return DecodePlan(
         format, layout, layout.blocks * format.block, tuple(segments), length,
-        tuple(masks), tuple(lane_masks),
+        tuple(masks), tuple(lane_masks), *_row_reads(format, layout), tuple(outliers),
+        tuple(vectors),
     )
+
+
+def _row_reads(format: Format, layout: Layout) -> tuple[tuple[ScaleRead, ...], int | None]:
+    """(reads of row fields that are one word a row, where a row's table lies)."""
+    offsets = row_offsets(format, layout)
+    reads = []
+    for field in format.fields:
+        if field.scope == "row" and field.name in ("d", "m", "z"):
+            (plane,) = field_planes(format, field)
+            read = PlaneRead(f"row_{field.name}", offsets[field.name, 0], plane.word_bits, True, 0,
+                             0, False)
+            reads.append(ScaleRead(field.name, (read,), False, field.number))
+    return tuple(reads), offsets.get(("lut", 0))

@@ -16,8 +16,8 @@ from qigen.backends.base import Isa, KernelSource
 from qigen.backends.cpu.decode import ACTIVATION_GROUP, STEP, DecodePlan, decode_plan
 from qigen.codegen.render import render
 from qigen.errors import Unsupported
-from qigen.formats.algebra import Format
-from qigen.formats.layout import Layout, kblock_bytes
+from qigen.formats.algebra import MINIFLOATS, Format
+from qigen.formats.layout import Layout, field_offsets, head_bytes, kblock_bytes, shared_bytes
 
 ACTIVATION_MAX = 127
 """Largest magnitude of a quantized activation."""
@@ -55,7 +55,9 @@ def accumulator_bound(plan: DecodePlan, isa: Isa) -> Bound:
     low, high = f.mapped_range
     table_zero = max(0, -low)  # makes the table's values unsigned
     top = high + table_zero
-    zero = f.zero + table_zero
+    # a zero with a fraction is taken off with the minimum
+    fixed = int(f.zero) if f.zero == int(f.zero) else 0
+    zero = fixed + table_zero
     signed = False
     flush = None
     lane = None
@@ -65,7 +67,7 @@ def accumulator_bound(plan: DecodePlan, isa: Isa) -> Bound:
         # code - centre instead, as a signed byte
         signed = True
         centre = 0 if f.table else 1 << (f.code_bits - 1)
-        table_zero, zero = 0, f.zero - centre
+        table_zero, zero = 0, fixed - centre
         top = max(abs(low - centre), abs(high - centre))
     if limit is not None:
         step = 2 * top * ACTIVATION_MAX
@@ -138,6 +140,14 @@ def render_matmul(
         "plan": plan,
         "kblock_bytes": bytes_,
         "epilogues": epilogues,
+        "head_bytes": head_bytes(f, spec.layout),
+        "shared_bytes": shared_bytes(f),
+        "minifloats": MINIFLOATS,
+        "vector_shift": f.vector.bit_length() if f.vector else 0,  # bytes of f16 entries
+        "book_bytes": (2 * f.vector << f.code_bits) if f.vector else 0,
+        "small_floats": f.minifloat is not None
+        or any(field.number in MINIFLOATS for field in f.fields),
+        "lut_offset": field_offsets(f, spec.layout).get(("lut", 0, 0), 0),
     }
     entries = tuple(spec.entry(e) for e in epilogues)
     if not spec.integer:
@@ -157,8 +167,8 @@ def render_matmul(
         if decode_rows:
             entries += (f"{spec.name}__rows",)
         return KernelSource(spec.name, text, spec.isa.name, entries)
-    if plan is None:
-        raise Unsupported(f"{f.name} has no integer codes: its activations must be f32")
+    if plan is None or not f.integer:
+        raise Unsupported(f"{f.name} has no integer codes: its activations must be f32 or bf16")
     bound = accumulator_bound(plan, spec.isa)
     lane = (
         f"16-bit lane {bound.lane} of {spec.isa.dot_limit} over {bound.flush} steps, "

@@ -24,7 +24,7 @@ from qigen.backends.cpu.ops import render_ops
 from qigen.backends.cpu.rowops import render_rowops
 from qigen.codegen.lower import PackedTensor, align
 from qigen.codegen.render import render
-from qigen.formats.layout import packed_shape
+from qigen.formats.layout import packed_shape, row_block_bytes
 from qigen.ir.graph import Graph, Node
 from qigen.ir.ops.graph import BIAS, CHAIN, SCALE, X_SCALE, X_ZERO, ZERO, W, X
 from qigen.ir.tensor import Alias, Argument, Call, Epilogue, Ints, Ref, Refs, Word, given
@@ -238,7 +238,7 @@ class GraphKernels:
         self._declarations[f"void {spec.entry('store')}(const MatmulArgs& a, int b0, int b1);"] = (
             None
         )
-        blocks, kblocks, size = packed_shape(spec.format, (a["n"], a["k"]), spec.layout)
+        blocks, kblocks, _ = packed_shape(spec.format, (a["n"], a["k"]), spec.layout)
         record = row_record(spec, a["k"])
         self._choice(
             node,
@@ -261,7 +261,7 @@ class GraphKernels:
                 Ref(given(node, 2)),
                 blocks,
                 kblocks,
-                kblocks * size,
+                row_block_bytes(spec.format, a["k"], spec.layout),
                 record.stride,
                 record.scale,
                 record.zero,

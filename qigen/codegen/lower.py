@@ -13,7 +13,7 @@ from typing import Any
 
 from qigen.backends.cpu.matmul import ActivationRecord, MatmulSpec, activation_needs
 from qigen.errors import Unsupported
-from qigen.formats.layout import packed_shape
+from qigen.formats.layout import packed_shape, row_block_bytes
 from qigen.ir.dims import whole
 from qigen.ir.graph import Graph, Node, constant_shape
 from qigen.ir.ops.fused import attention_parts, group_parts
@@ -263,7 +263,7 @@ class Lowering:
         spec = replace(self.spec_of(table, "embedding"), activations="f32")
         self.use(spec, lookup=True)
         shape = constant_shape(self.graph.constants[table])
-        _, kblocks, size = packed_shape(spec.format, (shape[0], shape[1]), spec.layout)
+        _, kblocks, _ = packed_shape(spec.format, (shape[0], shape[1]), spec.layout)
         self.barriers += 1
         return [
             Step(
@@ -272,7 +272,7 @@ class Lowering:
                 {
                     "kernel": f"{spec.name}__rows",
                     "weight": self.matrix((table,), spec),
-                    "row_block": kblocks * size,
+                    "row_block": row_block_bytes(spec.format, shape[1], spec.layout),
                     "kblocks": kblocks,
                     "scale": float(node.attrs["scale"]),
                     "y": self.buffer(node.output),
@@ -355,7 +355,8 @@ class Lowering:
             spec = specs[i]
             names = tuple(parts.weights[j] for j in group)
             n = constant_shape(graph.constants[names[0]])[0]
-            row_blocks, kblocks, size = packed_shape(spec.format, (n, k), spec.layout)
+            row_blocks, kblocks, _ = packed_shape(spec.format, (n, k), spec.layout)
+            row_block = row_block_bytes(spec.format, k, spec.layout)
             self.use(spec, epilogue)
             zeros, sums = activation_needs(spec) if int8 else ((), ())
             output = node.outputs[i if a["epilogue"] == "store" else 0]
@@ -370,8 +371,8 @@ class Lowering:
                     kernel=spec.entry(epilogue),
                     weight=self.matrix(names, spec),
                     blocks=row_blocks,
-                    cost=kblocks * size * len(group),
-                    row_block=kblocks * size,
+                    cost=row_block * len(group),
+                    row_block=row_block,
                     kblocks=kblocks,
                     n=n,
                     zero_offset=record.offset("zero", *zeros[0]) if zeros else 0,

@@ -25,7 +25,7 @@ _INTRINSICS: tuple[tuple[str, str | None], ...] = (
     (r"cast|setzero|setr|undefined|cvtss|cvtsi", None),
     (r"set1", "broadcast"),
     (r"broadcast", "shuffle"),
-    (r"(maskz?_?)?loadu?_", "load"),
+    (r"(maskz?_?)?loadu?_|(mask_)?i32gather", "load"),
     (r"(mask_?)?store[ul]?_", "store"),
     (r"dpbusd|dpbf16|maddubs|madd_", "dot"),
     (r"fn?madd|(mul|add|sub|div|max|min)_ps|round|reduce|sqrt|scalef|mul_ep|mullo", "fma"),

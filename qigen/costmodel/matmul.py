@@ -39,7 +39,7 @@ from qigen.costmodel.instructions import (
     primitives,
 )
 from qigen.formats.algebra import Format
-from qigen.formats.layout import Layout, kblock_bytes, packed_shape
+from qigen.formats.layout import Layout, kblock_bytes, packed_bytes, packed_shape
 from qigen.targets import Machine
 from qigen.targets.machine import Rates
 
@@ -94,7 +94,7 @@ def roofline(
     The greater is the roofline: weights once from where they live, and as many dot products (or
     float multiply-adds) as the cores issue.
     """
-    row_blocks, kblocks, size = packed_shape(spec.format, (n, k), spec.layout)
+    row_blocks = packed_shape(spec.format, (n, k), spec.layout)[0]
     _, bandwidth = _home(machine, threads, working_set)
     rates = _rates(machine, spec.isa)
     primitive, steps = _MULTIPLY[spec.activations]
@@ -102,7 +102,7 @@ def roofline(
     cycles = max(each[kind] / rates.per_cycle[kind] for kind in ("dot", "fma"))
     busy = min(threads, row_blocks)
     us = row_blocks * m * (k / steps) * cycles * 1e-3 / rates.ghz / busy
-    return row_blocks * kblocks * size / bandwidth, us
+    return packed_bytes(spec.format, (n, k), spec.layout) / bandwidth, us
 
 
 _MULTIPLY = {
@@ -281,7 +281,7 @@ def predict(
     row_blocks, kblocks, size = packed_shape(spec.format, (n, k), spec.layout)
     per_thread = -(-row_blocks // threads)
     us = 1e-3 / _rates(machine, spec.isa).ghz  # of a cycle
-    weights = row_blocks * kblocks * size
+    weights = packed_bytes(spec.format, (n, k), spec.layout)
     x = activation_bytes(alone, k) * m
 
     limits: dict[str, float] = {}

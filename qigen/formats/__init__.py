@@ -4,21 +4,35 @@ from __future__ import annotations
 
 from qigen.formats.algebra import Field, Format, QuantizedTensor, Run, validate
 from qigen.formats.blocks import from_blocks, to_blocks
-from qigen.formats.catalog import CATALOG, by_ggml_type, by_name
+from qigen.formats.catalog import (
+    CATALOG,
+    REPRESENTATIVE,
+    by_ggml_type,
+    by_name,
+    codebook_row,
+    int_row,
+    masked,
+    with_outliers,
+)
 from qigen.formats.layout import (
     Layout,
     Plane,
     field_offsets,
     field_planes,
+    head_bytes,
     kblock_bytes,
     pack,
+    packed_bytes,
     packed_shape,
     planes,
+    row_block_bytes,
+    shared_bytes,
     unpack,
 )
 
 __all__ = [
     "CATALOG",
+    "REPRESENTATIVE",
     "Field",
     "Format",
     "Layout",
@@ -27,14 +41,22 @@ __all__ = [
     "Run",
     "by_ggml_type",
     "by_name",
+    "codebook_row",
     "field_offsets",
     "field_planes",
     "from_blocks",
+    "head_bytes",
+    "int_row",
     "kblock_bytes",
+    "masked",
     "pack",
+    "packed_bytes",
     "packed_shape",
     "planes",
+    "row_block_bytes",
+    "shared_bytes",
     "to_blocks",
     "unpack",
     "validate",
+    "with_outliers",
 ]

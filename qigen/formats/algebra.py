@@ -7,12 +7,21 @@ fields, each an array of unsigned integers, and stands for
 
 with ``S = f32(d) * f32(sub - sub_zero) * scale_factor`` (or ``2^(e-127) * scale_factor``) and
 ``M = 0``, ``+f32(m)`` or ``-(f32(dmin) * f32(submin))``, all in float32 and in this order, which
-makes it equal to ggml's own dequantization to the last bit. A format is a value of this module,
-never a class of its own; the named ones are the rows of :mod:`qigen.formats.catalog`.
+makes it equal to ggml's own dequantization to the last bit. A zero point of the group (field 'z',
+an integer or a float) is taken off V(c) before S is applied. V(c) is the code itself, an entry of a
+table of integers or floats, a small float, or an entry of a table that is data (field 'lut').
+Fields of scope 'row' are stored once a row, those of scope 'tensor' once a weight. A codebook
+(field 'book') has vectors of ``vector`` weights: their sum over the books, times S, are the
+weights.
+A mask N:M keeps N of every M weights, whose places are in the field 'ix'; the others are zero.
+Outliers (fields 'oc' and 'ov') add ov[j] to the weight oc[j] of the block. A format is a value of
+this module, never a class of its own; the named ones are the rows of
+:mod:`qigen.formats.catalog`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,8 +38,11 @@ if TYPE_CHECKING:
 Array = npt.NDArray[Any]
 Float32Array = npt.NDArray[np.float32]
 
-# Field names that hold a float (f16 or f32 by width) rather than an integer.
-FLOAT_FIELDS = ("d", "dmin", "m")
+# Field names that hold a float (f16 or f32 by width if the field has no kind) and not an integer.
+FLOAT_FIELDS = ("d", "dmin", "m", "lut", "ov", "book", "subz", "zd", "zz")
+
+# Exponents that say NaN or infinity, by kind of float. e4m3 has one NaN and no infinity.
+_NOT_FINITE = {"f16": 0x7C00, "bf16": 0x7F80, "f32": 0x7F800000, "e4m3": 0x7F, "e5m2": 0x7C}
 
 # Base-3 bytes (ggml TQ1_0): (first byte, bytes, digits, first weight). Digit j of byte i of a run
 # is the code of weight ``first weight + j * bytes + i``.
@@ -63,13 +75,74 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Minifloat:
+    """A float of one sign bit, ``exponent`` and ``mantissa`` bits, with subnormals.
+
+    Every code is a number as it stands (OCP e2m1, e2m3, e3m2), but for the largest magnitude of
+    e4m3 and the largest exponent of e5m2, which weights may not have (see :func:`validate`).
+    """
+
+    exponent: int
+    mantissa: int
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code, its sign included."""
+        return 1 + self.exponent + self.mantissa
+
+    @property
+    def factor(self) -> float:
+        """What the float32 with the same exponent and mantissa fields is multiplied by."""
+        return 2.0 ** (127 - ((1 << (self.exponent - 1)) - 1))
+
+    @property
+    def top(self) -> float:
+        """The largest finite magnitude."""
+        name = f"e{self.exponent}m{self.mantissa}"
+        last = (1 << (self.bits - 1)) - 1
+        last = {"e4m3": 0x7E, "e5m2": 0x7B}.get(name, last)
+        return float(self.values(np.array([last], np.uint8))[0])
+
+    def values(self, codes: Array) -> Float32Array:
+        """float32: the numbers that ``codes`` stand for (NaN or infinity as any other)."""
+        bits = codes.astype(np.uint32)
+        low = np.uint32((1 << (self.bits - 1)) - 1)
+        magnitude = ((bits & low) << np.uint32(23 - self.mantissa)).view(np.float32)
+        sign = (bits >> np.uint32(self.bits - 1)) << np.uint32(31)
+        values: Float32Array = magnitude * np.float32(self.factor)
+        signed: Float32Array = (values.view(np.uint32) | sign).view(np.float32)
+        return signed
+
+
+MINIFLOATS = {f"e{e}m{m}": Minifloat(e, m) for e, m in
+              ((2, 1), (2, 2), (3, 1), (2, 3), (3, 2), (4, 3), (5, 2))}
+"""The small floats by name."""
+
+
+@dataclass(frozen=True)
 class Field:
-    """An array of ``count`` unsigned integers of ``bits`` bits in every block."""
+    """An array of ``count`` unsigned integers of ``bits`` bits in every block (row, or weight).
+
+    ``kind`` says that the integers are the bits of floats: 'f16', 'bf16', 'f32' or a minifloat.
+    ``scope`` is 'block', 'row' or 'tensor'.
+    """
 
     name: str
     bits: int
     count: int
     runs: tuple[Run, ...] = ()
+    kind: str = ""
+    scope: str = "block"
+
+    @property
+    def number(self) -> str:
+        """The kind of float that the elements are, '' for integers."""
+        return self.kind or (f"f{self.bits}" if self.name in FLOAT_FIELDS else "")
+
+    def shape(self, n: int, nblocks: int) -> tuple[int, int, int]:
+        """The shape of the field's array in a weight of ``n`` rows of ``nblocks`` blocks."""
+        return (1 if self.scope == "tensor" else n, nblocks if self.scope == "block" else 1,
+                self.count)
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -83,7 +156,10 @@ class Format:
 
     ``codes_xor`` is applied to the codes when they are read from or written to source blocks, so
     that signed source codes become unsigned ones with a zero (q8_0: 0x80 and zero 128).
-    ``group`` is the number of weights that share one final scale. ``source`` names the
+    ``group`` is the number of weights that share one final scale, at most a block (a scale of
+    scope 'row' is shared by all weights of the row: :attr:`channel`). ``table`` are integers,
+    ``values`` floats; only the first ``used`` codes are given to weights. A ``zero`` with a
+    fraction (bipolar codes) becomes a part of the minimum in integer kernels. ``source`` names the
     specification that the row is written from.
     """
 
@@ -91,9 +167,14 @@ class Format:
     block: int
     group: int
     fields: tuple[Field, ...]
-    zero: int = 0
+    zero: float = 0
     table: tuple[int, ...] | None = None
+    values: tuple[float, ...] | None = None
+    minifloat: Minifloat | None = None
     base3: bool = False
+    used: int | None = None
+    vector: int = 0
+    mask: tuple[int, int] | None = None
     sub_zero: int = 0
     sub_signed: bool = False
     min_sign: int = -1
@@ -117,13 +198,65 @@ class Format:
 
     @property
     def bits_per_weight(self) -> float:
-        """Stored bits a weight, scales and minima included."""
-        return sum(field.bits * field.count for field in self.fields) / self.block
+        """Stored bits a weight of blocks, scales and minima included; what is stored once a row or
+        a weight depends on the shape and is left out."""
+        return sum(field.bits * field.count for field in self.block_fields) / self.block
+
+    @cached_property
+    def block_fields(self) -> tuple[Field, ...]:
+        """The fields of every block."""
+        return tuple(field for field in self.fields if field.scope == "block")
+
+    @property
+    def channel(self) -> bool:
+        """Whether a whole row shares its scale."""
+        return (self.has("d") and self.field("d").scope == "row"
+                and not self.has("sub") and not self.has("e"))
+
+    @property
+    def sparsity(self) -> str:
+        """Mask and residual in words: '2:4', '3 outliers of 256', or ''."""
+        words = [f"{self.mask[0]}:{self.mask[1]}"] if self.mask else []
+        if self.has("oc"):
+            words.append(f"{self.field('oc').count} outliers of {self.block}")
+        return ", ".join(words)
+
+    @property
+    def integer(self) -> bool:
+        """Whether the values of the codes are integers of a byte, so that integer kernels exist."""
+        return not (self.float_kind or self.values or self.minifloat or self.has("lut")
+                    or self.has("book"))
+
+    @property
+    def level_count(self) -> int:
+        """How many values a code may have."""
+        return self.used or (3 if self.base3 else 1 << self.code_bits)
+
+    @cached_property
+    def hole(self) -> int:
+        """The code whose value is zero, which stands where a mask keeps nothing; Unsupported if
+        there is none."""
+        zeros = np.flatnonzero(self.levels == 0)
+        if not len(zeros) or self.has("m") or self.has("z") or self.has("dmin") or self.has("lut"):
+            raise Unsupported("no code of this format always stands for zero: a mask needs a "
+                              "symmetric format or a table with a zero", self.name)
+        return int(zeros[0])
+
+    @cached_property
+    def levels(self) -> Float32Array:
+        """float32 [level_count]: V(c) - Z of every code, tables of 'lut' apart."""
+        codes = np.arange(self.level_count)
+        if self.minifloat is not None:
+            return self.minifloat.values(codes)
+        if self.table is not None or self.values is not None:
+            return self.code_values
+        levels: Float32Array = np.subtract(codes, np.float32(self.zero), dtype=np.float32)
+        return levels
 
     @property
     def block_bytes(self) -> int:
         """Bytes of a source block."""
-        return -(-sum(field.bits * field.count for field in self.fields) // 8)
+        return -(-sum(field.bits * field.count for field in self.block_fields) // 8)
 
     @property
     def code_bits(self) -> int:
@@ -133,18 +266,26 @@ class Format:
     @property
     def mapped_range(self) -> tuple[int, int]:
         """Smallest and largest V(c), before the zero is taken off; Unsupported for floats."""
-        if self.float_kind:
-            raise Unsupported("a dense float format has no integer codes; pick an integer format",
-                              self.name)
+        if not self.integer:
+            raise Unsupported("the codes of this format stand for floats, not for integers; take "
+                              "f32 or bf16 activations, or an integer format", self.name)
         if self.table is not None:
             return min(self.table), max(self.table)
         return 0, 2 if self.base3 else (1 << self.code_bits) - 1
 
     @property
     def map_kind(self) -> str:
-        """The value map V in words: 'float', 'table', 'ternary' or 'affine'."""
+        """The value map V in words: 'float', 'e4m3' .., 'table', 'ternary' or 'affine'."""
         if self.float_kind:
             return "float"
+        if self.minifloat is not None:
+            return f"e{self.minifloat.exponent}m{self.minifloat.mantissa}"
+        if self.vector:
+            return "codebook"
+        if self.has("lut"):
+            return f"table a {self.field('lut').scope}"
+        if self.values is not None:
+            return "float table"
         return "table" if self.table is not None else "ternary" if self.base3 else "affine"
 
     @property
@@ -154,23 +295,31 @@ class Format:
             return "e8m0"
         if not self.has("d"):
             return "none"
-        kind = f"f{self.field('d').bits}"
-        return f"{kind} x {self.field('sub').bits} bits" if self.has("sub") else kind
+        kind = self.field("d").number + " a row" * (self.field("d").scope == "row")
+        if not self.has("sub"):
+            return kind
+        sub = self.field("sub")
+        return f"{kind} x {sub.number or f'{sub.bits} bits'}"
 
     @property
     def zero_kind(self) -> str:
         """The zero Z or the minimum R in words: 'none', 'integer', 'f16' or 'f16 x 6 bits'."""
         if self.has("m"):
-            return f"f{self.field('m').bits}"
+            return self.field("m").number
+        if self.has("z"):
+            return self.field("z").number or f"{self.field('z').bits} bits"
         if self.has("dmin"):
             return f"f{self.field('dmin').bits} x {self.field('submin').bits} bits"
+        if self.zero != int(self.zero):
+            return f"{self.zero:g}"
         return "integer" if self.zero else "none"
 
     @cached_property
     def code_values(self) -> Float32Array:
         """float32 [2^code_bits]: V(c) - Z of every code of a table format."""
-        assert self.table is not None
-        values: Float32Array = np.asarray(self.table, np.float32) - np.float32(self.zero)
+        entries = self.table if self.table is not None else self.values
+        assert entries is not None
+        values: Float32Array = np.asarray(entries, np.float32) - np.float32(self.zero)
         return values
 
 
@@ -179,8 +328,9 @@ class QuantizedTensor:
     """A weight of shape ``(N, K)`` as the field arrays of its blocks.
 
     ``fields[name]`` is unsigned, of the field's dtype and of shape [N, nblocks, count] with
-    ``nblocks = ceil(K / block)``. Only formats without a GGUF block (and dense floats) may have a
-    K that is no multiple of the block; the codes past K in the last block stand for nothing.
+    ``nblocks = ceil(K / block)``; [N, 1, count] of a row field, [1, 1, count] of a tensor field.
+    Only formats without a GGUF block (and dense floats) may have a K that is no multiple of the
+    block; the codes past K in the last block stand for nothing.
     Raises BadInput when the arrays do not fit the format and the shape.
     """
 
@@ -195,7 +345,7 @@ class QuantizedTensor:
             raise BadInput(f"the fields {sorted(self.fields)} are not those of the format; give "
                            f"{[field.name for field in self.format.fields]}", self.format.name)
         for field in self.format.fields:
-            array, want = self.fields[field.name], (n, self.nblocks, field.count)
+            array, want = self.fields[field.name], field.shape(n, self.nblocks)
             if array.shape != want or array.dtype != field.dtype:
                 raise BadInput(f"field '{field.name}' is {array.dtype}{list(array.shape)}; it must "
                                f"be {field.dtype}{list(want)}", self.format.name)
@@ -207,12 +357,14 @@ class QuantizedTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the weight when stored as source blocks."""
-        return self.shape[0] * self.nblocks * self.format.block_bytes
+        """Bytes of the weight when stored as source blocks, with its row and tensor fields."""
+        once = sum(math.prod(field.shape(self.shape[0], self.nblocks)) * field.bits
+                   for field in self.format.fields if field.scope != "block")
+        return self.shape[0] * self.nblocks * self.format.block_bytes + -(-once // 8)
 
     def rows(self, start: int, stop: int) -> QuantizedTensor:
         """Rows ``[start, stop)`` as a view: nothing is copied."""
-        part = {name: array[start:stop] for name, array in self.fields.items()}
+        part = slice_rows(self.format, self.fields, start, stop)
         return QuantizedTensor(self.format, (len(part["codes"]), self.shape[1]), part)
 
     def pack(self, layout: Layout | None = None) -> npt.NDArray[np.uint8]:
@@ -227,9 +379,15 @@ class QuantizedTensor:
         out = np.empty((n, k), np.float32)
         step = max(1, _CHUNK_WEIGHTS // max(1, self.nblocks * self.format.block))
         for a in range(0, n, step):
-            part = {name: array[a : a + step] for name, array in self.fields.items()}
+            part = slice_rows(self.format, self.fields, a, a + step)
             out[a : a + step] = _decode(self.format, part)[:, :k]
         return out
+
+
+def slice_rows(fmt: Format, fields: Mapping[str, Array], start: int, stop: int) -> dict[str, Array]:
+    """The arrays of rows ``[start, stop)``; those of scope 'tensor' as they are."""
+    return {field.name: fields[field.name] if field.scope == "tensor"
+            else fields[field.name][start:stop] for field in fmt.fields}
 
 
 def check_columns(fmt: Format, k: int) -> None:
@@ -247,11 +405,19 @@ def validate(tensor: QuantizedTensor, where: str) -> None:
 
     An e8m0 scale of 255 is a NaN by the OCP microscaling specification.
     """
+    if tensor.format.mask is not None:
+        _validate_mask(tensor, where)
     for field in tensor.format.fields:
         array = tensor.fields[field.name]
-        if field.name in FLOAT_FIELDS or tensor.format.float_kind:
-            kind = tensor.format.float_kind or f"f{field.bits}"
-            mask = array.dtype.type({"f16": 0x7C00, "bf16": 0x7F80, "f32": 0x7F800000}[kind])
+        if field.name == "oc" and array.size and int(array.max()) >= tensor.format.block:
+            raise BadInput(f"an outlier's place is {int(array.max())} in a block of "
+                           f"{tensor.format.block} weights; the file is damaged", where)
+        small = tensor.format.minifloat if field.name == "codes" else None
+        kind = tensor.format.float_kind or field.number
+        if small is not None:
+            kind = f"e{small.exponent}m{small.mantissa}"
+        if kind in _NOT_FINITE:
+            mask = array.dtype.type(_NOT_FINITE[kind])
         elif field.name == "e":
             mask = array.dtype.type(0xFF)
         else:
@@ -266,10 +432,34 @@ def validate(tensor: QuantizedTensor, where: str) -> None:
                                "; the file is damaged, convert the model again", where)
 
 
-def _as_float32(array: Array) -> Float32Array:
-    """The floats whose f16 or f32 bit patterns are the elements of ``array``."""
-    kind = np.float16 if array.dtype == np.uint16 else np.float32
+def _validate_mask(tensor: QuantizedTensor, where: str) -> None:
+    """BadInput if the places of the kept weights do not ascend within every M weights."""
+    assert tensor.format.mask is not None
+    keep, of = tensor.format.mask
+    places = tensor.fields["ix"].reshape(len(tensor.fields["ix"]), -1, keep).astype(np.int64)
+    bad: npt.NDArray[np.bool_] = np.diff(places, axis=2, append=of) <= 0
+    if bad.any():
+        row = int(np.argmax(bad.reshape(len(bad), -1).any(axis=1)))
+        raise BadInput(f"row {row} has places of kept weights that do not ascend, or lie beyond "
+                       f"{of - 1}; sort them", where)
+
+
+def as_float32(number: str, array: Array) -> Float32Array:
+    """The floats of kind ``number`` whose bits are the elements of ``array``."""
+    if number in MINIFLOATS:
+        return MINIFLOATS[number].values(array)
+    if number == "bf16":
+        return np.ascontiguousarray(array.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    kind = np.float16 if number == "f16" else np.float32
     return np.ascontiguousarray(array).view(kind).astype(np.float32)
+
+
+def _field_float32(fmt: Format, fields: Mapping[str, Array], name: str) -> Float32Array:
+    """float32: the elements of a field, integers or floats."""
+    number = fmt.field(name).number
+    if number:
+        return as_float32(number, fields[name])
+    return fields[name].astype(np.float32)
 
 
 def _ternary_codes(digits: Array) -> Array:
@@ -296,23 +486,75 @@ def _decode(fmt: Format, fields: Mapping[str, Array]) -> Float32Array:
         if fmt.float_kind == "bf16":
             codes = codes.astype(np.uint32) << np.uint32(16)
         with np.errstate(invalid="ignore"):  # a signalling NaN stays a NaN
-            return _as_float32(codes).reshape(n, nblocks * fmt.block)
+            kind = "f16" if codes.dtype == np.uint16 else "f32"
+            return as_float32(kind, codes).reshape(n, nblocks * fmt.block)
+    if fmt.has("book"):
+        return _decode_vectors(fmt, fields)
     if fmt.base3:
         codes = _ternary_codes(codes)
+    if fmt.mask is not None:
+        codes = expanded(fmt, codes, fields["ix"])
     values: Float32Array
-    if fmt.table is not None:
+    if fmt.has("lut"):
+        lut = np.broadcast_to(_field_float32(fmt, fields, "lut"),
+                              (n, nblocks, fmt.field("lut").count))
+        values = np.take_along_axis(lut, codes.astype(np.intp), axis=2)
+    elif fmt.table is not None or fmt.values is not None:
         values = fmt.code_values[codes]
+    elif fmt.minifloat is not None:
+        values = fmt.minifloat.values(codes)
     else:
         values = np.subtract(codes, np.float32(fmt.zero), dtype=np.float32)
     with np.errstate(over="ignore", invalid="ignore"):
         values = values.reshape(n, nblocks, fmt.block // fmt.group, fmt.group)
+        if fmt.has("z"):
+            values -= _zeros(fmt, fields)[..., None]
         values *= _scales(fmt, fields)[..., None]
         if fmt.has("m"):
-            values += np.float32(fmt.min_sign) * _as_float32(fields["m"])[..., None]
+            values += np.float32(fmt.min_sign) * _field_float32(fmt, fields, "m")[..., None]
         elif fmt.has("dmin"):
-            minima = _as_float32(fields["dmin"]) * fields["submin"].astype(np.float32)
+            minima = _field_float32(fmt, fields, "dmin") * fields["submin"].astype(np.float32)
             values += np.float32(fmt.min_sign) * minima[..., None]
+    values = values.reshape(n, nblocks, fmt.block)
+    if fmt.has("oc"):
+        rows, blocks = np.ogrid[:n, :nblocks]
+        outliers = _field_float32(fmt, fields, "ov")
+        for j in range(outliers.shape[2]):
+            values[rows, blocks, fields["oc"][..., j]] += outliers[..., j]
     return values.reshape(n, nblocks * fmt.block)
+
+
+def _decode_vectors(fmt: Format, fields: Mapping[str, Array]) -> Float32Array:
+    """float32 [N, nblocks * block] of codes of vectors: the books' entries, summed in order."""
+    codes = fields["codes"]
+    n, nblocks = codes.shape[:2]
+    books = fmt.field("codes").count * fmt.vector // fmt.block
+    book = _field_float32(fmt, fields, "book").reshape(books, -1, fmt.vector)
+    chosen = codes.reshape(n, nblocks, -1, books)
+    values = book[0][chosen[..., 0]]
+    for i in range(1, books):
+        values = values + book[i][chosen[..., i]]
+    values = values.reshape(n, nblocks, fmt.block)
+    out: Float32Array = (values * _scales(fmt, fields)).reshape(n, nblocks * fmt.block)
+    return out
+
+
+def expanded(fmt: Format, codes: Array, places: Array) -> Array:
+    """The codes of all weights of the blocks: the kept ones at their places, else the hole."""
+    assert fmt.mask is not None
+    keep, of = fmt.mask
+    out = np.full((*codes.shape[:2], fmt.block), fmt.hole, codes.dtype)
+    at = np.arange(codes.shape[2]) // keep * of + places.astype(np.int64)
+    np.put_along_axis(out, at, codes, axis=2)
+    return out
+
+
+def _zeros(fmt: Format, fields: Mapping[str, Array]) -> Float32Array:
+    """float32 [N, nblocks, groups]: the zero points that are data."""
+    zero = _field_float32(fmt, fields, "z")
+    if fmt.has("zd"):
+        zero = (zero - _field_float32(fmt, fields, "zz")) * _field_float32(fmt, fields, "zd")
+    return zero
 
 
 def _scales(fmt: Format, fields: Mapping[str, Array]) -> Float32Array:
@@ -323,9 +565,15 @@ def _scales(fmt: Format, fields: Mapping[str, Array]) -> Float32Array:
         exponent = fields["e"].astype(np.int32) - np.int32(127)
         powers: Float32Array = np.ldexp(factor, exponent)
         return powers
-    scale = _as_float32(fields["d"])
-    if fmt.has("sub"):
+    if not fmt.has("d"):
+        return np.ones((1, 1, 1), np.float32)
+    scale = _field_float32(fmt, fields, "d")
+    if fmt.has("sub") and fmt.field("sub").number:
+        scale = scale * _field_float32(fmt, fields, "sub")
+    elif fmt.has("sub"):
         sub = fields["sub"]
         sub = sub.view(np.int8) if fmt.sub_signed else sub
+        if fmt.has("subz"):
+            return scale * (sub.astype(np.float32) - _field_float32(fmt, fields, "subz"))
         scale = scale * np.subtract(sub, np.float32(fmt.sub_zero), dtype=np.float32)
     return scale if fmt.scale_factor == 1.0 else scale * factor

@@ -1,4 +1,4 @@
-"""The named formats: one row each, most of them the blocks of a GGUF file.
+"""The named formats: one row each, first the blocks of GGUF files, then the families.
 
 The rows of the GGUF types are written from the block structures of ggml (``ggml-common.h``) as its
 reference dequantization reads them (package ``gguf``, ``quants.py``). Fields are listed in the
@@ -8,10 +8,14 @@ order of the execution layout: codes first, so that they stay aligned to whole v
 from __future__ import annotations
 
 import difflib
+import functools
+import re
 from collections.abc import Iterable
+from dataclasses import replace
+from statistics import NormalDist
 
 from qigen.errors import Unsupported
-from qigen.formats.algebra import Field, Format, Run
+from qigen.formats.algebra import MINIFLOATS, Field, Format, Run
 
 _GGML = "ggml block "
 
@@ -124,30 +128,289 @@ _GGUF_ROWS = (
 )
 
 
-def _group_row(bits: int, group: int, symmetric: bool) -> Format:
-    """A round-to-nearest row: ``bits`` bits a code, an f16 scale (and minimum) a group."""
-    names = ("d",) if symmetric else ("d", "m")
-    return Format(f"{'s' if symmetric else 'u'}{bits}g{group}", group, group,
-                  (Field("codes", bits, group), *(Field(name, 16, 1) for name in names)),
-                  zero=1 << (bits - 1) if symmetric else 0, min_sign=1,
-                  source="round to nearest in groups along K, f16 scale and "
-                         + ("zero in the middle" if symmetric else "f16 minimum"))
+GROUPS = (16, 32, 64, 128, 256)
+"""Weights that may share a scale in the rows of the next families."""
 
+_BITS = {"f32": 32, "f16": 16, "bf16": 16}
+_KINDS = {
+    "s": "the zero is in the middle",
+    "u": "a minimum of the group",
+    "z": "an integer zero point of the group (MatMulNBits, GPTQ, AWQ)",
+    "h": "a float zero point of the group (HQQ)",
+}
+
+
+def _float(name: str, kind: str, count: int = 1, scope: str = "block") -> Field:
+    """``count`` floats of a kind; the kind is said only where the width does not say it."""
+    said = "" if kind in ("f16", "f32") and name in ("d", "m", "lut", "ov", "qv", "book") else kind
+    return Field(name, _BITS.get(kind, 8), count, kind=said, scope=scope)
+
+
+def _grouped(bits: int, group: int) -> tuple[int, int]:
+    """(weights of a block, groups of a block): codes fill whole 32-bit words."""
+    return (32, 2) if group == 16 else (group, 1)
+
+
+def int_row(kind: str, bits: int, group: int | None, scale: str = "f16") -> Format:
+    """A row of affine codes in groups along K; a group of None is the whole row ("channel").
+
+    ``kind``: 's' symmetric, 'u' with a minimum, 'z' with an integer zero point, 'h' with a float
+    one.
+    ``scale`` is the kind of the scales, minima and float zero points.
+    """
+    scope = "row" if group is None else "block"
+    block, count = (32, 1) if group is None else _grouped(bits, group)
+    side = [_float("d", scale, count, scope)]
+    if kind in "uh":
+        side.append(_float("m" if kind == "u" else "z", scale, count, scope))
+    elif kind == "z":
+        side.append(Field("z", 8, count, scope=scope))
+    return Format(
+        f"{kind}{bits}g{group or 'channel'}{'' if scale == 'f16' else '_' + scale}",
+        block, group or block, (Field("codes", bits, block), *side),
+        zero=1 << (bits - 1) if kind == "s" else 0, min_sign=1,
+        source=f"groups along K, {scale} scales; {_KINDS[kind]}")
+
+
+# QLoRA (Dettmers et al. 2023), appendix E.
+_NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+        -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+        0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+        0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)
+# The fp4 type of bitsandbytes: 0.0625, 8, 12, 4, 6, 2, 3 twelfths and their negatives.
+_FP4 = (0.0, 0.0052083333333, 0.6666666666667, 1.0, 0.3333333333333, 0.5, 0.1666666666667, 0.25,
+        0.0, -0.0052083333333, -0.6666666666667, -1.0, -0.3333333333333, -0.5, -0.1666666666667,
+        -0.25)
+
+
+def _normal_float(bits: int) -> tuple[float, ...]:
+    """Quantiles of a normal distribution with an exact zero, by the rule behind nf4."""
+    half, offset = 1 << (bits - 1), 0.9677083
+    inverse = NormalDist().inv_cdf
+
+    def side(n: int) -> list[float]:
+        return [inverse(offset + (0.5 - offset) * i / n) for i in range(n)]
+
+    positive, negative = side(half), side(half - 1)
+    values = sorted([*positive, 0.0, *(-v for v in negative)])
+    return tuple(v / max(values) for v in values)
+
+
+_VALUES = {"nf4": _NF4, "fp4": _FP4, "nf3": _normal_float(3), "nf2": _normal_float(2)}
+
+
+def table_row(name: str, group: int, scale: str = "f16") -> Format:
+    """A row with a table of floats that is the same for all weights: nf4, nf3, nf2, fp4."""
+    values = _VALUES[name]
+    bits = (len(values) - 1).bit_length()
+    block, count = _grouped(bits, group)
+    return Format(f"{name}g{group}{'' if scale == 'f16' else '_' + scale}", block, group,
+                  (Field("codes", bits, block), _float("d", scale, count)), values=values,
+                  source={"fp4": "bitsandbytes fp4", "nf4": "QLoRA nf4"}.get(
+                      name, "quantiles as for nf4; FLUTE"))
+
+
+def lut_row(bits: int, scope: str, group: int | None = None) -> Format:
+    """A row whose table of 2^bits f16 values is data: one a tensor, a row ("channel") or a block.
+
+    With a table of the tensor, every group (of 32 to 256) has an f16 scale; the other tables are
+    their own scales.
+    """
+    where = {"tensor": "tensor", "channel": "row", "group": "block"}[scope]
+    block = group or 32
+    side = [_float("lut", "f16", 1 << bits, where)]
+    if scope == "tensor":
+        side.insert(0, _float("d", "f16"))
+    name = f"lut{bits}_{scope}" + (f"_g{group}" if group else "")
+    return Format(name, block, block, (Field("codes", bits, block), *side),
+                  source="k-means tables: SqueezeLLM, FLUTE, OpenVINO codebooks")
+
+
+def float_row(kind: str, scale: str, group: int | None = None) -> Format:
+    """Small floats with scales of a row (``group`` None) or of groups; ``scale`` may be 'e8m0'."""
+    small = MINIFLOATS[kind]
+    block = group or 32
+    d = (Field("e", 8, 1) if scale == "e8m0"
+         else _float("d", scale, scope="row" if group is None else "block"))
+    if scale == "e8m0":
+        name = f"mxfp{small.bits}_{kind}"
+        source = "OCP Microscaling Formats 1.0"
+    else:
+        name = f"fp{small.bits}_{kind}" + (f"g{group}" if group else "")
+        name += "" if scale == "f16" else f"_{scale}"
+        source = {8: "FP8 Formats for Deep Learning", 6: "FP6-LLM", 5: "ZeroQuant(4+2)"}.get(
+            small.bits, "OCP e2m1")
+    return Format(name, block, block, (Field("codes", small.bits, block), d), minifloat=small,
+                  source=source)
+
+
+def _bipolar(bits: int) -> Format:
+    """Bit planes of -1 and 1: the value is the sum of 2^i b_i, that is 2c - (2^bits - 1)."""
+    return Format(f"bipolar{bits}", 32, 32, (Field("codes", bits, 32),
+                                             _float("d", "f16", scope="row")),
+                  zero=((1 << bits) - 1) / 2, scale_factor=2.0,
+                  source="bit planes of -1 and 1: arbitrary precision by binary products")
+
+
+OUTLIER_BLOCK = 256
+"""Weights of a block that keeps some outliers."""
+
+
+def _widened(row: Format, block: int) -> Format:
+    """The same row in blocks of ``block`` weights, a multiple of its own."""
+    times, rest = divmod(block, row.block)
+    if rest or row.ggml_type is not None or row.vector or row.has("lut"):
+        raise Unsupported("this format cannot be combined with masks or outliers; take a group "
+                          "row such as s4g128", row.name)
+    return replace(row, block=block, fields=tuple(
+        replace(f, count=f.count * times) if f.scope == "block" else f for f in row.fields))
+
+
+def with_outliers(row: Format, count: int) -> Format:
+    """``row`` with the ``count`` greatest weights of every 256 of a row corrected by an f16."""
+    wide = _widened(row, OUTLIER_BLOCK)
+    return replace(wide, name=f"{row.name}_o{count}", fields=(
+        *wide.fields, Field("oc", 8, count), _float("ov", "f16", count)),
+        source=f"{row.source}; {count} outliers of 256 apart (SpQR, SqueezeLLM)")
+
+
+def masked(row: Format, keep: int, of: int) -> Format:
+    """``row`` with ``keep`` of every ``of`` (4, 8, 16 or 32) weights stored and the others zero."""
+    if of not in (4, 8, 16, 32) or not 0 < keep < of:
+        raise Unsupported(f"a mask of {keep} of {of} weights has no kernel; take N of 4, 8, 16 or "
+                          "32", row.name)
+    row = _widened(row, max(row.block, 32))
+    kept = row.block * keep // of
+    if any(kept * p % 32 for p in (1, 2, 4, 8) if row.code_bits & p):
+        row = _widened(row, 4 * row.block)
+        kept = row.block * keep // of
+    fields = [replace(f, count=kept) if f.name == "codes" else f for f in row.fields]
+    fields.insert(1, Field("ix", of.bit_length() - 1, kept))
+    result = replace(row, name=f"{row.name}_{keep}of{of}", fields=tuple(fields), mask=(keep, of),
+                     source=f"{row.source}; {keep}:{of} sparse (Sparse-MARLIN, VENOM, STen)")
+    assert result.hole >= 0
+    return result
+
+
+def codebook_row(books: int, bits: int, vector: int = 8) -> Format:
+    """Vectors of ``vector`` weights as sums of entries of ``books`` codebooks of 2^bits entries."""
+    if not 1 <= books <= 4 or not 4 <= bits <= 16 or vector not in (4, 8, 16):
+        raise Unsupported("codebooks have 1 to 4 books of 4 to 16 bits and vectors of 4, 8 or 16 "
+                          "weights", f"aqlm_{books}x{bits}")
+    suffix = "" if vector == 8 else f"v{vector}"
+    return Format(f"aqlm_{books}x{bits}{suffix}", 32, 32, (
+        Field("codes", bits, 32 // vector * books), _float("d", "f16", scope="row"),
+        _float("book", "f16", books * vector << bits, "tensor")), vector=vector,
+        source="AQLM, PV-Tuning: additive codebooks")
+
+
+_SPQR3 = Format(
+    "spqr3", 256, 16, (
+        Field("codes", 3, 256), Field("sub", 3, 16), Field("z", 3, 16),
+        *(_float(name, "f16") for name in ("d", "subz", "zd", "zz")),
+        Field("oc", 8, 3), _float("ov", "f16", 3)),
+    source="SpQR: 3-bit codes in groups of 16, scales and zeros of 3 bits, outliers apart")
+
+_ROWS = (
+    codebook_row(1, 16),
+    codebook_row(2, 8),
+    _SPQR3,
+    *(with_outliers(int_row(kind, bits, 128), 3) for kind in "sz" for bits in (2, 3, 4)),
+    with_outliers(table_row("nf4", 64), 3),
+    *(masked(int_row("s", bits, 128), 2, 4) for bits in (2, 4, 8)),
+    masked(int_row("s", 4, 128), 2, 8),
+    masked(int_row("s", 4, 128), 1, 4),
+    masked(table_row("nf4", 64), 2, 4),
+    with_outliers(masked(int_row("s", 4, 128), 2, 4), 3),
+    Format("nvfp4", 32, 16, (Field("codes", 4, 32), Field("sub", 8, 2, kind="e4m3"),
+                             _float("d", "f32", scope="row")),
+           table=_E2M1_DOUBLED, scale_factor=0.5,
+           source="NVFP4: e2m1 in groups of 16 with e4m3 scales and an f32 factor"),
+    *(float_row(kind, "e8m0", 32) for kind in ("e4m3", "e5m2", "e2m3", "e3m2")),
+    *(float_row(kind, "f32") for kind in ("e4m3", "e5m2")),
+    float_row("e4m3", "f32", 128),
+    *(float_row(kind, "f16") for kind in ("e2m3", "e3m2", "e2m2", "e3m1")),
+    Format("ternary2", 32, 32, (Field("codes", 2, 32), _float("d", "f32", scope="row")), zero=1,
+           used=3, source="BitNet b1.58, two bits a weight"),
+    Format("ternary5", 256, 256, (Field("codes", 8, 52), _float("d", "f32", scope="row")), zero=1,
+           base3=True, source="BitNet b1.58, five weights a byte"),
+    Format("w4a8", 128, 128, (Field("codes", 4, 128), Field("sub", 8, 1), Field("z", 8, 1),
+                              _float("d", "f16", scope="row")),
+           source="QServe: 4-bit codes scaled to 8 bits in groups, f16 scales of rows"),
+    *(_bipolar(bits) for bits in range(1, 9)),
+    *(table_row(name, 64) for name in _VALUES),
+    *(table_row(name, 64, "f32") for name in ("nf4", "fp4")),
+    *(lut_row(bits, scope, 64 if scope != "channel" else None)
+      for scope in ("tensor", "channel", "group") for bits in (2, 3, 4)),
+)
 
 CATALOG: dict[str, Format] = {row.name: row for row in (
     *_GGUF_ROWS,
-    *(_group_row(bits, group, symmetric)
-      for symmetric in (False, True) for bits in (2, 3, 4, 5, 6, 8) for group in (32, 64, 128)),
+    *(int_row(kind, bits, group)
+      for kind in "su" for bits in (2, 3, 4, 5, 6, 8) for group in (32, 64, 128)),
+    *(int_row(kind, bits, group) for kind in "su" for bits in range(2, 9)
+      for group in (16, 256, None)),
+    *(int_row(kind, 7, group) for kind in "su" for group in (32, 64, 128)),
+    *(int_row("z", bits, group) for bits in range(2, 9) for group in (32, 64, 128)),
+    *(int_row("h", bits, 64) for bits in range(2, 9)),
+    *(int_row(kind, bits, 128, scale) for kind in "sz" for bits in (4, 8)
+      for scale in ("f32", "bf16")),
+    *_ROWS,
 )}
+# Rows whose kernels differ by more than numbers of the same path: every test takes them; others of
+# the families are covered by the slow tests.
+REPRESENTATIVE: tuple[str, ...] = (
+    *(row.name for row in _GGUF_ROWS),
+    "s2g32", "s3g64", "s5g64", "s8g64", "u2g64", "u3g32", "u4g128", "u6g32", "u8g32",
+    "s4g16", "u3g16", "s7g32", "s4gchannel", "u5gchannel", "s4g256",
+    "z2g32", "z4g64", "z8g128", "h4g64", "h3g64", "s4g128_f32", "z4g128_f32", "z4g128_bf16",
+    *(row.name for row in _ROWS if not row.name.startswith(("bipolar", "lut2", "lut4"))),
+    "bipolar1", "bipolar3", "bipolar8", "lut4_channel",
+)
+
 _BY_GGML_TYPE = {row.ggml_type: row for row in _GGUF_ROWS}
 
 
 def by_name(name: str) -> Format:
     """The format called ``name`` (any case); Unsupported, naming the nearest ones, if none is."""
-    found = CATALOG.get(name.lower())
+    found = CATALOG.get(name.lower()) or _of_family(name.lower())
     if found is None:
         raise Unsupported(f"format '{name}' is not known; the nearest are {_nearest(name)}.")
     return found
+
+
+_FAMILY = re.compile(r"(?P<base>[suzh][2-8]|nf[234]|fp4|fp\d_e\dm\d)"
+                     r"(g(?P<group>16|32|64|128|256|channel))?(_(?P<scale>f16|f32|bf16))?")
+
+
+@functools.cache
+def _of_family(name: str) -> Format | None:
+    """A row that is not listed but named by the rule of its family: ``z3g64_f32``, ``nf4g128``."""
+    combined = re.fullmatch(r"(?P<row>.+)_(o(?P<count>\d+)|(?P<keep>\d+)of(?P<of>\d+))", name)
+    if combined is not None:
+        row = CATALOG.get(combined["row"]) or _of_family(combined["row"])
+        if row is None:
+            return None
+        if combined["count"]:
+            return with_outliers(row, int(combined["count"]))
+        return masked(row, int(combined["keep"]), int(combined["of"]))
+    books = re.fullmatch(r"aqlm_(\d)x(\d+)(v\d+)?", name)
+    if books is not None:
+        vector = int((books[3] or "v8")[1:])
+        return codebook_row(int(books[1]), int(books[2]), vector)
+    found = _FAMILY.fullmatch(name)
+    if found is None:
+        return None
+    base, scale = found["base"], found["scale"] or "f16"
+    group = int(found["group"]) if (found["group"] or "").isdigit() else None
+    if base[0] in "suzh" and found["group"]:
+        return int_row(base[0], int(base[1]), group, scale)
+    if base in _VALUES and group is not None:
+        return table_row(base, group, scale)
+    kind = base.partition("_")[2]
+    if kind in MINIFLOATS and base == f"fp{MINIFLOATS[kind].bits}_{kind}" and group != 16:
+        return float_row(kind, scale, group)
+    return None
 
 
 def by_ggml_type(ggml_type: int) -> Format:

@@ -7,11 +7,16 @@ of the K-block, each plane of the field: its words. A word is stored for all lan
 ``[word][lane]``, so that a vector load reads one word of every row.
 
 * A field of b bits is cut in *planes*, descending powers of two from the low bits: 5 = 4 + 1.
-* *dot order* ('codes' of up to 8 bits): a plane of width p takes 32-bit words; element e is in word
-  e // (32/p), byte e % 4, at bit p * (e % (32/p) // 4): step t of a dot product (elements 4t to
-  4t + 3) is the four bytes of one word, shifted by p * t.
+* *dot order* ('codes' of up to 8 bits, if they are of single weights): a plane of width p takes
+  32-bit words; element e is in word e // (32/p), byte e % 4, at bit p * (e % (32/p) // 4): step t
+  of a dot product (elements 4t to 4t + 3) is the four bytes of one word, shifted by p * t.
 * *lane order* (every other field): the elements of a row form a little-endian string of p-bit
-  numbers, cut in 32-bit words, or in a single word of 8 or 16 bits if that holds them all.
+  numbers, cut in 32-bit words, or in a single word of 8 or 16 bits if that holds them all. A float
+  is a word of its own.
+
+A format with fields of scope 'tensor' begins with them (each from a multiple of 64 bytes, its words
+in order, for all rows together); the fields of scope 'row' stand before the first K-block of every
+row-block, in lane order, padded to a multiple of 64 bytes.
 """
 
 from __future__ import annotations
@@ -25,7 +30,14 @@ import numpy as np
 import numpy.typing as npt
 
 from qigen.errors import BadInput, Unsupported
-from qigen.formats.algebra import Array, Field, Format, QuantizedTensor, unsigned_dtype
+from qigen.formats.algebra import (
+    Array,
+    Field,
+    Format,
+    QuantizedTensor,
+    slice_rows,
+    unsigned_dtype,
+)
 
 # Packed bytes handled at a time: few enough for the caches, enough to hide what a numpy call costs.
 _CHUNK_BYTES = 1 << 19
@@ -77,7 +89,7 @@ def planes(bits: int) -> tuple[int, ...]:
 
 def field_planes(fmt: Format, field: Field) -> tuple[Plane, ...]:
     """The planes of a field of ``fmt``; Unsupported if codes do not fill whole words."""
-    dot = field.name == "codes" and field.bits <= 8
+    dot = field.name == "codes" and field.bits <= 8 and not fmt.vector
     out, low = [], 0
     for index, p in enumerate(planes(field.bits)):
         total = p * field.count
@@ -85,6 +97,8 @@ def field_planes(fmt: Format, field: Field) -> tuple[Plane, ...]:
             raise Unsupported(f"{field.count} codes of {p} bits do not fill 32-bit words",
                               fmt.name)
         word_bits = 32 if dot or total > 16 else 16 if total > 8 else 8
+        if field.number and field.name != "codes":
+            word_bits = p
         out.append(Plane(field, index, p, low, -(-total // word_bits), word_bits, dot))
         low += p
     return tuple(out)
@@ -93,7 +107,7 @@ def field_planes(fmt: Format, field: Field) -> tuple[Plane, ...]:
 def _places(fmt: Format, layout: Layout) -> Iterator[tuple[Plane, int, int]]:
     """(plane, its byte offset for source block 0, bytes from one source block to the next)."""
     offset = 0
-    for field in fmt.fields:
+    for field in fmt.block_fields:
         parts = field_planes(fmt, field)
         stride = sum(plane.nbytes(layout) for plane in parts)
         inside = offset
@@ -103,10 +117,48 @@ def _places(fmt: Format, layout: Layout) -> Iterator[tuple[Plane, int, int]]:
         offset += stride * layout.blocks
 
 
+def _row_places(fmt: Format, layout: Layout) -> Iterator[tuple[Plane, int]]:
+    """(plane of a row field, its byte offset in a row-block)."""
+    offset = 0
+    for field in fmt.fields:
+        for plane in field_planes(fmt, field) if field.scope == "row" else ():
+            yield plane, offset
+            offset += plane.nbytes(layout)
+
+
+def _line(nbytes: int) -> int:
+    return -(-nbytes // 64) * 64
+
+
 def kblock_bytes(fmt: Format, layout: Layout) -> int:
     """Bytes of one K-block of one row-block."""
-    return layout.blocks * sum(plane.nbytes(layout) for field in fmt.fields
+    return layout.blocks * sum(plane.nbytes(layout) for field in fmt.block_fields
                                for plane in field_planes(fmt, field))
+
+
+def head_bytes(fmt: Format, layout: Layout) -> int:
+    """Bytes of the row fields at the start of a row-block."""
+    return _line(sum(plane.nbytes(layout) for plane, _ in _row_places(fmt, layout)))
+
+
+def shared_offsets(fmt: Format) -> tuple[dict[str, int], int]:
+    """(byte offset of every tensor field, bytes of all) at the start of a packed weight."""
+    offsets, at = {}, 0
+    for field in fmt.fields:
+        if field.scope == "tensor":
+            offsets[field.name] = at
+            at += _line(field.count * field.dtype.itemsize)
+    return offsets, at
+
+
+def shared_bytes(fmt: Format) -> int:
+    """Bytes of the tensor fields at the start of a packed weight."""
+    return shared_offsets(fmt)[1]
+
+
+def row_offsets(fmt: Format, layout: Layout) -> dict[tuple[str, int], int]:
+    """Byte offset in a row-block of (row field name, plane index)."""
+    return {(plane.field.name, plane.index): at for plane, at in _row_places(fmt, layout)}
 
 
 def field_offsets(fmt: Format, layout: Layout) -> dict[tuple[str, int, int], int]:
@@ -123,49 +175,107 @@ def packed_shape(fmt: Format, shape: tuple[int, int], layout: Layout) -> tuple[i
             kblock_bytes(fmt, layout))
 
 
+def row_block_bytes(fmt: Format, k: int, layout: Layout) -> int:
+    """Bytes of a row-block of ``k`` columns, row fields included."""
+    _, kblocks, size = packed_shape(fmt, (1, k), layout)
+    return head_bytes(fmt, layout) + kblocks * size
+
+
+def packed_bytes(fmt: Format, shape: tuple[int, int], layout: Layout) -> int:
+    """Bytes of a packed weight of ``shape`` = (N, K)."""
+    rows = packed_shape(fmt, shape, layout)[0]
+    return shared_bytes(fmt) + rows * row_block_bytes(fmt, shape[1], layout)
+
+
+def _views(fmt: Format, shape: tuple[int, int], layout: Layout,
+           packed: Array) -> tuple[Array, Array, Array]:
+    """Views of the tensor fields [bytes], the row fields [row-block, bytes] and the K-blocks
+    [row-block, K-block, bytes]."""
+    dims = packed_shape(fmt, shape, layout)
+    head, start = head_bytes(fmt, layout), shared_bytes(fmt)
+    rows = packed[start:].reshape(dims[0], head + dims[1] * dims[2])
+    size = rows.strides[0]
+    kblocks: Array = np.ndarray(dims, np.uint8, packed, start + head, (size, dims[2], 1))
+    return packed[:start], rows[:, :head], kblocks
+
+
 def pack(tensor: QuantizedTensor, layout: Layout) -> npt.NDArray[np.uint8]:
-    """uint8 [row-blocks * K-blocks * kblock_bytes]: the weight in the execution layout."""
-    dims = packed_shape(tensor.format, tensor.shape, layout)
-    out = np.zeros(dims, np.uint8)
+    """uint8 [packed_bytes]: the weight in the execution layout."""
+    fmt = tensor.format
+    dims = packed_shape(fmt, tensor.shape, layout)
+    packed = np.zeros(packed_bytes(fmt, tensor.shape, layout), np.uint8)
+    shared, heads, out = _views(fmt, tensor.shape, layout, packed)
+    for name, at in shared_offsets(fmt)[0].items():
+        raw = np.ascontiguousarray(tensor.fields[name]).reshape(-1).view(np.uint8)
+        shared[at : at + raw.size] = raw
+    for plane, at in _row_places(fmt, layout):
+        array = _pad(tensor.fields[plane.field.name], dims[0] * layout.rows, 1)
+        _row_lanes(plane, heads, layout, at)[...] = _row_words(_to_words(plane, array), layout)
     rows = layout.rows * max(1, _CHUNK_BYTES // max(1, dims[1] * dims[2]))
     for a in range(0, tensor.shape[0], rows):
-        part = {name: array[a : a + rows] for name, array in tensor.fields.items()}
+        part = slice_rows(fmt, tensor.fields, a, a + rows)
         target = out[a // layout.rows : (a + rows) // layout.rows]
-        for field in tensor.format.fields:
+        for field in fmt.block_fields:
             part[field.name] = _pad(part[field.name], len(target) * layout.rows,
                                     dims[1] * layout.blocks)
-        for plane, offset, stride in _places(tensor.format, layout):
+        for plane, offset, stride in _places(fmt, layout):
             words = _to_words(plane, part[plane.field.name])
             _lanes(plane, target, layout, offset, stride)[...] = _by_row(words, layout)
-    return out.reshape(-1)
+    return packed
 
 
 def unpack(fmt: Format, shape: tuple[int, int], layout: Layout,
            packed: npt.NDArray[np.uint8]) -> QuantizedTensor:
     """The exact inverse of :func:`pack`; BadInput if the size does not fit the shape."""
     dims = packed_shape(fmt, shape, layout)
-    if packed.dtype != np.uint8 or packed.size != dims[0] * dims[1] * dims[2]:
-        raise BadInput(f"a packed {shape[0]}x{shape[1]} weight takes {dims[0] * dims[1] * dims[2]} "
+    size = packed_bytes(fmt, shape, layout)
+    if packed.dtype != np.uint8 or packed.size != size:
+        raise BadInput(f"a packed {shape[0]}x{shape[1]} weight takes {size} "
                        f"bytes but {packed.size} of type {packed.dtype} are here; pack it again",
                        fmt.name)
     n, nblocks = shape[0], -(-shape[1] // fmt.block)
-    source = np.ascontiguousarray(packed).reshape(dims)
-    fields = {field.name: np.empty((n, nblocks, field.count), field.dtype)
+    shared, heads, source = _views(fmt, shape, layout, np.ascontiguousarray(packed).reshape(-1))
+    fields = {field.name: np.zeros(field.shape(n, nblocks), field.dtype)
               for field in fmt.fields}
+    for name, at in shared_offsets(fmt)[0].items():
+        raw = shared[at : at + fields[name].nbytes]
+        fields[name][...] = raw.copy().view(fields[name].dtype).reshape(fields[name].shape)
+    for plane, at in _row_places(fmt, layout):
+        lanes = _row_lanes(plane, heads, layout, at)
+        words = np.empty((dims[0] * layout.rows, 1, plane.words), lanes.dtype)
+        _row_words(words, layout)[...] = lanes
+        full_rows = np.zeros((dims[0] * layout.rows, 1, plane.field.count), plane.field.dtype)
+        _from_words(plane, words, full_rows)
+        fields[plane.field.name] |= full_rows[:n]
     rows = layout.rows * max(1, _CHUNK_BYTES // max(1, dims[1] * dims[2]))
     for a in range(0, n, rows):
         part = source[a // layout.rows : (a + rows) // layout.rows]
         full = {field.name: np.zeros((len(part) * layout.rows, dims[1] * layout.blocks,
-                                      field.count), field.dtype) for field in fmt.fields}
+                                      field.count), field.dtype) for field in fmt.block_fields}
         for plane, offset, stride in _places(fmt, layout):
             lanes = _lanes(plane, part, layout, offset, stride)
             shape_rows = (len(part) * layout.rows, dims[1] * layout.blocks, plane.words)
             words = np.empty(shape_rows, lanes.dtype)
             _by_row(words, layout)[...] = lanes
             _from_words(plane, words, full[plane.field.name])
-        for name, array in fields.items():
-            array[a : a + rows] = full[name][: n - a, :nblocks]
+        for name, array in full.items():
+            fields[name][a : a + rows] = array[: n - a, :nblocks]
     return QuantizedTensor(fmt, shape, fields)
+
+
+def _row_lanes(plane: Plane, heads: Array, layout: Layout, offset: int) -> Array:
+    """View the words of a row field in ``heads`` [row-block, bytes] as [row-block, word, lane]."""
+    part = heads[:, offset : offset + plane.nbytes(layout)]
+    lanes: Array = part.view(unsigned_dtype(plane.word_bits)).reshape(
+        len(heads), plane.words, layout.rows)
+    assert np.shares_memory(lanes, heads) or not heads.size, "a view"
+    return lanes
+
+
+def _row_words(words: Array, layout: Layout) -> Array:
+    """View [rows, 1, words] as [row-block, word, lane]."""
+    view: Array = words.reshape(-1, layout.rows, words.shape[2]).transpose(0, 2, 1)
+    return view
 
 
 def _pad(array: Array, rows: int, blocks: int) -> Array:
@@ -191,8 +301,9 @@ def _lanes(plane: Plane, packed: Array, layout: Layout, offset: int, stride: int
     dtype = unsigned_dtype(plane.word_bits)
     n, kblocks = packed.shape[:2]
     strides = (*packed.strides[:2], stride, layout.rows * dtype.itemsize, dtype.itemsize)
-    lanes: Array = np.ndarray((n, kblocks, layout.blocks, plane.words, layout.rows), dtype, packed,
-                              offset, strides)
+    first = packed[:, :, offset : offset + dtype.itemsize].view(dtype)
+    lanes: Array = np.lib.stride_tricks.as_strided(
+        first, (n, kblocks, layout.blocks, plane.words, layout.rows), strides)
     return lanes
 
 

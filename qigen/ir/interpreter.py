@@ -192,7 +192,8 @@ class Interpreter:
             raise BadInput(f"a token id is outside of 0..{n - 1}", table)
         if isinstance(data, np.ndarray):
             return data[rows].astype(self.dtype)
-        fields = {name: codes[rows] for name, codes in data.fields.items()}
+        fields = {f.name: data.fields[f.name] if f.scope == "tensor" else data.fields[f.name][rows]
+                  for f in data.format.fields}
         picked = QuantizedTensor(data.format, (len(rows), data.shape[1]), fields)
         return picked.dequantize().astype(self.dtype)
 
@@ -200,7 +201,7 @@ class Interpreter:
         """``x [M,K]`` times the transpose of the dequantized ``weight [N,K]``."""
         constant = self.graph.constants[weight]
         n, k = constant_shape(constant)
-        if self._int8 and not isinstance(constant, np.ndarray) and not constant.format.float_kind:
+        if self._int8 and not isinstance(constant, np.ndarray) and constant.format.integer:
             x = round_to_int8(x)
         data: Array | QuantizedTensor | None = self._dense.get(weight)
         if data is None:

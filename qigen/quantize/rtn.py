@@ -6,48 +6,65 @@ are the nearest ones to what the stored scale really says.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import replace
+
 import numpy as np
 
 from qigen.errors import BadInput, Unsupported
-from qigen.formats.algebra import Array, Float32Array, Format, QuantizedTensor, check_columns
+from qigen.formats.algebra import (
+    BASE3_RUNS,
+    MINIFLOATS,
+    Array,
+    Float32Array,
+    Format,
+    QuantizedTensor,
+    as_float32,
+    check_columns,
+)
 
 # Weights handled at a time, so that the temporaries stay in a level-2 cache.
 _CHUNK_WEIGHTS = 1 << 16
 
 
 def quantize_rtn(w: Float32Array, fmt: Format) -> QuantizedTensor:
-    """Quantize ``w`` (float32 [N, K]) to a dense float format or to one with affine codes.
+    """Quantize ``w`` (float32 [N, K]) to any format but those with two levels of integer scales.
 
-    Takes f32, f16, bf16, the group rows (u*, s*) and q8_0, q4_0, q4_1, q5_0, q5_1. Asymmetric rows
-    (with a minimum 'm') spread 2^b codes from the least to the greatest weight of a block.
-    Symmetric rows take, block by block, the better of two scales in squared error: the weight of
-    greatest magnitude on the code 0, the farthest from the zero (the scale may be negative), or its
-    magnitude on the last code. If K is no multiple of a group row's block, the codes past K stand
-    for nothing: they are the zero (symmetric) or 0.
+    Rows with a minimum 'm' or a zero point 'z' spread 2^b codes from the least to the greatest
+    weight of a group (for an integer zero point, zero included). Symmetric rows and tables take,
+    group by group, the best of a few scales in squared error: the weight of greatest magnitude on
+    the outermost level (the scale may be negative), its magnitude on the greatest, and the mean
+    magnitude on the levels' own; power-of-two scales the exponent that OCP names and the next one.
+    Tables that are data are found by Lloyd's iteration. If K is no multiple of a block, the codes
+    past K stand for nothing: they are the zero (symmetric) or 0.
 
     Raises BadInput if a weight is NaN, infinite or too large for the format's scale, Unsupported if
-    the format's codes are not affine with a scale a block.
+    there is no rule for the format.
     """
     if w.ndim != 2 or w.dtype != np.float32:
         raise BadInput(f"the weight is {w.dtype}{list(w.shape)}; give a float32 matrix [N, K]")
     n, k = w.shape
     check_rounding(fmt, k)
-    integer = _is_affine(fmt)
     nblocks = -(-k // fmt.block)
-    fields = {field.name: np.empty((n, nblocks, field.count), field.dtype)
+    fields = {field.name: np.zeros(field.shape(n, nblocks), field.dtype)
               for field in fmt.fields}
     step = max(1, _CHUNK_WEIGHTS // max(1, k))
     for a in range(0, n, step):
-        chunk = np.ascontiguousarray(w[a : a + step])
+        chunk = w[a : a + step]
         if not np.isfinite(chunk).all():
             row = a + int(np.argmin(np.isfinite(chunk).all(axis=1)))
             raise BadInput(f"row {row} of the weight has a NaN or an infinity; repair the model "
                            "first", fmt.name)
-        part = _affine(_blocks(chunk, fmt), fmt) if integer else _dense(chunk, fmt)
+    table = _tensor_table(w, fmt) if fmt.has("lut") and n else None
+    if fmt.vector:
+        return QuantizedTensor(fmt, (n, k), _by_codebook(w, fmt) if n else fields)
+    for a in range(0, n, step):
+        chunk = np.ascontiguousarray(w[a : a + step])
+        part = _dense(chunk, fmt) if fmt.float_kind else _coded(chunk, fmt, table)
         for name, array in part.items():
-            fields[name][a : a + step] = array
-    if integer and k % fmt.block:
-        fields["codes"][:, -1, k % fmt.block :] = fmt.zero
+            target = fields[name] if array.shape[0] == 1 == fields[name].shape[0] else (
+                fields[name][a : a + step])
+            target[...] = array.reshape(target.shape)
     return QuantizedTensor(fmt, (n, k), fields)
 
 
@@ -55,89 +72,448 @@ def check_rounding(fmt: Format, k: int) -> None:
     """Raise Unsupported if :func:`quantize_rtn` does not take the format, BadInput if rows of ``k``
     weights cannot be cut into its blocks.
     """
-    if not _is_affine(fmt) and not fmt.float_kind:
-        raise Unsupported("round to nearest needs affine codes with one scale a block; take a "
-                          "group row such as s4g32, or q8_0, q4_0, q4_1, q5_0, q5_1", fmt.name)
+    two_levels = fmt.has("sub") and not (fmt.field("sub").number or fmt.has("z"))
+    if two_levels or fmt.has("dmin"):
+        raise Unsupported("there is no rounding to nearest for scales that are quantized "
+                          "themselves; take a group row such as s4g32, or q8_0, q4_0, q4_1, q5_0, "
+                          "q5_1", fmt.name)
     check_columns(fmt, k)
 
 
-def _is_affine(fmt: Format) -> bool:
-    """Whether W = d * (c - Z) with Z in the middle of the codes, or W = d * c + m."""
-    names = {field.name for field in fmt.fields}
-    if fmt.float_kind or fmt.table is not None or fmt.base3:
-        return False
-    centred = fmt.zero == 1 << (fmt.code_bits - 1)
-    return names == {"codes", "d", "m"} or (names == {"codes", "d"} and centred)
-
-
-def _blocks(chunk: Float32Array, fmt: Format) -> Float32Array:
-    """[n, K] as [n, nblocks, block]; a short last block is filled so that it changes nothing.
+def _groups(chunk: Float32Array, fmt: Format) -> Float32Array:
+    """[n, K] as [n, groups, group]; a short last group is filled so that it changes nothing.
 
     The fill is the last weight where the range counts and zero where the magnitude does.
     """
     n, k = chunk.shape
+    if fmt.channel or (fmt.has("lut") and fmt.field("lut").scope == "row"):
+        return chunk.reshape(n, 1, k)
     short = -k % fmt.block
     if short:
-        chunk = np.pad(chunk, ((0, 0), (0, short)), "edge" if fmt.has("m") else "constant")
-    return chunk.reshape(n, -1, fmt.block)
+        spread = fmt.has("m") or fmt.has("z") or fmt.has("lut")
+        chunk = np.pad(chunk, ((0, 0), (0, short)), "edge" if spread else "constant")
+    return chunk.reshape(n, -1, fmt.group)
 
 
-def _stored(scale: Float32Array, fmt: Format) -> tuple[Array, Float32Array]:
-    """The f16 bits [n, nblocks, 1] of ``scale`` and the float32 that they stand for."""
-    with np.errstate(over="ignore"):
-        half = scale.astype(np.float16)
-    if not np.isfinite(half).all():
-        raise BadInput("a weight is too large for a scale of 16 bits; keep this tensor in f32",
-                       fmt.name)
-    return half.view(np.uint16), half.astype(np.float32)
+def _stored(scale: Float32Array, fmt: Format, name: str = "d") -> tuple[Array, Float32Array]:
+    """The bits of ``scale`` in the type of the field ``name`` and the float32 they stand for."""
+    number = fmt.field(name).number
+    if number in MINIFLOATS:
+        small = MINIFLOATS[number]
+        bits = _nearest_level(np.abs(scale), small.values(np.arange(1 << (small.bits - 1))),
+                              small.top).astype(np.uint8)
+        return bits, small.values(bits)
+    bits = _float_bits(scale, number)
+    values = as_float32(number, bits)
+    if not np.isfinite(values).all():
+        raise BadInput(f"a weight is too large for a scale of {fmt.field(name).bits} bits; keep "
+                       "this tensor in f32", fmt.name)
+    return bits, values
 
 
-def _nearest(x: Float32Array, scale: Float32Array, zero: int, top: int) -> Float32Array:
-    """The codes 0 to ``top``, still as floats, nearest to ``x`` in steps of ``scale``."""
-    codes: Float32Array = np.rint(np.divide(x, scale, out=np.zeros_like(x), where=scale != 0))
-    codes += np.float32(zero)
-    return codes.clip(0, top, out=codes)
+def _float_bits(x: Float32Array, number: str) -> Array:
+    """The bits of ``x`` rounded to nearest even in f16, bf16 or f32."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    if number == "f16":
+        with np.errstate(over="ignore"):
+            return np.asarray(x.astype(np.float16).view(np.uint16))
+    if number == "bf16":
+        # The low half is rounded away: add just under half, and one more where the result is odd.
+        odd = (bits >> np.uint32(16)) & np.uint32(1)
+        upper: Array = (bits + np.uint32(0x7FFF) + odd) >> np.uint32(16)
+        return upper.astype(np.uint16)
+    return bits
 
 
-def _affine(x: Float32Array, fmt: Format) -> dict[str, Array]:
-    """The field arrays of the blocks ``x`` [n, nblocks, block]."""
-    top = (1 << fmt.code_bits) - 1
+def _divided(x: Float32Array, scale: Float32Array) -> Float32Array:
+    """x / scale, and 0 where the scale is 0."""
+    quotient: Float32Array = np.divide(x, scale, out=np.zeros_like(x), where=scale != 0)
+    return quotient
+
+
+def _nearest_level(x: Float32Array, levels: Float32Array, top: float = np.inf) -> Array:
+    """The index of the level nearest to each ``x``; levels beyond ``top`` are not taken."""
+    found: Array
+    order = np.argsort(levels, kind="stable")
+    order = order[np.abs(levels[order]) <= top]
+    ordered = levels[order]
+    middles = (ordered[1:] + ordered[:-1]) / np.float32(2)
+    found = order[np.searchsorted(middles, x)]
+    return found
+
+
+def _coded(chunk: Float32Array, fmt: Format, table: Float32Array | None) -> dict[str, Array]:
+    """The field arrays of rows ``chunk`` [n, K]; ``table`` is the table of the whole weight."""
+    n, k = chunk.shape
+    if fmt.has("oc"):
+        return _with_outliers(chunk, fmt)
+    if fmt.mask is not None:
+        return _masked(chunk, fmt)
+    x = _groups(chunk, fmt)
+    if fmt.has("lut"):
+        part = _by_table(x, fmt, table)
+    elif fmt.has("subz"):
+        part = _quantized_scales(x, fmt)
+    elif fmt.has("z") and fmt.has("sub"):
+        part = _two_levels(x, fmt)
+    elif fmt.has("m") or fmt.has("z"):
+        part = _spread(x, fmt)
+    elif fmt.has("e"):
+        part = _powers_of_two(x, fmt)
+    elif fmt.has("sub"):
+        part = _small_float_scales(x, fmt)
+    else:
+        part = _scaled(x, fmt)
+    return {**part, "codes": _blocks_of_codes(part["codes"].reshape(n, -1), k, fmt)}
+
+
+def _padded(chunk: Float32Array, fmt: Format) -> Float32Array:
+    """[n, K] as [n, nblocks, block], with zeros past K."""
+    n, k = chunk.shape
+    padded: Float32Array = np.pad(chunk, ((0, 0), (0, -k % fmt.block)))
+    blocks: Float32Array = padded.reshape(n, -1, fmt.block)
+    return blocks
+
+
+def _with_outliers(chunk: Float32Array, fmt: Format) -> dict[str, Array]:
+    """The greatest weights of every block apart: the base format rounds zeros in their place, and
+    what it makes of them is made up for."""
+    n, k = chunk.shape
+    count = fmt.field("oc").count
+    fields = tuple(f for f in fmt.fields if f.name not in ("oc", "ov"))
+    base = replace(fmt, fields=fields)
+    x = _padded(chunk, fmt)
+    order = np.argpartition(-np.abs(x), count - 1, axis=2)[..., :count]
+    places = np.sort(order, axis=2)
+    rest = x.copy()
+    np.put_along_axis(rest, places, np.float32(0), axis=2)
+    rest_rows = np.ascontiguousarray(rest.reshape(n, -1)[:, :k])
+    part = _coded(rest_rows, base, None)
+    shaped = {f.name: part[f.name].reshape(f.shape(n, x.shape[1])) for f in fields}
+    rounded = _padded(QuantizedTensor(base, (n, k), shaped).dequantize(), fmt)
+    missing = np.take_along_axis(x - rounded, places, axis=2)
+    bits, _ = _stored(np.ascontiguousarray(missing), fmt, "ov")
+    return {**shaped, "oc": places.astype(np.uint8), "ov": bits}
+
+
+def _masked(chunk: Float32Array, fmt: Format) -> dict[str, Array]:
+    """The N greatest of every M weights."""
+    assert fmt.mask is not None
+    keep, of = fmt.mask
+    n, k = chunk.shape
+    fields = tuple(replace(f, count=fmt.block) if f.name == "codes" else f
+                   for f in fmt.fields if f.name != "ix")
+    base = replace(fmt, fields=fields, mask=None)
+    x = _padded(chunk, fmt).reshape(n, -1, of)
+    places = np.sort(np.argpartition(-np.abs(x), keep - 1, axis=2)[..., :keep], axis=2)
+    rest = np.zeros_like(x)
+    np.put_along_axis(rest, places, np.take_along_axis(x, places, axis=2), axis=2)
+    part = _coded(np.ascontiguousarray(rest.reshape(n, -1)[:, :k]), base, None)
+    codes = np.take_along_axis(part["codes"].reshape(n, -1, of), places, axis=2)
+    count = fmt.field("codes").count
+    return {**part, "codes": codes.reshape(n, -1, count),
+            "ix": places.astype(np.uint8).reshape(n, -1, count)}
+
+
+def _quantized_scales(x: Float32Array, fmt: Format) -> dict[str, Array]:
+    """SpQR: groups with scales and zero points that are themselves quantized, one step a block."""
+    n, _, size = x.shape
+    groups = fmt.block // fmt.group
+    blocks = x.reshape(n, -1, groups, size)
+    top = np.float32((1 << fmt.code_bits) - 1)
+    least, greatest = np.minimum(blocks.min(axis=3), 0), np.maximum(blocks.max(axis=3), 0)
+
+    def fit(values: Float32Array, bits: int) -> tuple[Array, Float32Array, Float32Array]:
+        """(codes, step, zero) of values [n, nblocks, groups]: values = step (code - zero)."""
+        last = np.float32((1 << bits) - 1)
+        low, high = values.min(axis=2, keepdims=True), values.max(axis=2, keepdims=True)
+        low = np.where(low == high, np.minimum(low, 0), low)
+        step = as_float32("f16", _float_bits((high - low) / last, "f16"))
+        zero = as_float32("f16", _float_bits(_divided(-low, step), "f16"))
+        codes = np.rint(_divided(values, np.broadcast_to(step, values.shape)) + zero).clip(0, last)
+        return codes.astype(np.uint8), step, zero
+
+    sub, d, subz = fit((greatest - least) / top, fmt.field("sub").bits)
+    scale = d * (sub.astype(np.float32) - subz)
+    z, zd, zz = fit(_divided(-least, scale), fmt.field("z").bits)
+    zero = zd * (z.astype(np.float32) - zz)
+    wanted = _divided(blocks, np.broadcast_to(scale[..., None], blocks.shape)) + zero[..., None]
+    codes = np.rint(wanted).clip(0, top)
+    part = {"codes": codes, "sub": sub, "z": z}
+    for name, value in (("d", d), ("subz", subz), ("zd", zd), ("zz", zz)):
+        part[name], _ = _stored(np.ascontiguousarray(value), fmt, name)
+    return part
+
+
+_BOOK_SAMPLE = 1 << 16
+_BOOK_STEPS = 6
+
+
+def _nearest_rows(x: Float32Array, centres: Float32Array) -> Array:
+    """The index of the nearest centre [count, d] to every vector [n, d]."""
+    half = (centres * centres).sum(axis=1) / np.float32(2)
+    found = np.empty(len(x), np.int64)
+    for a in range(0, len(x), 4096):
+        found[a : a + 4096] = np.argmin(half - x[a : a + 4096] @ centres.T, axis=1)
+    return found
+
+
+def _cluster(x: Float32Array, count: int, rng: np.random.Generator) -> Float32Array:
+    """float32 [count, d]: centres of the vectors [n, d] by Lloyd's iteration."""
+    centres: Float32Array = x[rng.integers(0, len(x), count)].copy()
+    for _ in range(_BOOK_STEPS):
+        nearest = _nearest_rows(x, centres)
+        number = np.bincount(nearest, minlength=count)
+        for j in range(x.shape[1]):
+            total = np.bincount(nearest, x[:, j], minlength=count)
+            centres[:, j] = np.where(number > 0, total / np.maximum(number, 1), centres[:, j])
+    return centres
+
+
+def _book_of(x: Float32Array, bits: int, rng: np.random.Generator) -> tuple[Float32Array, Array]:
+    """(entries [2^bits, d], code of every vector): clusters, and clusters of clusters past 8 bits,
+    whose codes have the coarse cluster in the upper bits."""
+    coarse = min(bits, 8)
+    fine = bits - coarse
+    sample = x[rng.permutation(len(x))[:_BOOK_SAMPLE]]
+    centres = _cluster(sample, 1 << coarse, rng)
+    codes = _nearest_rows(x, centres)
+    if not fine:
+        return centres, codes
+    entries = np.zeros((1 << bits, x.shape[1]), np.float32)
+    for c in range(1 << coarse):
+        mine = np.flatnonzero(codes == c)
+        part = entries[c << fine : (c + 1) << fine]
+        if len(mine) == 0:
+            part[...] = centres[c]
+            continue
+        part[...] = _cluster(x[mine], 1 << fine, rng)
+        codes[mine] = (c << fine) + _nearest_rows(x[mine], part)
+    return entries, codes
+
+
+def _by_codebook(w: Float32Array, fmt: Format) -> dict[str, Array]:
+    """Additive codebooks of the whole weight: each of what the ones before leave over."""
+    n = len(w)
+    rng = np.random.default_rng(0)
+    codes_field = fmt.field("codes")
+    books = codes_field.count * fmt.vector // fmt.block
+    d_bits, d = _stored(np.sqrt(np.mean(w * w, axis=1, keepdims=True))[..., None], fmt)
+    rest = _divided(_padded(w, fmt), np.broadcast_to(d, (n, 1, 1))).reshape(-1, fmt.vector)
+    entries, codes = [], []
+    for _ in range(books):
+        book, chosen = _book_of(rest, codes_field.bits, rng)
+        bits, book = _stored(np.ascontiguousarray(book), fmt, "book")
+        rest = rest - book[chosen]
+        entries.append(bits)
+        codes.append(chosen)
+    chosen = np.stack(codes, axis=1).reshape(n, -1, codes_field.count)
+    return {"codes": chosen.astype(codes_field.dtype), "d": d_bits,
+            "book": np.concatenate(entries).reshape(1, 1, -1)}
+
+
+def _blocks_of_codes(codes: Array, k: int, fmt: Format) -> Array:
+    """The codes [n, at least k] as blocks, the places past ``k`` filled."""
+    n = len(codes)
+    fill = int(fmt.zero) if fmt.zero == int(fmt.zero) else 0
+    out = np.full((n, -(-k // fmt.block) * fmt.block), fill, np.uint8)
+    out[:, :k] = codes[:, :k]
+    blocks = out.reshape(n, -1, fmt.block)
+    return _base3(blocks) if fmt.base3 else blocks.astype(fmt.field("codes").dtype)
+
+
+def _base3(codes: Array) -> Array:
+    """uint8 [n, nblocks, 52]: codes 0 to 2 as base-3 bytes, the inverse of their decoding."""
+    out = np.empty((*codes.shape[:2], 52), np.uint8)
+    for byte, nbytes, ndigits, first in BASE3_RUNS:
+        number = np.zeros((*codes.shape[:2], nbytes), np.uint32)
+        for j in range(5):
+            digit = codes[..., first + j * nbytes : first + (j + 1) * nbytes] if j < ndigits else 0
+            number = number * np.uint32(3) + digit
+        scaled = number * np.uint32(256) + np.uint32(242)
+        out[..., byte : byte + nbytes] = scaled // np.uint32(243)
+    return out
+
+
+def _spread(x: Float32Array, fmt: Format) -> dict[str, Array]:
+    """Codes from the least to the greatest weight: W = d c + m or d (c - z)."""
+    top = np.float32((1 << fmt.code_bits) - 1)
     least, greatest = x.min(axis=2, keepdims=True), x.max(axis=2, keepdims=True)
-    dtype = fmt.field("codes").dtype
     if fmt.has("m"):
-        m_bits, m = _stored(least, fmt)
+        m_bits, m = _stored(least, fmt, "m")
         # Each end is divided by itself: the difference of two finite floats may be infinite.
-        d_bits, d = _stored(greatest / np.float32(top) - least / np.float32(top), fmt)
-        codes = _nearest(x - m, d, 0, top)
-        return {"codes": codes.astype(dtype), "d": d_bits, "m": m_bits}
-    zero = fmt.zero
-    extreme = np.where(-least > greatest, least, greatest)
-    best: tuple[Float32Array, Array, Float32Array] | None = None
-    for scale in (extreme / np.float32(-zero), np.abs(extreme) / np.float32(top - zero)):
-        bits, d = _stored(scale, fmt)
-        codes = _nearest(x, d, zero, top)
-        miss = (codes - np.float32(zero)) * d
-        miss -= x
-        error: Float32Array = np.einsum("nbk,nbk->nb", miss, miss)[..., None]
+        d_bits, d = _stored(greatest / top - least / top, fmt)
+        codes = np.rint(_divided(x - m, d)).clip(0, top)
+        return {"codes": codes, "d": d_bits, "m": m_bits}
+    whole = not fmt.field("z").number
+    if whole:
+        least, greatest = np.minimum(least, 0), np.maximum(greatest, 0)
+    else:  # a group of equal weights has a range, too: from zero
+        same = least == greatest
+        least = np.where(same, np.minimum(least, 0), least)
+        greatest = np.where(same, np.maximum(greatest, 0), greatest)
+    d_bits, d = _stored(greatest / top - least / top, fmt)
+    exact = _divided(-least, d)
+    if whole:
+        z = np.rint(exact).clip(0, top)
+        z_bits = z.astype(np.uint8)
+    else:
+        z_bits, z = _stored(exact, fmt, "z")
+    return {"codes": np.rint(_divided(x, d) + z).clip(0, top), "d": d_bits, "z": z_bits}
+
+
+def _two_levels(x: Float32Array, fmt: Format) -> dict[str, Array]:
+    """Rows scaled to 8 bits first, of which groups take 4: W = d sub (c - z). The magnitude 119
+    leaves room for the rounding of the second step (QServe)."""
+    d_bits, d = _stored(np.abs(x).max(axis=(1, 2), keepdims=True) / np.float32(119), fmt)
+    bytes_ = np.rint(_divided(x, d)).clip(-127, 127)
+    top = np.float32((1 << fmt.code_bits) - 1)
+    least = np.minimum(bytes_.min(axis=2, keepdims=True), 0)
+    greatest = np.maximum(bytes_.max(axis=2, keepdims=True), 0)
+    sub = np.maximum(np.ceil((greatest - least) / top), 1)
+    z = np.rint(-least / sub).clip(0, top)
+    codes = np.rint(bytes_ / sub + z).clip(0, top)
+    return {"codes": codes, "d": d_bits, "sub": sub.astype(np.uint8), "z": z.astype(np.uint8)}
+
+
+def _codes(x: Float32Array, scale: Float32Array, fmt: Format) -> tuple[Array, Array]:
+    """(the codes nearest to x / scale, the squared error of every group)."""
+    levels = fmt.levels
+    target = _divided(x, scale)
+    if fmt.table is None and fmt.values is None and fmt.minifloat is None:
+        top = fmt.level_count - 1
+        codes = np.rint(target + np.float32(fmt.zero)).clip(0, top).astype(np.uint8)
+    else:
+        limit = fmt.minifloat.top if fmt.minifloat is not None else np.inf
+        codes = _nearest_level(target, levels, limit).astype(np.uint8)
+    miss = levels[codes] * scale
+    miss -= x
+    error: Array = np.einsum("nbk,nbk->nb", miss, miss)[..., None]
+    return codes, error
+
+
+def _best(x: Float32Array, fmt: Format, name: str,
+          scales: Iterable[tuple[Array, Float32Array]]) -> dict[str, Array]:
+    """Codes and the field ``name`` of the scale (bits, value) that has the least error."""
+    best: tuple[Array, Array, Array] | None = None
+    for bits, value in scales:
+        codes, error = _codes(x, value, fmt)
         if best is None:
             best = codes, bits, error
         else:
             better = error < best[2]
-            best = np.where(better, codes, best[0]), np.where(better, bits, best[1]), error
+            best = (np.where(better, codes, best[0]), np.where(better, bits, best[1]),
+                    np.where(better, error, best[2]))
     assert best is not None
-    return {"codes": best[0].astype(dtype), "d": best[1]}
+    return {"codes": best[0], name: best[1]}
+
+
+def _outermost(fmt: Format) -> tuple[float, float]:
+    """(the level of greatest magnitude, the greatest level)."""
+    levels = fmt.levels
+    if fmt.minifloat is not None:
+        return -fmt.minifloat.top, fmt.minifloat.top
+    return float(levels[np.argmax(np.abs(levels))]), float(levels.max())
+
+
+def _scaled(x: Float32Array, fmt: Format) -> dict[str, Array]:
+    """Codes of groups with a scale of their own: W = d V(c)."""
+    factor = np.float32(fmt.scale_factor)
+    far, top = _outermost(fmt)
+    least, greatest = x.min(axis=2, keepdims=True), x.max(axis=2, keepdims=True)
+    extreme = np.where(-least > greatest, least, greatest)
+    scales = [extreme / np.float32(far), np.abs(extreme) / np.float32(top)]
+    if fmt.level_count <= 3 or fmt.name.startswith("bipolar"):
+        mean = np.abs(x).mean(axis=2, keepdims=True)
+        scales.append(mean / np.abs(fmt.levels).mean() if fmt.level_count < 3 else mean)
+    stored = (_stored(scale / factor, fmt) for scale in scales)
+    return _best(x, fmt, "d", ((bits, d * factor) for bits, d in stored))
+
+
+def _powers_of_two(x: Float32Array, fmt: Format) -> dict[str, Array]:
+    """Codes of groups with an e8m0 scale."""
+    factor = np.float32(fmt.scale_factor)
+    _, top = _outermost(fmt)
+    top_exponent = int(np.floor(np.log2(top * fmt.scale_factor)))
+    magnitude = np.abs(x).max(axis=2, keepdims=True)
+    _, exponent = np.frexp(magnitude)  # magnitude = f 2^e with 1/2 <= f < 1
+    first = exponent - 1 - top_exponent + 127
+
+    def scale(add: int) -> tuple[Array, Float32Array]:
+        e = np.clip(first + add, 0, 254)
+        return e.astype(np.uint8), np.ldexp(factor, e - 127).astype(np.float32)
+
+    return _best(x, fmt, "e", (scale(add) for add in (0, 1)))
+
+
+def _small_float_scales(x: Float32Array, fmt: Format) -> dict[str, Array]:
+    """Codes of groups whose scales are small floats times an f32 scale of the row (nvfp4)."""
+    small = MINIFLOATS[fmt.field("sub").number]
+    factor = np.float32(fmt.scale_factor)
+    _, top = _outermost(fmt)
+    wanted = np.abs(x).max(axis=2, keepdims=True) / np.float32(top * factor)
+    d_bits, d = _stored(wanted.max(axis=1, keepdims=True) / np.float32(small.top), fmt)
+    sub_bits, sub = _stored(_divided(wanted, np.broadcast_to(d, wanted.shape)), fmt, "sub")
+    codes, _ = _codes(x, sub * d * factor, fmt)
+    return {"codes": codes, "d": d_bits, "sub": sub_bits}
+
+
+_LLOYD_STEPS = 8
+_SAMPLE = 1 << 16
+
+
+def _lloyd(x: Float32Array, count: int) -> Float32Array:
+    """float32 [groups, count]: the centres of the values [groups, size], sorted."""
+    ordered = np.sort(x, axis=1)
+    size = ordered.shape[1]
+    quantiles = ((np.arange(count) + 0.5) * size / count).astype(np.int64)
+    centres = ordered[:, quantiles.clip(0, size - 1)]
+    rows = np.arange(len(x))[:, None]
+    sums = np.concatenate([np.zeros((len(x), 1)), np.cumsum(ordered, axis=1, dtype=np.float64)], 1)
+    for _ in range(_LLOYD_STEPS):
+        middles = (centres[:, 1:] + centres[:, :-1]) / np.float32(2)
+        ends = (ordered[:, None, :] < middles[:, :, None]).sum(axis=2)
+        edges = np.concatenate([np.zeros_like(rows), ends, np.full_like(rows, size)], 1)
+        number = np.diff(edges, axis=1)
+        total = sums[rows, edges[:, 1:]] - sums[rows, edges[:, :-1]]
+        centres = np.where(number > 0, total / np.maximum(number, 1), centres).astype(np.float32)
+    return np.sort(centres, axis=1)
+
+
+def _tensor_table(w: Float32Array, fmt: Format) -> Float32Array | None:
+    """float32 [2^bits]: the table that a whole weight shares, of weights divided by their group's
+    magnitude; None if the table is not the weight's."""
+    if fmt.field("lut").scope != "tensor":
+        return None
+    step = max(1, w.size // _SAMPLE)
+    x = _groups(np.ascontiguousarray(w[:: max(1, min(step, len(w)))][:1024]), fmt)
+    scaled = _divided(x, np.broadcast_to(np.abs(x).max(axis=2, keepdims=True), x.shape))
+    table: Float32Array = _lloyd(scaled.reshape(1, -1), fmt.field("lut").count)[0]
+    return table
+
+
+def _by_table(x: Float32Array, fmt: Format, table: Float32Array | None) -> dict[str, Array]:
+    """Codes with tables that are data: of the weight (``table``), of rows or of groups."""
+    part = {}
+    if table is not None:
+        part["d"], d = _stored(np.abs(x).max(axis=2, keepdims=True), fmt)
+        x = _divided(x, np.broadcast_to(d, x.shape))
+        tables = table.reshape(1, 1, -1)
+    else:
+        n, groups, size = x.shape
+        tables = _lloyd(x.reshape(n * groups, size), fmt.field("lut").count).reshape(n, groups, -1)
+    bits, values = _stored(np.ascontiguousarray(tables), fmt, "lut")
+    part["lut"] = bits
+    middles = (values[..., 1:] + values[..., :-1]) / np.float32(2)
+    codes = np.zeros(x.shape, np.uint8)
+    for i in range(middles.shape[2]):
+        codes += x > middles[..., i : i + 1]
+    return {**part, "codes": codes}
 
 
 def _dense(chunk: Float32Array, fmt: Format) -> dict[str, Array]:
     """The bit patterns of ``chunk`` [n, K] rounded to nearest even in a dense float format."""
-    bits = chunk.view(np.uint32)
-    if fmt.float_kind == "f16":
-        with np.errstate(over="ignore"):
-            bits = chunk.astype(np.float16).view(np.uint16)
-    elif fmt.float_kind == "bf16":
-        # The low half is rounded away: add just under half, and one more where the result is odd.
-        odd = (bits >> np.uint32(16)) & np.uint32(1)
-        bits = ((bits + np.uint32(0x7FFF) + odd) >> np.uint32(16)).astype(np.uint16)
+    bits = _float_bits(chunk, fmt.float_kind or "")
     codes = np.zeros((len(chunk), -(-chunk.shape[1] // fmt.block) * fmt.block), bits.dtype)
     codes[:, : chunk.shape[1]] = bits
     infinity = {"f32": 0x7F800000, "f16": 0x7C00, "bf16": 0x7F80}[fmt.float_kind or ""]

@@ -20,7 +20,7 @@ from qigen.backends.cpu.matmul import (
     interleaved,
 )
 from qigen.formats.algebra import Format, QuantizedTensor
-from qigen.formats.layout import pack, packed_shape
+from qigen.formats.layout import pack, packed_bytes, packed_shape, row_block_bytes
 
 Array = npt.NDArray[Any]
 
@@ -29,7 +29,7 @@ TOLERANCE = 1e-4
 """Of the sum of |w x|: float32 sums of thousands of terms stay far below, and one wrong weight in
 some thousand is far above."""
 
-_HEADER = struct.Struct("<3q6i")
+_HEADER = struct.Struct("<4q6i")
 
 
 def random_rows(format: Format, k: int, seed: int = 0) -> QuantizedTensor:
@@ -39,7 +39,7 @@ def random_rows(format: Format, k: int, seed: int = 0) -> QuantizedTensor:
     nblocks = -(-k // format.block)
     fields: dict[str, Array] = {}
     for f in format.fields:
-        shape = (ROWS, nblocks, f.count)
+        shape = f.shape(ROWS, nblocks)
         if format.float_kind:
             values = rng.uniform(-1, 1, shape).astype(np.float32)
             bits: dict[str, Array] = {
@@ -48,8 +48,18 @@ def random_rows(format: Format, k: int, seed: int = 0) -> QuantizedTensor:
                 "bf16": (values.view(np.uint32) >> 16).astype(np.uint16),
             }
             fields[f.name] = bits[format.float_kind]
-        elif f.name in ("d", "dmin", "m"):
-            fields[f.name] = rng.uniform(0.01, 0.02, shape).astype(np.float16).view(np.uint16)
+        elif f.number in ("f16", "bf16", "f32"):
+            floats = rng.uniform(0.01, 0.02, shape).astype(np.float32)
+            fields[f.name] = {
+                "f32": floats.view(np.uint32),
+                "f16": floats.astype(np.float16).view(np.uint16),
+                "bf16": (floats.view(np.uint32) >> 16).astype(np.uint16),
+            }[f.number]
+        elif f.name == "ix":
+            assert format.mask is not None
+            keep, of = format.mask
+            order = rng.random((ROWS, nblocks, f.count // keep, of)).argsort(axis=3)
+            fields["ix"] = np.sort(order[..., :keep], axis=3).reshape(shape).astype(f.dtype)
         else:
             low, high = (120, 128) if f.name == "e" else (0, 1 << f.bits)
             fields[f.name] = rng.integers(low, high, shape).astype(f.dtype)
@@ -100,9 +110,10 @@ class Problem:
         else:
             data, values = x.view(np.uint8), x
         packed = pack(rows, spec.layout)
-        _, kblocks, size = packed_shape(spec.format, (ROWS, self.k), spec.layout)
+        kblocks = packed_shape(spec.format, (ROWS, self.k), spec.layout)[1]
+        row_block = row_block_bytes(spec.format, self.k, spec.layout)
         header = _HEADER.pack(
-            kblocks * size, data.nbytes, data.shape[1], self.n, kblocks, self.m, *offsets
+            packed.size - row_block, row_block, data.nbytes, data.shape[1], self.n, kblocks, self.m, *offsets
         )
         values, w = values.astype(np.float64), w.astype(np.float64)
         magnitude = np.abs(values) @ np.abs(w).T
@@ -150,8 +161,7 @@ class Problem:
     @property
     def weight_bytes(self) -> int:
         """Bytes of the packed weight."""
-        blocks, kblocks, size = packed_shape(self.spec.format, (self.n, self.k), self.spec.layout)
-        return blocks * kblocks * size
+        return packed_bytes(self.spec.format, (self.n, self.k), self.spec.layout)
 
 
 def wrong(y: Array, expected: Array, bound: Array) -> str:

@@ -1,6 +1,7 @@
 // Runs and times generated matmul kernels side by side, in a process that may crash.
 // usage: time_kernels TOTAL_BYTES THREADS CPU,CPU,.. (LIBRARY CASE)..
-// A case holds the header below, one row-block of packed weights and the activation rows. The
+// A case holds the header below, what a packed weight begins with (codebooks; most have nothing), one
+// row-block of it and the activation rows. The
 // row-block is repeated for all rows, and the weight copied until the weights of all kernels
 // together take TOTAL_BYTES (0: one copy each, which stay in the caches); every call reads the
 // next copy. Commands come on standard input, answers go to standard output, a line each:
@@ -25,7 +26,7 @@
 namespace {
 
 struct Header {
-  int64_t row_block, x_bytes, x_stride;
+  int64_t shared, row_block, x_bytes, x_stride;
   int32_t n, kblocks, m, scale_offset, zero_offset, sum_offset;
 };
 
@@ -61,17 +62,19 @@ Side load(const char* library, const char* file, size_t total) {
   s.run = reinterpret_cast<Kernel>(dlsym(opened, "qigen_kernel"));
   std::FILE* f = std::fopen(file, "rb");
   if (!s.run || !f || std::fread(&s.h, sizeof s.h, 1, f) != 1) fail("a case cannot be read");
+  const size_t shared = static_cast<size_t>(s.h.shared);
   const size_t block = static_cast<size_t>(s.h.row_block);
   const size_t blocks = static_cast<size_t>(s.h.n + 15) / 16;
   const size_t rows = static_cast<size_t>(s.h.x_bytes);
-  s.weight = block * blocks;
+  s.weight = shared + block * blocks;
   s.copies = std::max<size_t>(1, total / s.weight);
   s.w = allocate(s.copies * s.weight);
   s.x = allocate(rows);
-  if (std::fread(s.w, 1, block, f) != block || std::fread(s.x, 1, rows, f) != rows)
+  if (std::fread(s.w, 1, shared + block, f) != shared + block || std::fread(s.x, 1, rows, f) != rows)
     fail("a case is cut short");
   std::fclose(f);
-  for (size_t i = 1; i < s.copies * blocks; ++i) std::memcpy(s.w + i * block, s.w, block);
+  for (size_t i = 1; i < blocks; ++i) std::memcpy(s.w + shared + i * block, s.w + shared, block);
+  for (size_t i = 1; i < s.copies; ++i) std::memcpy(s.w + i * s.weight, s.w, s.weight);
   return s;
 }
 

@@ -115,11 +115,24 @@ def test_sizes_are_those_of_ggml(row: Format) -> None:
 @pytest.mark.parametrize("row", CATALOG.values(), ids=ids)
 def test_rows_are_consistent(row: Format) -> None:
     assert row.fields[0].name == "codes" and row.source and CATALOG[row.name] is row
-    groups = row.field("sub").count if row.has("sub") else 1
+    per_group = [f.count for f in row.block_fields if f.name in ("sub", "d", "m", "z", "e", "lut")
+                 and not (f.name == "d" and row.has("sub")) and f.name != "lut"]
+    groups = per_group[0] if per_group else 1
+    assert set(per_group) <= {groups}
     assert row.group * groups == row.block or row.float_kind
     assert not row.has("submin") or row.field("submin").count == groups
-    assert row.base3 or row.field("codes").count == row.block
-    if not row.float_kind:
+    stored = row.field("codes").count
+    if row.vector:
+        assert stored * row.vector % row.block == 0 and row.block % row.vector == 0
+    elif row.mask is not None:
+        keep, of = row.mask
+        assert stored == row.field("ix").count == row.block * keep // of
+        assert row.levels[row.hole] == 0
+    else:
+        assert row.base3 or stored == row.block
+    assert all(f.scope in ("block", "row", "tensor") for f in row.fields)
+    assert row.values is None or len(row.values) == 1 << row.code_bits
+    if row.integer:
         low, high = row.mapped_range
         assert row.table is None or len(row.table) == 1 << row.code_bits
         assert low < high

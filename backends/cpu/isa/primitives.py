@@ -151,6 +151,13 @@ def _dot_bf16(acc: Array, w: Array, x: Array) -> Array:
     return _f32(acc + products.sum(axis=2))
 
 
+def _words_at(a: Array) -> Array:
+    """int32 [cases, bytes - 3]: the little-endian words at every byte of the rows."""
+    raw = np.ascontiguousarray(a).view(np.uint8)
+    windows = np.lib.stride_tricks.sliding_window_view(raw, 4, axis=1)
+    return np.asarray(windows.copy().view(np.int32)[..., 0])
+
+
 def _zip(a: Array, b: Array) -> Array:
     return np.stack([a, b], axis=2).reshape(len(a), -1)
 
@@ -193,6 +200,19 @@ PRIMITIVES: tuple[Primitive, ...] = (
     Primitive("vf_ldexp", (Operand("vf", 0.5, 4), Operand("vf", -250, 250)), "vf",
               lambda a, n: np.ldexp(a, np.rint(n).astype(np.int32)),
               "vf_ldexp({0}, vf_round({1}))"),
+    # tables: of 16 floats in a vector, and of any number in memory
+    Primitive("vf_lookup", (_VF, Operand("vi", 0, 15)), "vf",
+              lambda t, i: np.take_along_axis(t, i.astype(np.intp), axis=1)),
+    Primitive("vf_gather", (Operand("float*"), Operand("vi", 0, 15)), "vf",
+              lambda t, i: np.take_along_axis(t, i.astype(np.intp), axis=1)),
+    Primitive("vi_gather", (Operand("int32*"), Operand("vi", 0, 60)), "vi",
+              lambda t, i: np.take_along_axis(_words_at(t), i.astype(np.intp), axis=1)),
+    Primitive("vf_from_f16", (_VI,), "vf",
+              lambda a: _f32((a & 0xFFFF).astype(np.uint16).view(np.float16))),
+    # counts beyond 31 leave nothing
+    Primitive("vi_sllv", (_VI, Operand("vi", -40, 70)), "vi",
+              lambda a, n: _select((n >= 0) & (n < 32),
+                                   _wrap(a.astype(np.int64) << np.clip(n, 0, 31)), a * 0)),
     # comparisons: masks, which are false where either operand is a NaN
     Primitive("vf_lt", (_VF, _VF), "vf", lambda a, b: _select(a < b, a, b),
               "vf_select(vf_lt({0}, {1}), {0}, {1})"),
