@@ -1,0 +1,76 @@
+"""Quantized Hugging Face checkpoints: one table from ``quant_method`` to what reads it.
+
+A reader turns the packed tensors of every layer into codes, scales and zeros of the format catalog,
+without rounding any of them. To add a family: write its reader, add a line here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from qigen.errors import BadInput, Unsupported
+from qigen.frontends.checkpoints import awq, gptq
+from qigen.frontends.checkpoints.grouped import PackedMatrix
+from qigen.frontends.checkpoints.raw import RawTensor
+from qigen.frontends.model import SourceTensor
+from qigen.frontends.settings import Settings, shown
+
+Read = Callable[
+    [Mapping[str, RawTensor], Settings], tuple[dict[str, SourceTensor], set[str]]
+]
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A family of checkpoints: ``what`` it covers, and the ``source`` it was written from."""
+
+    quant_method: str
+    what: str
+    source: str
+    read: Read
+
+
+READERS: tuple[Reader, ...] = (
+    Reader(
+        "gptq",
+        "2, 3, 4 and 8 bits, any group, zeros of version 1 and 2, act-order (`g_idx`)",
+        "AutoGPTQ `QuantLinear`, GPTQModel `checkpoint_format`",
+        gptq.read,
+    ),
+    Reader(
+        "awq",
+        "4 bits, `gemm` and `gemv` packing",
+        "AutoAWQ `WQLinear_GEMM`, `WQLinear_GEMV`",
+        awq.read,
+    ),
+)
+_BY_METHOD = {reader.quant_method: reader for reader in READERS}
+
+
+def read_quantized(
+    tensors: Mapping[str, RawTensor], settings: Settings
+) -> tuple[dict[str, SourceTensor], set[str]]:
+    """The quantized matrices by name (``….weight``), and the names of their parts in ``tensors``.
+
+    ``settings`` are those of ``quantization_config``. Raises BadInput for damaged or contradictory
+    tensors, Unsupported for methods and variants that no reader or catalog row covers.
+    """
+    method = settings.text("quant_method")
+    reader = _BY_METHOD.get(method)
+    if reader is None:
+        raise Unsupported(
+            f"the checkpoint is quantized by '{shown(method)}'; known are {', '.join(_BY_METHOD)}",
+            settings.where,
+        )
+    matrices, used = reader.read(tensors, settings)
+    if not matrices:
+        raise BadInput(
+            f"the configuration says that the checkpoint is quantized by '{shown(method)}', but no "
+            "tensor is",
+            settings.where,
+        )
+    return matrices, used
+
+
+__all__ = ["READERS", "PackedMatrix", "RawTensor", "Reader", "read_quantized"]

@@ -1,0 +1,78 @@
+"""Quantized Hugging Face folders: every code, scale and zero as the writers of packing.py put it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qigen.frontends import build_graph, load_huggingface
+from qigen.frontends.checkpoints import READERS
+from qigen.ir.interpreter import Interpreter
+from qigen.passes.pipeline import optimize
+from tests.frontends.packing import Family, awq, gptq, write_model
+
+FAMILIES: dict[str, tuple[Family, set[str]]] = {
+    "gptq-2": (gptq(2, 32), {"z2g32"}),
+    "gptq-3": (gptq(3, 64), {"z3g64"}),
+    "gptq-3-sym": (gptq(3, 32, sym=True), {"s3g32"}),
+    "gptq-4-tail": (gptq(4, 128), {"z4g128"}),
+    "gptq-4-row": (gptq(4, -1, sym=True), {"s4g64", "s4g128"}),
+    "gptq-8": (gptq(8, 64), {"z8g64"}),
+    "gptq-v2": (gptq(4, 32, version=2), {"z4g32"}),
+    "gptq-v2-2": (gptq(2, 64, version=2), {"z2g64"}),
+    "gptq-act-order": (gptq(4, 32, act_order=True), {"z4g32"}),
+    "gptq-act-order-tail": (gptq(3, 128, sym=True, act_order=True), {"s3g128"}),
+    "awq-gemm": (awq(64), {"z4g64"}),
+    "awq-gemm-tail": (awq(128), {"z4g128"}),
+    "awq-gemv": (awq(32, "gemv"), {"z4g32"}),
+    "awq-gemv-64": (awq(64, "gemv"), {"z4g64"}),
+}
+
+STEMS = {"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
+         "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
+         "ffn_down": "mlp.down_proj"}  # fmt: skip
+TOKENS = [1, 403, 407, 261, 378, 286, 261, 420, 270, 9]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_weights_are_those_of_the_writer(name: str, tmp_path: Path) -> None:
+    family, rows = FAMILIES[name]
+    packed, dense, quantized = write_model(tmp_path, family)
+    model = load_huggingface(packed)
+    found = set()
+    for layer in range(model.config.n_layers):
+        for stem, theirs in STEMS.items():
+            handle = model.tensors[f"blk.{layer}.{stem}.weight"]
+            found.add(handle.format.name)
+            values = handle.load().dequantize()
+            if handle.columns is not None:
+                values = values[:, np.argsort(handle.columns)]
+            expected = quantized[f"model.layers.{layer}.{theirs}.weight"]
+            assert np.array_equal(values, expected), handle.name
+    assert found == rows
+    # and so the graph computes what it computes with the dequantized weights
+    step = {"input_ids": TOKENS}
+    expected = Interpreter(build_graph(load_huggingface(dense)), dtype="f8").step(step)["logits"]
+    graph = build_graph(model)
+    for found_graph in (graph, optimize(graph)):
+        logits = Interpreter(found_graph, dtype="f8").step(step)["logits"]
+        assert np.abs(logits - expected).max() < 1e-9
+
+
+def test_columns_are_put_in_order_once_for_all_that_share_them(tmp_path: Path) -> None:
+    packed, _, _ = write_model(tmp_path, gptq(4, 32, act_order=True))
+    graph = optimize(build_graph(load_huggingface(packed)))
+    made = [n for n in graph.nodes if n.op == "SelectColumns" and n.layer == 1]
+    assert [n.name for n in made] == [
+        "blk.1.attn_q.ordered.early", "blk.1.attn_output.ordered", "blk.1.ffn_gate.ordered.early",
+        "blk.1.ffn_down.ordered",
+    ]  # fmt: skip
+    norms = [n.attrs["prologue"] for n in graph.nodes if n.op == "MatMulGroup" and n.layer == 1]
+    assert norms == ["rmsnorm", "none", "rmsnorm", "none"]
+
+
+def test_every_reader_is_tested() -> None:
+    tested = {family.config["quant_method"] for family, _ in FAMILIES.values()}
+    assert tested == {reader.quant_method for reader in READERS}
