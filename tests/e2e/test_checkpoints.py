@@ -12,17 +12,18 @@ from qigen.compiler import compile
 from qigen.frontends import build_graph, load_huggingface
 from qigen.ir.interpreter import Interpreter
 from tests.e2e.harness import JOBS, relative_error
+from tests.e2e.test_families import TOLERANCE
 from tests.frontends.packing import write_model
 from tests.frontends.test_checkpoints import FAMILIES, TOKENS
 
 F32 = 5e-3
-"""Of f32 activations, in standard deviations of the logits: order of the sums, and so numbers of the
-f16 cache that are rounded the other way. Largest with 2 bits, whose logits are the flattest."""
+"""Of f32 activations, in standard deviations of the logits: order of the sums, and so numbers of
+the f16 cache that are rounded the other way. Largest with 2 bits, whose logits are the flattest."""
 
-INT8 = 4e-2
+INT8 = TOLERANCE["int8", "f16"]
 """Of int8 activations: also values that lie between two codes."""
 
-FAST = ("gptq-3", "gptq-act-order", "awq-gemm")
+FAST = ("gptq-act-order", "awq-gemm", "hqq-4", "ct-nvfp4")
 
 
 @pytest.mark.parametrize(
@@ -34,7 +35,7 @@ def test_logits(name: str, tmp_path: Path) -> None:
     rows_of_logits = np.arange(len(TOKENS), dtype=np.int32)
     step = {"input_ids": TOKENS, "rows": rows_of_logits}
     for activations, tolerance in (("f32", F32), ("int8", INT8)):
-        # int8 activations have a scale for 32 columns in their order: of that, ours is the reference
+        # int8 activations have a scale for 32 columns in their order: for that, ours is compared
         source = load_huggingface(dense if activations == "f32" else packed)
         expected = Interpreter(build_graph(source), activations=activations, kv="f16").step(step)
         artifact = compile(packed, tmp_path / f"{activations}.qgn", activations=activations,

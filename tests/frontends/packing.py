@@ -1,7 +1,7 @@
 """Writers of quantized checkpoints, each plainly from the specification of its packing.
 
-A writer takes a float matrix ``[N, K]`` and returns the tensors of its layer, and the float32 matrix
-that they stand for. They share nothing with the readers: what the readers unpack is compared with it.
+A writer takes a float matrix ``[N, K]`` and returns the tensors of its layer, and the float32
+matrix that they stand for. They share nothing with the readers, whose values are compared with it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import safetensors.numpy
 STORIES = Path(__file__).parents[1] / "data" / "stories260k" / "hf"
 
 Tensors = dict[str, tuple[str, np.ndarray]]
-"""By the part of the name behind the layer's: safetensors' type, and the numbers (or their bits)."""
+"""By the part of the name behind the layer's: safetensors' type, and the numbers or their bits."""
 
 _SIZES = {"F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I8": 1, "U8": 1, "F8_E4M3": 1}
 
@@ -120,7 +120,7 @@ class Family:
 def gptq(
     bits: int, group: int, *, version: int = 1, sym: bool = False, act_order: bool = False
 ) -> Family:
-    """AutoGPTQ's QuantLinear; with ``act_order`` all layers that read the same input share g_idx."""
+    """AutoGPTQ's QuantLinear; with ``act_order`` all layers of the same input share g_idx."""
 
     def pack(name: str, w: np.ndarray) -> tuple[Tensors, np.ndarray]:
         k = w.shape[1]
@@ -171,7 +171,8 @@ def awq(group: int, version: str = "gemm") -> Family:
         g = grouped(w, 4, group, sym=False)
         n, groups = g.scales.shape
         multiple = 1 if group >= 128 else 128 // group
-        width = -(-(-(-groups // 8)) // multiple) * multiple
+        words = (groups + 7) // 8
+        width = (words + multiple - 1) // multiple * multiple
         zeros = np.zeros((n, 8 * width), np.int64)
         scales = np.zeros((n, 8 * width), np.float16)
         zeros[:, :groups], scales[:, :groups] = g.zeros, g.scales
@@ -184,6 +185,224 @@ def awq(group: int, version: str = "gemm") -> Family:
     config = {"quant_method": "awq", "bits": 4, "group_size": group, "version": version,
               "zero_point": True}
     return Family(config, gemm if version == "gemm" else gemv)
+
+
+# -- HQQ -------------------------------------------------------------------------------------------
+
+
+def hqq(bits: int, group: int, dtype: str = "F16") -> Family:
+    """HQQLinear with axis 1: rows of groups, packed far apart; float zeros."""
+    packing, slots, letters = {8: ("8bit_u8", 1, "U8"), 4: ("4bit_u8", 2, "U8"),
+                               3: ("3bit_32", 10, "I32"), 2: ("2bit_u8", 4, "U8")}[bits]
+
+    def stored(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        if dtype == "BF16":
+            return bf16(x), from_bf16(bf16(x))
+        kept = x.astype({"F16": np.float16, "F32": np.float32}[dtype])
+        return kept, kept.astype(np.float32)
+
+    def pack(name: str, w: np.ndarray) -> tuple[Tensors, np.ndarray]:
+        n, k = w.shape
+        rows = w.reshape(-1, group)
+        low, high = rows.min(axis=1, keepdims=True), rows.max(axis=1, keepdims=True)
+        kept_scale, scale = stored(np.maximum(high - low, 1e-3) / ((1 << bits) - 1))
+        kept_zero, zero = stored(-low / scale)
+        codes = np.clip(np.rint(rows / scale + zero), 0, (1 << bits) - 1).astype(np.uint8)
+        values = (codes.astype(np.float32) - zero) * scale
+        padded = -(-len(codes) // slots) * slots
+        codes = np.pad(codes, ((0, padded - len(codes)), (0, 0)))
+        step = padded // slots
+        words = np.zeros((step, group), np.uint32)
+        for slot in range(slots):
+            part = codes[slot * step : (slot + 1) * step].astype(np.uint32)
+            words |= part << np.uint32(bits * (slots - 1 - slot))
+        return {
+            "W_q": (letters, words.view(np.int32) if letters == "I32" else words.astype(np.uint8)),
+            "scale": (dtype, kept_scale),
+            "zero": (dtype, kept_zero),
+            "nbits": ("I64", np.array(bits)),
+            "group_size": ("I64", np.array(group)),
+            "axis": ("I64", np.array(1)),
+            "shape": ("I64", np.array([n, k])),
+            "packing": ("U8", np.frombuffer(packing.encode(), np.uint8)),
+            "encoded_state_dict": ("U8", np.array([1], np.uint8)),
+        }, values.reshape(n, k)
+
+    return Family({"quant_method": "hqq", "skip_modules": ["lm_head"]}, pack)
+
+
+# -- compressed-tensors ----------------------------------------------------------------------------
+
+
+def words_of(numbers: np.ndarray, bits: int) -> np.ndarray:
+    """int32 [..., ceil(K / p)]: numbers [..., K], ``p = 32 // bits`` a word."""
+    per = 32 // bits
+    words = np.zeros((*numbers.shape[:-1], -(-numbers.shape[-1] // per)), np.uint32)
+    for k in range(numbers.shape[-1]):
+        words[..., k // per] |= numbers[..., k].astype(np.uint32) << np.uint32(bits * (k % per))
+    return words.view(np.int32)
+
+
+def compressed(
+    bits: int,
+    strategy: str,
+    group: int | None = None,
+    *,
+    sym: bool = True,
+    dtype: str = "BF16",
+    act_order: bool = False,
+    packed: bool = True,
+) -> Family:
+    """pack-quantized and int-quantized."""
+
+    def store(x: np.ndarray) -> np.ndarray:
+        return bf16(x) if dtype == "BF16" else x.astype({"F16": "f2", "F32": "f4"}[dtype])
+
+    def value(x: np.ndarray) -> np.ndarray:
+        return from_bf16(bf16(x)) if dtype == "BF16" else store(x).astype(np.float32)
+
+    def pack(name: str, w: np.ndarray) -> tuple[Tensors, np.ndarray]:
+        n, k = w.shape
+        order = None
+        if act_order:
+            order = np.random.default_rng(0 if k == 64 else 1).permutation(k)
+        g = grouped(w, bits, group or k, sym=sym, order=order, to_stored=value)
+        if strategy == "tensor":
+            step = value(np.abs(w).max(keepdims=True) / 127)
+            codes = np.clip(np.rint(w / step), -128, 127).astype(np.int64) + 128
+            g = Groups(codes.astype(np.uint8), np.repeat(step, n, axis=0),
+                       np.full((n, 1), 128), np.zeros(k, int))
+        middle = 1 << (bits - 1)
+        scales = g.scales[:1] if strategy == "tensor" else g.scales
+        tensors: Tensors = {"weight_scale": (dtype, store(scales))}
+        if packed:
+            tensors["weight_packed"] = ("I32", words_of(g.codes, bits))
+            tensors["weight_shape"] = ("I64", np.array([n, k]))
+            if not sym:
+                tensors["weight_zero_point"] = ("I32", words_of(g.zeros.T, bits).T)
+        else:
+            tensors["weight"] = ("I8", (g.codes.astype(np.int64) - middle).astype(np.int8))
+            if not sym:
+                tensors["weight_zero_point"] = ("I8", (g.zeros - middle).astype(np.int8))
+        if act_order:
+            tensors["weight_g_idx"] = ("I32", g.index.astype(np.int32))
+        return tensors, g.dequantized()
+
+    weights = {"num_bits": bits, "type": "int", "symmetric": sym, "strategy": strategy,
+               "group_size": group, "actorder": "group" if act_order else None, "dynamic": False}
+    return Family({
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized" if packed else "int-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights,
+                                      "input_activations": None, "output_activations": None}},
+        "ignore": ["lm_head"],
+        "kv_cache_scheme": None,
+    }, pack)
+
+
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+
+
+def e4m3(bits: int) -> float:
+    """The value of an E4M3 number (0x7f and 0xff are NaN)."""
+    sign, exponent, fraction = -1 if bits & 0x80 else 1, bits >> 3 & 15, bits & 7
+    if exponent == 0:
+        return sign * fraction / 8 * 2.0**-6
+    return sign * (1 + fraction / 8) * 2.0 ** (exponent - 7)
+
+
+def nearest(values: np.ndarray, table: np.ndarray) -> np.ndarray:
+    return np.abs(values[..., None] - table).argmin(axis=-1)
+
+
+def nvfp4() -> Family:
+    """nvfp4-pack-quantized: groups of 16 with E4M3 scales, and one that divides for the tensor."""
+    numbers = np.array([e4m3(bits) for bits in range(0x7F)], np.float32)
+
+    def pack(name: str, w: np.ndarray) -> tuple[Tensors, np.ndarray]:
+        n, k = w.shape
+        groups = w.reshape(n, k // 16, 16)
+        divisor = np.float32(6 * 448 / np.abs(w).max())
+        scales = nearest(np.abs(groups).max(axis=2) / 6 * divisor, numbers).astype(np.uint8)
+        step = (numbers[scales] / divisor)[..., None]
+        codes = nearest(groups / np.where(step > 0, step, 1), E2M1).reshape(n, k).astype(np.uint8)
+        values = E2M1[codes].reshape(groups.shape) * step
+        return {
+            "weight_packed": ("U8", codes[:, 0::2] | codes[:, 1::2] << 4),
+            "weight_scale": ("F8_E4M3", scales),
+            "weight_global_scale": ("F32", divisor.reshape(1)),
+            "input_global_scale": ("F32", np.ones(1, np.float32)),
+        }, values.reshape(n, k).astype(np.float32)
+
+    weights = {"num_bits": 4, "type": "float", "symmetric": True, "strategy": "tensor_group",
+               "group_size": 16}
+    return Family({
+        "quant_method": "compressed-tensors",
+        "format": "nvfp4-pack-quantized",
+        "config_groups": {"group_0": {"targets": ["re:.*_proj"], "weights": weights}},
+        "ignore": ["lm_head"],
+    }, pack)
+
+
+# -- bitsandbytes, BitNet, MXFP4 -------------------------------------------------------------------
+
+
+def bnb_int8() -> Family:
+    """Int8Params: the largest magnitude of every row is 127."""
+
+    def pack(name: str, w: np.ndarray) -> tuple[Tensors, np.ndarray]:
+        largest = np.abs(w).max(axis=1)
+        largest[largest == 0] = 1
+        codes = np.rint(w * 127 / largest[:, None]).astype(np.int8)
+        return {
+            "weight": ("I8", codes),
+            "SCB": ("F32", largest.astype(np.float32)),
+            "weight_format": ("U8", np.array(0, np.uint8)),
+        }, codes.astype(np.float32) * (largest.astype(np.float32) / np.float32(127))[:, None]
+
+    return Family({"quant_method": "bitsandbytes", "load_in_8bit": True}, pack)
+
+
+def bitnet(kind: str) -> Family:
+    """Ternary weights, four rows a byte, that lie a quarter of the rows apart."""
+
+    def pack(name: str, w: np.ndarray) -> tuple[Tensors, np.ndarray]:
+        n, k = w.shape
+        mean = np.abs(w).mean(dtype=np.float64)
+        scale = bf16(np.array([1 / mean if kind == "bitlinear" else mean], np.float32))
+        codes = np.clip(np.rint(w / mean), -1, 1).astype(np.int64) + 1
+        packed = np.zeros((n // 4, k), np.uint8)
+        for row in range(n):
+            packed[row % (n // 4)] |= (codes[row] << (2 * (row // (n // 4)))).astype(np.uint8)
+        factor = from_bf16(scale)[0]
+        factor = np.float32(1) / factor if kind == "bitlinear" else factor
+        return {
+            "weight": ("U8", packed),
+            "weight_scale": ("BF16", scale),
+        }, (codes - 1).astype(np.float32) * factor
+
+    return Family({"quant_method": "bitnet", "linear_class": kind,
+                   "quantization_mode": "offline"}, pack)
+
+
+def mxfp4() -> Family:
+    """gpt-oss's NAME_blocks and NAME_scales, of plain matrices."""
+
+    def pack(name: str, w: np.ndarray) -> tuple[Tensors, np.ndarray]:
+        n, k = w.shape
+        blocks = w.reshape(n, k // 32, 32)
+        largest = np.maximum(np.abs(blocks).max(axis=2), 1e-9)
+        exponent = np.floor(np.log2(largest)).astype(int) - 2
+        step = np.exp2(exponent.astype(np.float64))[..., None]
+        codes = nearest((blocks / step).astype(np.float32), E2M1).astype(np.uint8)
+        values = (E2M1[codes] * step).astype(np.float32)
+        return {
+            "weight_blocks": ("U8", codes[..., 0::2] | codes[..., 1::2] << 4),
+            "weight_scales": ("U8", (exponent + 127).astype(np.uint8)),
+        }, values.reshape(n, k)
+
+    return Family({"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}, pack)
 
 
 # -- whole models ----------------------------------------------------------------------------------

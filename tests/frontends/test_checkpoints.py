@@ -1,4 +1,4 @@
-"""Quantized Hugging Face folders: every code, scale and zero as the writers of packing.py put it."""
+"""Quantized Hugging Face folders: codes, scales and zeros as the writers of packing.py put them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,22 @@ from qigen.frontends import build_graph, load_huggingface
 from qigen.frontends.checkpoints import READERS
 from qigen.ir.interpreter import Interpreter
 from qigen.passes.pipeline import optimize
-from tests.frontends.packing import Family, awq, gptq, write_model
+from tests.frontends.packing import (
+    Family,
+    awq,
+    bitnet,
+    bnb_int8,
+    compressed,
+    gptq,
+    hqq,
+    mxfp4,
+    nvfp4,
+    write_model,
+)
+
+# rows of zeros have scales below 2^-17, where not every bf16 is an f16
+INT8_ROWS = {"s8g64", "s8g128", "s8g128_f32"}
+INT8_ZEROS = {"z8g64", "z8g128", "z8g128_f32"}
 
 FAMILIES: dict[str, tuple[Family, set[str]]] = {
     "gptq-2": (gptq(2, 32), {"z2g32"}),
@@ -28,6 +43,23 @@ FAMILIES: dict[str, tuple[Family, set[str]]] = {
     "awq-gemm-tail": (awq(128), {"z4g128"}),
     "awq-gemv": (awq(32, "gemv"), {"z4g32"}),
     "awq-gemv-64": (awq(64, "gemv"), {"z4g64"}),
+    "hqq-2": (hqq(2, 32), {"zf2g32"}),
+    "hqq-3": (hqq(3, 64, "BF16"), {"zf3g64"}),
+    "hqq-4": (hqq(4, 64), {"zf4g64"}),
+    "hqq-8-f32": (hqq(8, 32, "F32"), {"zf8g32_f32"}),
+    "ct-4-group": (compressed(4, "group", 64), {"s4g64"}),
+    "ct-4-asym": (compressed(4, "group", 32, sym=False, dtype="F16"), {"z4g32"}),
+    "ct-4-act-order": (compressed(4, "group", 32, sym=False, act_order=True), {"z4g32"}),
+    "ct-3-channel": (compressed(3, "channel"), {"s3g64", "s3g128"}),
+    "ct-8-packed": (compressed(8, "channel", dtype="F32"), {"s8g128_f32"}),
+    "ct-int8": (compressed(8, "channel", packed=False), INT8_ROWS),
+    "ct-int8-asym": (compressed(8, "channel", sym=False, packed=False), INT8_ZEROS),
+    "ct-int8-tensor": (compressed(8, "tensor", packed=False), {"s8g64", "s8g128"}),
+    "ct-nvfp4": (nvfp4(), {"e2m1g16_f32"}),
+    "bnb-int8": (bnb_int8(), {"s8g128_f32"}),
+    "bitnet": (bitnet("bitlinear"), {"s2g128_f32"}),
+    "bitnet-auto": (bitnet("autobitlinear"), {"s2g64", "s2g128"}),
+    "mxfp4": (mxfp4(), {"mxfp4"}),
 }
 
 STEMS = {"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",

@@ -10,9 +10,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from qigen.errors import BadInput, Unsupported
-from qigen.frontends.checkpoints import awq, gptq
-from qigen.frontends.checkpoints.grouped import PackedMatrix
-from qigen.frontends.checkpoints.raw import RawTensor
+from qigen.frontends.checkpoints import (
+    awq,
+    bitnet,
+    bitsandbytes,
+    compressed_tensors,
+    gptq,
+    hqq,
+    mxfp4,
+)
+from qigen.frontends.checkpoints.grouped import PackedMatrix, no_row
+from qigen.frontends.checkpoints.raw import RawTensor, modules
 from qigen.frontends.model import SourceTensor
 from qigen.frontends.settings import Settings, shown
 
@@ -44,8 +52,41 @@ READERS: tuple[Reader, ...] = (
         "AutoAWQ `WQLinear_GEMM`, `WQLinear_GEMV`",
         awq.read,
     ),
+    Reader(
+        "hqq",
+        "2, 3, 4 and 8 bits in groups along K (`axis` 1), float zeros",
+        "HQQ `BitPack`, `HQQLinear`",
+        hqq.read,
+    ),
+    Reader(
+        "compressed-tensors",
+        "`pack-quantized` with 2, 3, 4 and 8 bits, symmetric or not, act-order; `int-quantized` "
+        "int8; `nvfp4-pack-quantized`",
+        "compressed-tensors `compressors/`",
+        compressed_tensors.read,
+    ),
+    Reader("bitsandbytes", "int8 (`SCB`)", "bitsandbytes `Int8Params`", bitsandbytes.read),
+    Reader(
+        "bitnet",
+        "ternary weights of 2 bits, one scale a tensor",
+        "transformers `integrations/bitnet.py`",
+        bitnet.read,
+    ),
+    Reader(
+        "mxfp4",
+        "E2M1 codes in blocks of 32 with E8M0 scales (`_blocks`, `_scales`)",
+        "transformers `integrations/mxfp4.py`; OCP Microscaling Formats 1.0",
+        mxfp4.read,
+    ),
 )
 _BY_METHOD = {reader.quant_method: reader for reader in READERS}
+
+# Methods whose layers are recognised, but for which the catalog has no row: the tensor that shows.
+_WITHOUT_ROW = {
+    "aqlm": ("codebooks", "vector codebooks"),
+    "spqr": ("dense_weights", "two-level scales and sparse outliers"),
+    "fp8": ("weight_scale_inv", "fp8 codes with scales of 128x128 tiles"),
+}
 
 
 def read_quantized(
@@ -58,6 +99,10 @@ def read_quantized(
     """
     method = settings.text("quant_method")
     reader = _BY_METHOD.get(method)
+    if method in _WITHOUT_ROW:
+        part, what = _WITHOUT_ROW[method]
+        for module in modules(tensors, part):
+            raise no_row(module.get(part, part), method, what)
     if reader is None:
         raise Unsupported(
             f"the checkpoint is quantized by '{shown(method)}'; known are {', '.join(_BY_METHOD)}",

@@ -46,32 +46,20 @@ class Grouped:
 
 @dataclass(frozen=True, eq=False)
 class PackedMatrix(SourceTensor):
-    """A matrix of a quantized checkpoint: it has no source blocks, but codes, scales and zeros."""
+    """A matrix of a quantized checkpoint: ``read(a, b)`` makes rows ``[a, b)`` of its tensors."""
 
-    grouped: Grouped | None = None
+    read: Callable[[int, int], QuantizedTensor] | None = None
+    order: Array | None = None
 
     def load(self, first: int, last: int) -> QuantizedTensor:
         """Rows ``[first, last)`` in the codes of the checkpoint."""
-        g = self.grouped
-        assert g is not None
-        k, block = g.shape[1], self.format.block
-        nblocks = -(-k // block)
-        codes = np.zeros((last - first, nblocks * block), np.uint8)
-        codes[:, :k] = g.codes(first, last)
-        of = np.arange(nblocks) * block // g.group  # the group that a stored block belongs to
-        fields: dict[str, Array] = {"codes": codes.reshape(last - first, nblocks, block)}
-        for field in self.format.fields[1:]:
-            source = g.scales if field.name == "d" else np.broadcast_to(g.zeros, g.scales.shape)
-            part = source[first:last][:, of, None]
-            if is_float_field(field):
-                part = part.astype(f"<f{field.bits // 8}").view(field.dtype)
-            fields[field.name] = np.ascontiguousarray(part.astype(field.dtype, copy=False))
-        return QuantizedTensor(self.format, (last - first, k), fields)
+        assert self.read is not None
+        return self.read(first, last)
 
     @property
     def columns(self) -> Array | None:
         """The column of the model's matrix that each stored column is; None: they are the same."""
-        return self.grouped.columns if self.grouped else None
+        return self.order
 
 
 def matrix(name: str, codes: RawTensor, grouped: Grouped, method: str) -> PackedMatrix:
@@ -79,8 +67,38 @@ def matrix(name: str, codes: RawTensor, grouped: Grouped, method: str) -> Packed
 
     Raises Unsupported, naming tensor and method, if the catalog has no row for it.
     """
+    row = _row(codes, grouped, method)
+
+    def read(first: int, last: int) -> QuantizedTensor:
+        return _rows(grouped, row, first, last)
+
     return PackedMatrix(
-        codes.file, name, grouped.shape, _row(codes, grouped, method), codes.data, grouped
+        codes.file, name, grouped.shape, row, codes.data, read, grouped.columns
+    )
+
+
+def _rows(g: Grouped, row: Format, first: int, last: int) -> QuantizedTensor:
+    k, block = g.shape[1], row.block
+    nblocks = -(-k // block)
+    codes = np.zeros((last - first, nblocks * block), np.uint8)
+    codes[:, :k] = g.codes(first, last)
+    of = np.arange(nblocks) * block // g.group  # the group that a stored block belongs to
+    fields: dict[str, Array] = {"codes": codes.reshape(last - first, nblocks, block)}
+    for field in row.fields[1:]:
+        source = g.scales if field.name == "d" else np.broadcast_to(g.zeros, g.scales.shape)
+        part = source[first:last][:, of, None]
+        if is_float_field(field):
+            part = part.astype(f"<f{field.bits // 8}").view(field.dtype)
+        fields[field.name] = np.ascontiguousarray(part.astype(field.dtype, copy=False))
+    return QuantizedTensor(row, (last - first, k), fields)
+
+
+def no_row(tensor: RawTensor, method: str, what: str) -> Unsupported:
+    """The error of a tensor whose kind the catalog has no row for."""
+    return Unsupported(
+        f"tensor '{shown(tensor.name)}' ({method}) has {what}; the format catalog has no row for "
+        "that, see `qigen formats`",
+        str(tensor.file),
     )
 
 
@@ -103,11 +121,7 @@ def _row(codes: RawTensor, g: Grouped, method: str) -> Format:
         row = CATALOG.get(f"{kind}{g.bits}g{size}{'_f32' if wide else ''}")
         if row is not None and (groups == 1 or g.group % size == 0):
             return row
-    raise Unsupported(
-        f"tensor '{shown(codes.name)}' ({method}) has {g.bits} bits in groups of {g.group}; the "
-        "format catalog has no row for that, see `qigen formats`",
-        str(codes.file),
-    )
+    raise no_row(codes, method, f"{g.bits} bits in groups of {g.group}")
 
 
 def _fits_f16(values: Float32Array) -> bool:
