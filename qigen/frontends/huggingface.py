@@ -308,14 +308,14 @@ def _weights(
     if (folder / _INDEX).is_file():
         files = _shards(folder)
         for file, announced in files.items():
-            tensors = _safetensors(file)
+            tensors = read_safetensors(file)
             for name in announced.symmetric_difference(tensors):
                 problem = "is not in the index" if name in tensors else "is missing"
                 raise BadInput(f"tensor '{shown(name)}' {problem}", str(file))
             found.update(tensors)
         paths = tuple(files)
     elif (folder / _SINGLE).is_file():
-        found = _safetensors(folder / _SINGLE)
+        found = read_safetensors(folder / _SINGLE)
         paths = (folder / _SINGLE,)
     else:
         others = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
@@ -378,8 +378,11 @@ def _shards(folder: Path) -> dict[Path, set[str]]:
     return files
 
 
-def _safetensors(path: Path) -> dict[str, RawTensor]:
-    """The tensors of one file, mapped. The package checks header, sizes and offsets."""
+def read_safetensors(path: Path) -> dict[str, RawTensor]:
+    """The tensors of one file, mapped. The package checks header, sizes and offsets.
+
+    Raises BadInput for anything that is no sound safetensors file.
+    """
     where = str(path)
     data = map_file(path)
     try:

@@ -450,3 +450,15 @@ def write_model(folder: Path, family: Family) -> tuple[Path, Path, dict[str, np.
     (folder / "packed" / "config.json").write_text(
         json.dumps({**config, "quantization_config": family.config}))
     return folder / "packed", folder / "dense", quantized
+
+
+def write_packed(folder: Path, family: Family) -> Path:
+    """The safetensors file of the first two layers of stories260K, quantized by a family."""
+    packed: Tensors = {}
+    for name, w in stories()[1].items():
+        if "_proj." in name and name.split(".")[2] in "01":
+            layer = name.removesuffix(".weight")
+            tensors, _ = family.pack(layer, w)
+            packed.update({f"{layer}.{part}": tensor for part, tensor in tensors.items()})
+    write_safetensors(folder / "model.safetensors", packed)
+    return folder / "model.safetensors"

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import copy
+import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 
+from qigen.errors import BadInput, QigenError, Unsupported
 from qigen.frontends import build_graph, load_huggingface
-from qigen.frontends.checkpoints import READERS
+from qigen.frontends.checkpoints import READERS, RawTensor, read_quantized
+from qigen.frontends.huggingface import read_safetensors
+from qigen.frontends.model import TensorHandle
+from qigen.frontends.settings import Settings
 from qigen.ir.interpreter import Interpreter
 from qigen.passes.pipeline import optimize
 from tests.frontends.packing import (
@@ -22,6 +33,7 @@ from tests.frontends.packing import (
     mxfp4,
     nvfp4,
     write_model,
+    write_packed,
 )
 
 # rows of zeros have scales below 2^-17, where not every bf16 is an f16
@@ -108,3 +120,234 @@ def test_columns_are_put_in_order_once_for_all_that_share_them(tmp_path: Path) -
 def test_every_reader_is_tested() -> None:
     tested = {family.config["quant_method"] for family, _ in FAMILIES.values()}
     assert tested == {reader.quant_method for reader in READERS}
+
+
+# -- files that another tool wrote -----------------------------------------------------------------
+
+DATA = Path(__file__).parents[1] / "data" / "checkpoints"
+WHOLE = "QIGEN_TEST_CHECKPOINTS"
+"""Names a folder of whole checkpoints (4 bits, groups of 64) whose every layer is compared too."""
+
+
+def unpacked(method: str, part: Callable[[str], np.ndarray]) -> np.ndarray:
+    """float32 [N, K] of a layer of 4 bits, number by number from the texts of the packings."""
+    words, zero_words = part("qweight").view(np.uint32), part("qzeros").view(np.uint32)
+    scales = part("scales").astype(np.float32)
+    if method == "gptq":
+        k, n = 8 * words.shape[0], words.shape[1]
+        codes = np.stack([words[i // 8] >> (4 * (i % 8)) & 15 for i in range(k)])
+        zeros = np.stack([zero_words[:, j // 8] >> (4 * (j % 8)) & 15 for j in range(n)], axis=1)
+        zeros, index = zeros + 1, part("g_idx")
+    else:
+        k, n = words.shape[0], 8 * words.shape[1]
+        nibble = [(0, 2, 4, 6, 1, 3, 5, 7).index(j % 8) for j in range(n)]
+        codes = np.stack([words[:, j // 8] >> (4 * nibble[j]) & 15 for j in range(n)], axis=1)
+        zeros = np.stack([zero_words[:, j // 8] >> (4 * nibble[j]) & 15 for j in range(n)], axis=1)
+        index = np.arange(k) // 64
+    centred = codes.astype(np.int64) - zeros.astype(np.int64)[index]
+    return (scales[index] * centred.astype(np.float32)).T
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_projections_of_another_packer(method: str) -> None:
+    path = DATA / f"{method}_w4g64.safetensors"
+    settings = Settings(json.loads(path.with_suffix(".json").read_text()), str(path))
+    matrices, used = read_quantized(read_safetensors(path), settings)
+    with safe_open(path, framework="numpy") as file:
+        assert used == set(file.keys())
+        for name, matrix in matrices.items():
+            layer = name.removesuffix("weight")
+            expected = unpacked(method, lambda part, at=layer: file.get_tensor(at + part))
+            assert matrix.shape == expected.shape == (192, 576)
+            assert matrix.format.name == {"gptq": "s4g64", "awq": "z4g64"}[method]
+            assert np.array_equal(matrix.load(0, 192).dequantize(), expected)
+            assert np.array_equal(matrix.load(37, 70).dequantize(), expected[37:70])
+    assert len(matrices) == 2
+
+
+@pytest.mark.skipif(WHOLE not in os.environ, reason=f"{WHOLE} names no folder of checkpoints")
+def test_whole_checkpoints_of_another_packer() -> None:
+    found = 0
+    for folder in sorted(Path(os.environ[WHOLE]).iterdir()):
+        model = load_huggingface(folder)
+        method = json.loads((folder / "config.json").read_text())["quantization_config"]
+        with safe_open(folder / "model.safetensors", framework="numpy") as file:
+            for handle in model.tensors.values():
+                layer = handle.source.tensor.removesuffix("weight")
+                if f"{layer}qweight" in file.keys():  # noqa: SIM118 (it is no dictionary)
+                    expected = unpacked(method["quant_method"],
+                                        lambda part, at=layer: file.get_tensor(at + part))
+                    assert np.array_equal(handle.load().dequantize(), expected), handle.name
+                    found += 1
+    assert found
+
+
+# -- bad input -------------------------------------------------------------------------------------
+
+LAYER = "model.layers.1.self_attn.k_proj"
+Damage = Callable[[dict[str, RawTensor], dict[str, Any]], None]
+
+
+def put(part: str, change: Callable[[np.ndarray], np.ndarray], dtype: str = "") -> Damage:
+    """Change the numbers of a tensor of LAYER."""
+
+    def damage(tensors: dict[str, RawTensor], config: dict[str, Any]) -> None:
+        old = tensors[f"{LAYER}.{part}"]
+        array = np.ascontiguousarray(change(old.array().copy()))
+        tensors[old.name] = RawTensor(old.file, old.name, dtype or old.dtype, array.shape,
+                                      array.reshape(-1).view(np.uint8))
+
+    return damage
+
+
+def drop(part: str) -> Damage:
+    return lambda tensors, config: tensors.__delitem__(f"{LAYER}.{part}")
+
+
+def rename(part: str, new: str) -> Damage:
+    def damage(tensors: dict[str, RawTensor], config: dict[str, Any]) -> None:
+        tensor = tensors.pop(f"{LAYER}.{part}")
+        tensors[f"{LAYER}.{new}"] = replace(tensor, name=f"{LAYER}.{new}")
+
+    return damage
+
+
+def both(first: Damage, second: Damage) -> Damage:
+    def damage(tensors: dict[str, RawTensor], config: dict[str, Any]) -> None:
+        first(tensors, config)
+        second(tensors, config)
+
+    return damage
+
+
+def setting(**values: Any) -> Damage:
+    return lambda tensors, config: config.update(values)
+
+
+def scheme(**values: Any) -> Damage:
+    return lambda tensors, config: config["config_groups"]["group_0"]["weights"].update(values)
+
+
+def at(place: Any, value: Any) -> Callable[[np.ndarray], np.ndarray]:
+    def change(array: np.ndarray) -> np.ndarray:
+        array.reshape(-1)[place] = value
+        return array
+
+    return change
+
+
+G4, G4_ORDER, G4_SYM = gptq(4, 32), gptq(4, 32, act_order=True), gptq(4, 32, sym=True)
+CT4, CT8 = compressed(4, "group", 32, sym=False), compressed(8, "channel", packed=False)
+BAD: dict[str, tuple[Family, Damage, type[QigenError], str]] = {
+    # GPTQ: bits, groups and shapes that contradict each other
+    "other bits": (G4, setting(bits=8), BadInput, "down_proj.scales' has the shape"),
+    "odd bits": (G4, setting(bits=5), Unsupported, "GPTQ with 5 bits"),
+    "no bits": (G4, setting(bits=None), BadInput, "'bits' is missing"),
+    "other group": (G4, setting(group_size=64), BadInput, "down_proj.scales' has the shape [6, 64],"
+                    " expected [3, 64]"),
+    "no group": (G4, setting(group_size=0), BadInput, "groups of 0 weights"),
+    "no row": (gptq(4, 48), setting(), Unsupported, "'model.layers.0.mlp.down_proj.qweight' "
+               "(gptq) has 4 bits in groups of 48"),
+    "shape of zeros": (G4, put("qzeros", lambda x: x[:, 1:]), BadInput, "k_proj.qzeros' has the "
+                       "shape [2, 3], expected [2, 4]"),
+    "shape of codes": (G4, put("qweight", lambda x: x[1:]), BadInput, "k_proj."),
+    "type": (G4, put("qweight", lambda x: x, "F32"), BadInput, "k_proj.qweight' has the type F32"),
+    "no scales": (G4, drop("scales"), BadInput, "k_proj.scales' is missing"),
+    "no zeros": (G4, drop("qzeros"), BadInput, "k_proj.qzeros' is missing"),
+    "NaN": (G4, put("scales", at(5, np.nan)), BadInput, "k_proj.scales' holds a NaN or an infin"),
+    "infinity": (G4, put("scales", at(5, np.inf)), BadInput, "an infinity at [0, 5]"),
+    # zeros of the other version
+    "v2 as v1, sym": (gptq(4, 32, sym=True, version=2), setting(checkpoint_format="gptq"),
+                      BadInput, "stores 8 for every zero, but a symmetric model of 4 bits has zeros"
+                      " of 8: this looks like a file of checkpoint_format 'gptq_v2'"),
+    "v1 as v2, sym": (G4_SYM, setting(checkpoint_format="gptq_v2"), BadInput,
+                      "stores 7 for every zero"),
+    "v2 as v1": (gptq(4, 32, version=2), both(setting(checkpoint_format="gptq"),
+                                              put("qzeros", at(0, -1))), BadInput,
+                 "k_proj.qzeros' stores 15 at [0, 0], which in version 1 means a zero of 16, more "
+                 "than 4 bits hold: this looks like a file of checkpoint_format 'gptq_v2'"),
+    "marlin": (G4, setting(checkpoint_format="marlin"), Unsupported, "layout 'marlin'"),
+    "dynamic": (G4, setting(dynamic={"x": {}}), Unsupported, "'dynamic'"),
+    # act-order
+    "no g_idx": (G4_ORDER, drop("g_idx"), BadInput, "k_proj.g_idx' is missing, though 'desc_act'"),
+    "g_idx too large": (G4_ORDER, put("g_idx", at(7, 2)), BadInput,
+                        "k_proj.g_idx' puts column 7 in group 2, but there are 2 groups of 32"),
+    "g_idx negative": (G4_ORDER, put("g_idx", at(7, -1)), BadInput, "puts column 7 in group -1"),
+    "g_idx uneven": (G4_ORDER, put("g_idx", lambda x: np.where(np.arange(64) < 40, 0, 1).astype(
+                     np.int32)), BadInput, "k_proj.g_idx' gives group 0 40 columns"),
+    "g_idx short": (G4_ORDER, put("g_idx", lambda x: x[1:]), BadInput, "[63], expected [64]"),
+    # AWQ
+    "awq version": (awq(32), setting(version="marlin"), Unsupported, "packing 'marlin'"),
+    "awq bits": (awq(32), setting(bits=3), Unsupported, "AWQ with 3 bits"),
+    "awq group": (awq(32), setting(group_size=64), BadInput, "down_proj.scales' has the shape"),
+    "awq as gemv": (awq(32), setting(version="gemv"), BadInput, "down_proj.scales"),
+    "awq scale": (awq(32), put("scales", at(0, -np.inf)), BadInput, "k_proj.scales' holds"),
+    # HQQ
+    "hqq axis": (hqq(4, 32), put("axis", at(0, 0)), Unsupported, "k_proj.W_q' (hqq) has groups"),
+    "hqq bits": (hqq(4, 32), put("nbits", at(0, 3)), BadInput, "3 bits in the packing '4bit_u8'"),
+    "hqq group": (hqq(4, 32), put("group_size", at(0, 48)), BadInput, "groups of 48, which do not"),
+    "hqq zero": (hqq(4, 32), put("zero", at(3, np.nan)), BadInput, "k_proj.zero' holds a NaN"),
+    "hqq shape": (hqq(4, 32), drop("shape"), BadInput, "k_proj.shape' is missing"),
+    # compressed-tensors
+    "ct bits": (CT4, scheme(num_bits=8), BadInput, "down_proj.weight_packed' has the shape"),
+    "ct group": (CT4, scheme(group_size=64), BadInput, "down_proj.weight_scale' has the shape"),
+    "ct shape": (CT4, put("weight_shape", at(1, 72)), BadInput, "k_proj.weight_packed' has the"),
+    "ct zeros": (CT4, drop("weight_zero_point"), BadInput, "k_proj.weight_zero_point' is missing"),
+    "ct symmetric": (CT4, scheme(symmetric=True), BadInput, "though the scheme says that the "
+                     "weights are symmetric"),
+    "ct order": (CT4, scheme(actorder="group"), BadInput, "down_proj.weight_g_idx' is missing"),
+    "ct scale": (CT4, put("weight_scale", at(0, 0x7FC0)), BadInput, "k_proj.weight_scale' holds a"),
+    "ct targets": (CT4, lambda tensors, config: config["config_groups"]["group_0"].update(
+                       targets=["re:.*q_proj"]), BadInput, "no group of layers names it"),
+    "ct pattern": (CT4, lambda tensors, config: config["config_groups"]["group_0"].update(
+                       targets=["re:("]), BadInput, "is no pattern"),
+    "ct sparse": (CT4, setting(sparsity_config={"format": "sparse-bitmask"}), Unsupported,
+                  "sparse weights"),
+    "ct fp8": (CT8, put("weight", lambda x: x, "F8_E4M3"), Unsupported,
+               "k_proj.weight' (compressed-tensors) has fp8 codes"),
+    "ct channel": (CT8, put("weight_scale", lambda x: x[1:]), BadInput,
+                   "k_proj.weight_scale' has the shape [31, 1], expected [32, 1]"),
+    "nvfp4 scale": (nvfp4(), put("weight_scale", at(9, 0x7F)), BadInput, "holds a NaN in row 2"),
+    "nvfp4 global": (nvfp4(), put("weight_global_scale", at(0, 0)), BadInput, "other than zero"),
+    # the others
+    "nf4": (bnb_int8(), rename("SCB", "weight.quant_state.bitsandbytes__nf4"), Unsupported,
+            "k_proj.weight.quant_state.bitsandbytes__nf4' (bitsandbytes) has nf4 codes"),
+    "bnb scale": (bnb_int8(), put("SCB", at(1, np.inf)), BadInput, "k_proj.SCB' holds"),
+    "bnb rows": (bnb_int8(), put("SCB", lambda x: x[1:]), BadInput, "[31], expected [32]"),
+    "bitnet code": (bitnet("bitlinear"), put("weight", at(64, 0x0C)), BadInput, "has a 3 in row 1"),
+    "bitnet scale": (bitnet("bitlinear"), put("weight_scale", at(0, 0)), BadInput, "is zero, and"),
+    "bitnet online": (bitnet("bitlinear"), setting(quantization_mode="online"), Unsupported,
+                      "quantized 'online'"),
+    "mxfp4 scales": (mxfp4(), drop("weight_scales"), BadInput, "k_proj.weight_scales' is missing"),
+    "mxfp4 shape": (mxfp4(), put("weight_blocks", lambda x: x[:, 1:]), BadInput,
+                    "k_proj.weight_scales' has the shape [32, 2], expected [32, 1]"),
+    "mxfp4 experts": (mxfp4(), put("weight_blocks", lambda x: x[None]), Unsupported,
+                      "k_proj.weight_blocks' (mxfp4) has a matrix for every expert"),
+    "aqlm": (G4, both(setting(quant_method="aqlm"), rename("scales", "codebooks")), Unsupported,
+             "k_proj.codebooks' (aqlm) has vector codebooks"),
+    "unknown": (G4, setting(quant_method="quip"), Unsupported, "by 'quip'; known are gptq, awq"),
+    "nothing": (G4, lambda tensors, config: tensors.clear(), BadInput, "but no tensor is"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(name: str, tmp_path: Path) -> None:
+    family, damage, kind, text = BAD[name]
+    packed = write_packed(tmp_path, family)
+    tensors = {n: t for n, t in read_safetensors(packed).items() if "_proj." in n}
+    config = copy.deepcopy(family.config)
+    damage(tensors, config)
+    with pytest.raises(QigenError) as caught:
+        read_quantized(tensors, Settings(config, str(packed)))
+    assert isinstance(caught.value, kind) and text in str(caught.value), caught.value
+    assert str(packed) in str(caught.value)
+
+
+def test_an_infinite_power_of_two_is_found_when_it_is_loaded(tmp_path: Path) -> None:
+    packed = write_packed(tmp_path, mxfp4())
+    tensors = read_safetensors(packed)
+    put("weight_scales", at(3, 0xFF))(tensors, {})
+    matrices, _ = read_quantized(tensors, Settings({"quant_method": "mxfp4"}, str(packed)))
+    handle = TensorHandle("k", matrices[f"{LAYER}.weight"], (0, 32))
+    with pytest.raises(BadInput, match=r"k_proj\.weight: row 1 has a NaN"):
+        handle.load()
