@@ -311,7 +311,7 @@ BAD: dict[str, tuple[Family, Damage, type[QigenError], str]] = {
     "nvfp4 global": (nvfp4(), put("weight_global_scale", at(0, 0)), BadInput, "other than zero"),
     # the others
     "nf4": (bnb_int8(), rename("SCB", "weight.quant_state.bitsandbytes__nf4"), Unsupported,
-            "k_proj.weight.quant_state.bitsandbytes__nf4' (bitsandbytes) has nf4 codes"),
+            "(bitsandbytes) has nf4 codes"),
     "bnb scale": (bnb_int8(), put("SCB", at(1, np.inf)), BadInput, "k_proj.SCB' holds"),
     "bnb rows": (bnb_int8(), put("SCB", lambda x: x[1:]), BadInput, "[31], expected [32]"),
     "bitnet code": (bitnet("bitlinear"), put("weight", at(64, 0x0C)), BadInput, "has a 3 in row 1"),
