@@ -325,7 +325,7 @@ def nvfp4() -> Family:
         groups = w.reshape(n, k // 16, 16)
         divisor = np.float32(6 * 448 / np.abs(w).max())
         scales = nearest(np.abs(groups).max(axis=2) / 6 * divisor, numbers).astype(np.uint8)
-        step = (numbers[scales] / divisor)[..., None]
+        step = (numbers[scales] * (np.float32(1) / divisor))[..., None]
         codes = nearest(groups / np.where(step > 0, step, 1), E2M1).reshape(n, k).astype(np.uint8)
         values = E2M1[codes].reshape(groups.shape) * step
         return {
@@ -345,6 +345,51 @@ def nvfp4() -> Family:
     }, pack)
 
 
+def fp8(strategy: str, dtype: str = "BF16") -> Family:
+    """float-quantized: E4M3 codes with a scale of the tensor or of each row."""
+    numbers = np.array([e4m3(bits) if bits & 0x7F != 0x7F else np.inf for bits in range(256)])
+
+    def pack(name: str, w: np.ndarray) -> tuple[Tensors, np.ndarray]:
+        largest = np.abs(w).max(axis=None if strategy == "tensor" else 1, keepdims=True)
+        scale = np.maximum(largest, 1e-3).astype(np.float32) / np.float32(448)
+        kept = bf16(scale) if dtype == "BF16" else scale
+        scale = from_bf16(kept) if dtype == "BF16" else scale
+        codes = nearest(w / scale, numbers).astype(np.uint8)
+        values = numbers[codes].astype(np.float32) * scale
+        return {
+            "weight": ("F8_E4M3", codes),
+            "weight_scale": (dtype, kept.reshape(1) if strategy == "tensor" else kept),
+        }, values
+
+    weights = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": strategy,
+               "dynamic": False}
+    return Family({
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        "ignore": ["lm_head"],
+    }, pack)
+
+
+def fp8_blocks() -> Family:
+    """DeepSeek's fp8: a scale for every block of 128 by 128."""
+    numbers = np.array([e4m3(bits) if bits & 0x7F != 0x7F else np.inf for bits in range(256)])
+
+    def pack(name: str, w: np.ndarray) -> tuple[Tensors, np.ndarray]:
+        n, k = w.shape
+        scale = np.empty((-(-n // 128), -(-k // 128)), np.float32)
+        codes, values = np.empty((n, k), np.uint8), np.empty((n, k), np.float32)
+        for i in range(scale.shape[0]):
+            for j in range(scale.shape[1]):
+                at = slice(128 * i, 128 * i + 128), slice(128 * j, 128 * j + 128)
+                scale[i, j] = np.maximum(np.abs(w[at]).max(), 1e-3) / 448
+                codes[at] = nearest(w[at] / scale[i, j], numbers)
+                values[at] = numbers[codes[at]].astype(np.float32) * scale[i, j]
+        return {"weight": ("F8_E4M3", codes), "weight_scale_inv": ("F32", scale)}, values
+
+    return Family({"quant_method": "fp8", "weight_block_size": [128, 128]}, pack)
+
+
 # -- bitsandbytes, BitNet, MXFP4 -------------------------------------------------------------------
 
 
@@ -362,6 +407,55 @@ def bnb_int8() -> Family:
         }, codes.astype(np.float32) * (largest.astype(np.float32) / np.float32(127))[:, None]
 
     return Family({"quant_method": "bitsandbytes", "load_in_8bit": True}, pack)
+
+
+# get_4bit_type of the library: nf4 is the table of QLoRA; fp4 are these over 12.
+NF4 = np.array([
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+    0.7229568362236023, 1.0], np.float32)  # fmt: skip
+FP4 = np.array([0, 0.0625, 8, 12, 4, 6, 2, 3, 0, -0.0625, -8, -12, -4, -6, -2, -3],
+               np.float32) / np.float32(12)
+
+
+def bnb_4bit(kind: str, group: int = 64, nested: bool = False) -> Family:
+    """QuantState: blocks of the flattened matrix, perhaps with quantized scales."""
+    table = NF4 if kind == "nf4" else FP4
+
+    def pack(name: str, w: np.ndarray) -> tuple[Tensors, np.ndarray]:
+        n, k = w.shape
+        blocks = w.reshape(-1, group)
+        absmax = np.maximum(np.abs(blocks).max(axis=1), 1e-3)
+        state: dict[str, Any] = {"quant_type": kind, "blocksize": group, "dtype": "float16",
+                                 "shape": [n, k]}
+        tensors: Tensors = {}
+        if nested:
+            offset = np.float32(absmax.mean())
+            code = np.linspace(-1, 1, 256, dtype=np.float32)
+            part = (absmax - offset).reshape(-1)
+            size = 32
+            largest = np.array([np.maximum(np.abs(part[i : i + size]).max(), 1e-6)
+                                for i in range(0, len(part), size)], np.float32)
+            of = np.arange(len(part)) // size
+            numbers = nearest(part / largest[of], code).astype(np.uint8)
+            absmax = code[numbers] * largest[of] + offset
+            state.update(nested_blocksize=size, nested_dtype="float32", nested_offset=float(offset))
+            tensors["weight.absmax"] = ("U8", numbers)
+            tensors["weight.nested_absmax"] = ("F32", largest)
+            tensors["weight.nested_quant_map"] = ("F32", code)
+        else:
+            tensors["weight.absmax"] = ("F32", absmax)
+        codes = nearest(blocks / absmax[:, None], table).astype(np.uint8)
+        flat = codes.reshape(-1)
+        tensors["weight"] = ("U8", (flat[0::2] << 4 | flat[1::2]).reshape(-1, 1))
+        tensors["weight.quant_map"] = ("F32", table)
+        text = np.frombuffer(json.dumps(state).encode(), np.uint8)
+        tensors[f"weight.quant_state.bitsandbytes__{kind}"] = ("U8", text)
+        return tensors, (table[codes] * absmax[:, None]).reshape(n, k)
+
+    return Family({"quant_method": "bitsandbytes", "load_in_4bit": True,
+                   "bnb_4bit_quant_type": kind}, pack)
 
 
 def bitnet(kind: str) -> Family:

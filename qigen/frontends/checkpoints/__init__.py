@@ -15,6 +15,7 @@ from qigen.frontends.checkpoints import (
     bitnet,
     bitsandbytes,
     compressed_tensors,
+    fp8,
     gptq,
     hqq,
     mxfp4,
@@ -61,11 +62,22 @@ READERS: tuple[Reader, ...] = (
     Reader(
         "compressed-tensors",
         "`pack-quantized` with 2, 3, 4 and 8 bits, symmetric or not, act-order; `int-quantized` "
-        "int8; `nvfp4-pack-quantized`",
+        "int8; `float-quantized` fp8; `nvfp4-pack-quantized`",
         "compressed-tensors `compressors/`",
         compressed_tensors.read,
     ),
-    Reader("bitsandbytes", "int8 (`SCB`)", "bitsandbytes `Int8Params`", bitsandbytes.read),
+    Reader(
+        "bitsandbytes",
+        "int8 (`SCB`), nf4 and fp4 in blocks that divide K, double quantization",
+        "bitsandbytes `Int8Params`, `QuantState`",
+        bitsandbytes.read,
+    ),
+    Reader(
+        "fp8",
+        "E4M3 with scales of blocks (`weight_scale_inv`)",
+        "DeepSeek-V3 `kernel.py`; transformers `integrations/finegrained_fp8.py`",
+        fp8.read,
+    ),
     Reader(
         "bitnet",
         "ternary weights of 2 bits, one scale a tensor",
@@ -85,7 +97,6 @@ _BY_METHOD = {reader.quant_method: reader for reader in READERS}
 _WITHOUT_ROW = {
     "aqlm": ("codebooks", "vector codebooks"),
     "spqr": ("dense_weights", "two-level scales and sparse outliers"),
-    "fp8": ("weight_scale_inv", "fp8 codes with scales of 128x128 tiles"),
 }
 
 

@@ -14,11 +14,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
-import numpy.typing as npt
 
 from qigen.errors import Unsupported
-from qigen.formats.algebra import Array
-from qigen.frontends.checkpoints.grouped import Grouped, matrix
+from qigen.formats.algebra import Array, QuantizedTensor
+from qigen.formats.catalog import by_name
+from qigen.frontends.checkpoints.grouped import PackedMatrix, bits_of, padded
 from qigen.frontends.checkpoints.raw import Module, RawTensor, modules
 from qigen.frontends.model import SourceTensor
 from qigen.frontends.settings import Settings, shown
@@ -66,14 +66,15 @@ def _layer(module: Module, divides: bool) -> SourceTensor:
         raise scale.bad("is zero, and the layer divides by it")
     factor = np.float32(1) / value[0] if divides else value[0]
 
-    def codes(first: int, last: int) -> npt.NDArray[np.uint8]:
+    row = by_name("ternary2")
+
+    def read(first: int, last: int) -> QuantizedTensor:
         rows = np.arange(first, last)
         shift = (2 * (rows // quarter)).astype(np.uint8)
-        # -1, 0, 1 are 1, 2, 3 around the zero 2
-        found: npt.NDArray[np.uint8] = stored[rows % quarter] >> shift[:, None] & np.uint8(3)
-        found += np.uint8(1)
-        return found
+        codes: Array = stored[rows % quarter] >> shift[:, None] & np.uint8(3)
+        scales = np.full((last - first, 1, 1), factor, np.float32)
+        fields = {"codes": padded(codes, row), "d": bits_of(scales, row.field("d"))}
+        return QuantizedTensor(row, (last - first, k), fields)
 
-    scales = np.full((4 * quarter, 1), factor, np.float32)
-    grouped = Grouped((4 * quarter, k), 2, k, codes, scales, 2)
-    return matrix(f"{module.name}.weight", weight, grouped, "bitnet")
+    name, shape = f"{module.name}.weight", (4 * quarter, k)
+    return PackedMatrix(weight.file, name, shape, row, weight.data, read)

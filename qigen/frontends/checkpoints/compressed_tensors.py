@@ -9,10 +9,13 @@
   int32 ``[K]``.
 * ``int-quantized`` (``naive-quantized``): ``weight`` int8 ``[N, K]``, ``weight_scale`` a number a
   tensor, row or group, perhaps an int8 ``weight_zero_point``.
+* ``float-quantized``: ``weight`` E4M3 ``[N, K]`` with ``weight_scale`` in the same places.
 * ``nvfp4-pack-quantized``: ``weight_packed`` uint8 ``[N, K / 2]``, E2M1 codes, the lower nibble
   first; ``weight_scale`` E4M3 ``[N, K / 16]``; ``weight_global_scale`` f32 ``[1]``, which divides.
 
     W = scale * (q - zero),    NVFP4: W = weight_scale / weight_global_scale * e2m1
+
+The reciprocal of ``weight_global_scale`` is rounded to float32 once, as the kernels of vLLM do.
 """
 
 from __future__ import annotations
@@ -29,10 +32,13 @@ from qigen.formats.catalog import by_name
 from qigen.frontends.checkpoints.grouped import (
     Grouped,
     PackedMatrix,
+    bits_of,
     group_of,
     matrix,
     no_row,
     ordered,
+    padded,
+    small_floats,
 )
 from qigen.frontends.checkpoints.raw import Module, RawTensor, modules
 from qigen.frontends.model import SourceTensor
@@ -113,7 +119,8 @@ def _layer(module: Module, scheme: Settings) -> SourceTensor:
     if packed and weight.dtype == "U8":
         return _nvfp4(module, weight)
     if weight.dtype == "F8_E4M3":
-        raise no_row(weight, _METHOD, "fp8 codes")
+        n, k = weight.shape
+        return small_floats(module.name, weight, *_scales(module, (n, k), scheme), _METHOD)
     bits = scheme.integer("num_bits", high=8)
     if scheme.text("type", "int") != "int":
         raise no_row(weight, _METHOD, f"codes of the type {shown(scheme.text('type'))}")
@@ -211,41 +218,32 @@ def _int8(module: Module, weight: RawTensor, scheme: Settings) -> SourceTensor:
     return matrix(f"{module.name}.weight", weight, grouped, _METHOD)
 
 
-def _e4m3(bits: Array) -> Float32Array:
-    """float32: numbers of 1 sign, 4 exponent (bias 7) and 3 fraction bits; 0x7f is a NaN."""
-    exponent, fraction = (bits >> 3 & 15).astype(np.int32), (bits & 7).astype(np.float32)
-    normal = np.ldexp(1 + fraction / 8, exponent - 7)
-    value = np.where(exponent > 0, normal, np.ldexp(fraction / 8, np.int32(-6)))
-    value = np.where(bits & 0x7F == 0x7F, np.float32(np.nan), value)
-    result: Float32Array = np.where(bits & 0x80, -value, value).astype(np.float32)
-    return result
-
-
 def _nvfp4(module: Module, weight: RawTensor) -> SourceTensor:
     n, k = weight.shape[0], 2 * weight.shape[1]
     if k % 16:
         raise weight.bad(f"has rows of {k} weights, no multiple of the group of 16")
     stored: Array = weight.array()
     scale = module.get("weight_scale", "weight_packed").expect((n, k // 16), "F8_E4M3")
-    values = _e4m3(scale.array())
-    if np.isnan(values).any():
-        raise scale.bad(f"holds a NaN in row {int(np.argwhere(np.isnan(values))[0][0])}")
     whole = module.get("weight_global_scale", "weight_packed")
     divisor = whole.floats().reshape(-1)
     if divisor.size != 1 or not divisor[0]:
         raise whole.bad(f"holds {divisor[:4].tolist()}, expected one number other than zero")
-    row = by_name("e2m1g16_f32")
-    # the codes of the row are doubled, so its scales are halved, which is exact
-    scales = np.zeros((n, -(-k // 32) * 2), np.float32)
-    scales[:, : k // 16] = values / divisor[0] * np.float32(0.5)
+    row = by_name("nvfp4")
+    factor = np.float32(1) / divisor[0]
+    subs = np.zeros((n, -(-k // 32) * 2), np.uint8)
+    subs[:, : k // 16] = scale.array()
+    wrong = subs & np.uint8(0x7F) == 0x7F
+    if wrong.any():
+        raise scale.bad(f"holds a NaN in row {int(np.argwhere(wrong)[0][0])}")
 
     def read(first: int, last: int) -> QuantizedTensor:
         part = stored[first:last]
-        codes = np.zeros((last - first, 16 * scales.shape[1]), np.uint8)
-        codes[:, 0:k:2], codes[:, 1:k:2] = part & np.uint8(15), part >> np.uint8(4)
-        fields: dict[str, Array] = {
-            "codes": codes.reshape(last - first, -1, 32),
-            "d": scales[first:last].reshape(last - first, -1, 2).view(np.uint32),
+        codes = np.stack((part & np.uint8(15), part >> np.uint8(4)), axis=-1)
+        d = np.full((last - first, 1, 1), factor, np.float32)
+        fields = {
+            "codes": padded(codes.reshape(last - first, k), row),
+            "sub": subs[first:last].reshape(last - first, -1, 2),
+            "d": bits_of(d, row.field("d")),
         }
         return QuantizedTensor(row, (last - first, k), fields)
 

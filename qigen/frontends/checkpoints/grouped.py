@@ -2,8 +2,9 @@
 
     W[n, k] = scale[n, k // group] * (code[n, k] - zero[n, k // group])
 
-Nothing is rounded: the row is the narrowest of the catalog that holds every scale and zero exactly,
-and a group that the catalog does not have is stored as several smaller ones of the same scale.
+Nothing is rounded: the row is the narrowest of the catalog that holds every scale and zero exactly
+(:func:`narrowest`), and a group that the catalog does not have is stored as several smaller ones of
+the same scale.
 """
 
 from __future__ import annotations
@@ -15,15 +16,13 @@ import numpy as np
 import numpy.typing as npt
 
 from qigen.errors import BadInput, Unsupported
-from qigen.formats.algebra import Array, Float32Array, Format, QuantizedTensor, is_float_field
-from qigen.formats.catalog import CATALOG
+from qigen.formats.algebra import Array, Field, Float32Array, Format, QuantizedTensor
+from qigen.formats.catalog import GROUPS, by_name
 from qigen.frontends.checkpoints.raw import RawTensor
 from qigen.frontends.model import SourceTensor
 from qigen.frontends.settings import shown
 
 Codes = Callable[[int, int], npt.NDArray[np.uint8]]
-
-_GROUPS = (128, 64, 32)
 
 
 @dataclass(frozen=True)
@@ -78,19 +77,76 @@ def matrix(name: str, codes: RawTensor, grouped: Grouped, method: str) -> Packed
 
 
 def _rows(g: Grouped, row: Format, first: int, last: int) -> QuantizedTensor:
-    k, block = g.shape[1], row.block
-    nblocks = -(-k // block)
-    codes = np.zeros((last - first, nblocks * block), np.uint8)
-    codes[:, :k] = g.codes(first, last)
-    of = np.arange(nblocks) * block // g.group  # the group that a stored block belongs to
-    fields: dict[str, Array] = {"codes": codes.reshape(last - first, nblocks, block)}
+    blocks = padded(g.codes(first, last), row)
+    fields: dict[str, Array] = {"codes": blocks}
     for field in row.fields[1:]:
         source = g.scales if field.name == "d" else np.broadcast_to(g.zeros, g.scales.shape)
-        part = source[first:last][:, of, None]
-        if is_float_field(field):
-            part = part.astype(f"<f{field.bits // 8}").view(field.dtype)
-        fields[field.name] = np.ascontiguousarray(part.astype(field.dtype, copy=False))
-    return QuantizedTensor(row, (last - first, k), fields)
+        part = source[first:last]
+        if field.scope == "block":
+            # a block of several groups has as many scales
+            of = np.arange(blocks.shape[1] * field.count) * row.group // g.group
+            part = part[:, np.minimum(of, part.shape[1] - 1)]
+            part = part.reshape(last - first, -1, field.count)
+        else:
+            part = part[:, :, None]
+        fields[field.name] = bits_of(part, field)
+    return QuantizedTensor(row, (last - first, g.shape[1]), fields)
+
+
+def padded(codes: npt.NDArray[np.uint8], row: Format) -> npt.NDArray[np.uint8]:
+    """uint8 [n, nblocks, block]: codes [n, K] cut into blocks, with codes 0 past K."""
+    n, k = codes.shape
+    blocks = np.zeros((n, -(-k // row.block) * row.block), np.uint8)
+    blocks[:, :k] = codes
+    return blocks.reshape(n, -1, row.block)
+
+
+def narrowest(*values: Float32Array) -> str:
+    """The kind of float that holds all of these numbers exactly: f16, else bf16, else f32."""
+    with np.errstate(over="ignore"):
+        if all(np.array_equal(x.astype(np.float16).astype(np.float32), x) for x in values):
+            return "f16"
+    low = np.uint32(0xFFFF)
+    exact = all(not (np.ascontiguousarray(x).view(np.uint32) & low).any() for x in values)
+    return "bf16" if exact else "f32"
+
+
+def bits_of(numbers: Array, field: Field) -> Array:
+    """The elements of a field: of a float field the bits of numbers that it holds exactly."""
+    if field.number == "bf16":
+        wide = np.ascontiguousarray(numbers, np.float32).view(np.uint32)
+        return np.asarray(wide >> np.uint32(16)).astype(np.uint16)
+    if field.number:
+        kind = {"f16": "<f2", "f32": "<f4"}[field.number]
+        return np.ascontiguousarray(numbers).astype(kind).view(field.dtype)
+    return np.ascontiguousarray(numbers).astype(field.dtype)
+
+
+def small_floats(
+    name: str, codes: RawTensor, group: int, scales: Float32Array, method: str
+) -> PackedMatrix:
+    """The matrix ``name.weight`` of E4M3 numbers [N, K] with float32 ``scales`` [N, G] of groups.
+
+    Raises Unsupported, naming tensor and method, if the catalog has no row for it.
+    """
+    n, k = codes.shape
+    stored: Array = codes.array()
+    size = stored_group(group, scales.shape[1])
+    if size is None or size == 16:
+        raise no_row(codes, method, f"fp8 codes in groups of {group}")
+    kind = narrowest(scales)
+    row = by_name(f"fp8_e4m3{'' if size == 'channel' else f'g{size}'}"
+                  f"{'' if kind == 'f16' else f'_{kind}'}")
+
+    def read(first: int, last: int) -> QuantizedTensor:
+        part = scales[first:last]
+        blocks = padded(stored[first:last], row)
+        if size != "channel":
+            part = part[:, np.arange(blocks.shape[1]) * row.block // group]
+        fields = {"codes": blocks, "d": bits_of(part[:, :, None], row.field("d"))}
+        return QuantizedTensor(row, (last - first, k), fields)
+
+    return PackedMatrix(codes.file, f"{name}.weight", (n, k), row, codes.data, read)
 
 
 def no_row(tensor: RawTensor, method: str, what: str) -> Unsupported:
@@ -109,25 +165,28 @@ def _row(codes: RawTensor, g: Grouped, method: str) -> Format:
             f"is a matrix {list(g.shape)} in groups of {g.group}, but its scales are "
             f"{list(g.scales.shape)}, expected {[g.shape[0], groups]}"
         )
-    middle, wide = 1 << (g.bits - 1), not _fits_f16(g.scales)
-    if np.all(g.zeros == middle):
+    kind, scale = "h", "f16"
+    if np.all(g.zeros == 1 << (g.bits - 1)):
         kind = "s"
     elif np.all((g.zeros == np.rint(g.zeros)) & (g.zeros >= 0) & (g.zeros < 256)):
         kind = "z"
-    else:
-        kind = "zf"
-        wide = wide or not _fits_f16(np.asarray(g.zeros, np.float32))
-    for size in sorted(_GROUPS, key=lambda size: (size != g.group, -size)):
-        row = CATALOG.get(f"{kind}{g.bits}g{size}{'_f32' if wide else ''}")
-        if row is not None and (groups == 1 or g.group % size == 0):
-            return row
-    raise no_row(codes, method, f"{g.bits} bits in groups of {g.group}")
+    scale = narrowest(g.scales, *([np.asarray(g.zeros, np.float32)] if kind == "h" else []))
+    size = stored_group(g.group, groups)
+    if size is None:
+        raise no_row(codes, method, f"{g.bits} bits in groups of {g.group}")
+    return by_name(f"{kind}{g.bits}g{size}{'' if scale == 'f16' else f'_{scale}'}")
 
 
-def _fits_f16(values: Float32Array) -> bool:
-    """Whether every number is a float16."""
-    with np.errstate(over="ignore"):
-        return bool(np.all(values.astype(np.float16).astype(np.float32) == values))
+def stored_group(group: int, groups: int) -> int | str | None:
+    """The group of a row for ``groups`` groups of ``group``: "channel" for one of any size.
+
+    None if no group of the catalog divides it.
+    """
+    if group in GROUPS:
+        return group
+    if groups == 1:
+        return "channel"
+    return max((size for size in GROUPS if group % size == 0), default=None)
 
 
 def group_of(setting: int, k: int, where: str) -> int:
