@@ -20,7 +20,8 @@ STORIES = Path(__file__).parents[1] / "data" / "stories260k" / "hf"
 Tensors = dict[str, tuple[str, np.ndarray]]
 """By the part of the name behind the layer's: safetensors' type, and the numbers or their bits."""
 
-_SIZES = {"F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I8": 1, "U8": 1, "F8_E4M3": 1}
+_SIZES = {"I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1,
+          "F8_E4M3": 1}  # fmt: skip
 
 
 def write_safetensors(path: Path, tensors: Tensors) -> None:
@@ -497,6 +498,38 @@ def mxfp4() -> Family:
         }, values.reshape(n, k)
 
     return Family({"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}, pack)
+
+
+def aqlm(books: int, bits: int) -> Family:
+    """Codebooks that hold the matrix's own vectors, halved, and others around them."""
+
+    def pack(name: str, w: np.ndarray) -> tuple[Tensors, np.ndarray]:
+        n, k = w.shape
+        rng = np.random.default_rng(n)
+        scales = np.maximum(np.abs(w).max(axis=1), 1e-3).astype(np.float16)
+        vectors = (w / scales[:, None]).reshape(-1, 8)
+        entries = rng.normal(0, 0.3, (books, 1 << bits, 8)).astype(np.float16)
+        codes = np.empty((len(vectors), books), np.int64)
+        rest = vectors.copy()
+        for i in range(books):
+            places = rng.permutation(1 << bits)[: len(vectors)]
+            entries[i, places] = rest[: len(places)] if i == 0 else rest[: len(places)] / 2
+            distances = -2 * rest @ entries[i].T.astype(np.float32)
+            distances += (entries[i].astype(np.float32) ** 2).sum(axis=1)
+            codes[:, i] = distances.argmin(axis=1)
+            rest -= entries[i, codes[:, i]]
+        values = entries[0, codes[:, 0]].astype(np.float32)
+        for i in range(1, books):
+            values = values + entries[i, codes[:, i]].astype(np.float32)
+        kept = codes.astype(np.uint8 if bits == 8 else np.uint16).reshape(n, k // 8, books)
+        return {
+            "codes": ("I8" if bits == 8 else "I16", kept),
+            "codebooks": ("F16", entries.reshape(books, 1 << bits, 1, 8)),
+            "scales": ("F16", scales.reshape(n, 1, 1, 1)),
+        }, values.reshape(n, k) * scales.astype(np.float32)[:, None]
+
+    return Family({"quant_method": "aqlm", "num_codebooks": books, "nbits_per_codebook": bits,
+                   "in_group_size": 8, "out_group_size": 1}, pack)
 
 
 # -- whole models ----------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from qigen.ir.interpreter import Interpreter
 from qigen.passes.pipeline import optimize
 from tests.frontends.packing import (
     Family,
+    aqlm,
     awq,
     bitnet,
     bnb_4bit,
@@ -82,6 +83,8 @@ FAMILIES: dict[str, tuple[Family, set[str]]] = {
     "ct-fp8-tensor": (fp8("tensor", "F32"), {"fp8_e4m3g64_f32", "fp8_e4m3_f32"}),
     "fp8-blocks": (fp8_blocks(), {"fp8_e4m3g128_f32"}),
     "mxfp4": (mxfp4(), {"mxfp4"}),
+    "aqlm-2x8": (aqlm(2, 8), {"aqlm_2x8"}),
+    "aqlm-1x12": (aqlm(1, 12), {"aqlm_1x12"}),
 }
 
 STEMS = {"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
@@ -343,8 +346,13 @@ BAD: dict[str, tuple[Family, Damage, type[QigenError], str]] = {
                     "k_proj.weight_scales' has the shape [32, 2], expected [32, 1]"),
     "mxfp4 experts": (mxfp4(), put("weight_blocks", lambda x: x[None]), Unsupported,
                       "k_proj.weight_blocks' (mxfp4) has a matrix for every expert"),
-    "aqlm": (G4, both(setting(quant_method="aqlm"), rename("scales", "codebooks")), Unsupported,
-             "k_proj.codebooks' (aqlm) has vector codebooks"),
+    "aqlm code": (aqlm(1, 12), put("codes", at(5, 1 << 12)), BadInput,
+                  "k_proj.codes' names entry 4096 at [0, 5, 0], but books of 12 bits have 4096"),
+    "aqlm books": (aqlm(2, 8), setting(num_codebooks=1), BadInput, "codes' has the shape"),
+    "aqlm rows": (aqlm(2, 8), setting(out_group_size=2), Unsupported, "for 2 x 8 weights"),
+    "aqlm scale": (aqlm(2, 8), put("scales", at(0, np.nan)), BadInput, "k_proj.scales' holds"),
+    "spqr": (G4, both(setting(quant_method="spqr"), rename("qweight", "dense_weights")),
+             Unsupported, "k_proj.dense_weights' (spqr) has tiles"),
     "unknown": (G4, setting(quant_method="quip"), Unsupported, "by 'quip'; known are gptq, awq"),
     "nothing": (G4, lambda tensors, config: tensors.clear(), BadInput, "but no tensor is"),
 }  # fmt: skip

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from qigen.errors import BadInput, Unsupported
 from qigen.frontends.checkpoints import (
+    aqlm,
     awq,
     bitnet,
     bitsandbytes,
@@ -79,6 +80,12 @@ READERS: tuple[Reader, ...] = (
         fp8.read,
     ),
     Reader(
+        "aqlm",
+        "1 to 4 books of 4 to 16 bits for vectors of 4, 8 or 16 weights of a row",
+        "AQLM `inference.py`",
+        aqlm.read,
+    ),
+    Reader(
         "bitnet",
         "ternary weights of 2 bits, one scale a tensor",
         "transformers `integrations/bitnet.py`",
@@ -95,8 +102,7 @@ _BY_METHOD = {reader.quant_method: reader for reader in READERS}
 
 # Methods whose layers are recognised, but for which the catalog has no row: the tensor that shows.
 _WITHOUT_ROW = {
-    "aqlm": ("codebooks", "vector codebooks"),
-    "spqr": ("dense_weights", "two-level scales and sparse outliers"),
+    "spqr": ("dense_weights", "tiles of 16x16 in the order of a GPU kernel"),
 }
 
 
