@@ -36,6 +36,7 @@ _CONFIG = "config.json"
 _GENERATION = "generation_config.json"
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+_GPTQ = "quantize_config.json"  # where old versions of AutoGPTQ say what others say in config.json
 _MAX_JSON = 64 << 20
 
 _DTYPES = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
@@ -78,6 +79,9 @@ def load_huggingface(folder: str | Path) -> LanguageModel:
         outer = {k: v for k, v in values.items() if k.endswith("_token_id") or k in kept}
         values = {**outer, **values["text_config"]}
     quantization = _quantization(values, where)
+    if quantization is None and (folder / _GPTQ).is_file():
+        found = {"quant_method": "gptq", **_json(folder / _GPTQ)}
+        quantization = Settings(found, str(folder / _GPTQ))
     settings = Settings({**family.hf_defaults, **values}, where)
     generation = _json(folder / _GENERATION) if (folder / _GENERATION).is_file() else {}
     config = _config(family, settings, Settings(generation, str(folder / _GENERATION)))

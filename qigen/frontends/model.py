@@ -154,6 +154,11 @@ class SourceTensor:
         return from_blocks(self.format, raw, (rows, columns))
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor in its codes, with scales and all that belongs to them."""
+        return len(self.data)
+
+    @property
     def columns(self) -> npt.NDArray[Any] | None:
         """Which column of the model's matrix each column is; None: column j is column j."""
         return None

@@ -24,6 +24,7 @@ from qigen.ir.interpreter import Interpreter
 from qigen.passes.pipeline import optimize
 from tests.frontends.packing import (
     Family,
+    Tensors,
     aqlm,
     awq,
     bitnet,
@@ -38,7 +39,9 @@ from tests.frontends.packing import (
     nvfp4,
     write_model,
     write_packed,
+    write_safetensors,
 )
+from tests.frontends.tiny import tiny, weights, write_tiny_hf
 
 # rows of zeros have scales below 2^-17, where not every bf16 is an f16
 INT8_ROWS = {"s8g64", "s8gchannel", "s8g64_bf16"}
@@ -128,6 +131,55 @@ def test_columns_are_put_in_order_once_for_all_that_share_them(tmp_path: Path) -
     ]  # fmt: skip
     norms = [n.attrs["prologue"] for n in graph.nodes if n.op == "MatMulGroup" and n.layer == 1]
     assert norms == ["rmsnorm", "none", "rmsnorm", "none"]
+
+
+def test_settings_in_a_file_of_their_own(tmp_path: Path) -> None:
+    """AutoGPTQ wrote quantize_config.json before config.json had a place for it."""
+    packed, _, quantized = write_model(tmp_path, gptq(4, 32))
+    config = json.loads((packed / "config.json").read_text())
+    settings = config.pop("quantization_config")
+    del settings["quant_method"]
+    (packed / "config.json").write_text(json.dumps(config))
+    with pytest.raises(Unsupported, match="has the type I32; only floats are read"):
+        load_huggingface(packed)
+    (packed / "quantize_config.json").write_text(json.dumps(settings))
+    values = load_huggingface(packed).tensors["blk.0.attn_q.weight"].load().dequantize()
+    assert np.array_equal(values, quantized["model.layers.0.self_attn.q_proj.weight"])
+
+
+def test_parts_of_a_fused_projection(tmp_path: Path) -> None:
+    """phi3 has q, k and v in one tensor: each takes its rows, all share the order of columns."""
+    folder = write_tiny_hf(tmp_path / "m", "phi3")
+    made = weights(tiny("phi3"))
+    family = gptq(4, 32, act_order=True)
+    packed: Tensors = {}
+    dense = {}
+    for name, w in made.items():
+        if ".qkv_proj." in name or ".gate_up_proj." in name:
+            layer = name.removesuffix(".weight")
+            tensors, dense[name] = family.pack(layer, w)
+            packed.update({f"{layer}.{part}": tensor for part, tensor in tensors.items()})
+        else:
+            packed[name] = ("F32", w)
+    write_safetensors(folder / "model.safetensors", packed)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = family.config
+    (folder / "config.json").write_text(json.dumps(config))
+    model = load_huggingface(folder)
+    for stems, name in ((("attn_q", "attn_k", "attn_v"), "self_attn.qkv_proj"),
+                        (("ffn_gate", "ffn_up"), "mlp.gate_up_proj")):
+        handles = [model.tensors[f"blk.1.{stem}.weight"] for stem in stems]
+        values = np.concatenate([handle.load().dequantize() for handle in handles])
+        values = values[:, np.argsort(handles[0].columns)]
+        assert np.array_equal(values, dense[f"model.layers.1.{name}.weight"])
+    graph = optimize(build_graph(model))
+    assert sum(node.op == "SelectColumns" for node in graph.nodes) == 2 * model.config.n_layers
+
+
+def test_bytes_count_scales_and_zeros(tmp_path: Path) -> None:
+    packed, _, _ = write_model(tmp_path, awq(64))
+    found = load_huggingface(packed).source_tensors["model.layers.0.mlp.down_proj.weight"]
+    assert found.nbytes == 64 * 192 // 2 + 64 * 3 * (2 + 1)
 
 
 def test_every_reader_is_tested() -> None:

@@ -9,6 +9,7 @@ the same scale.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -54,6 +55,13 @@ class PackedMatrix(SourceTensor):
         """Rows ``[first, last)`` in the codes of the checkpoint."""
         assert self.read is not None
         return self.read(first, last)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the matrix in its row of the catalog."""
+        n, blocks = self.shape[0], -(-self.shape[1] // self.format.block)
+        bits = (math.prod(f.shape(n, blocks)) * f.bits for f in self.format.fields)
+        return -(-sum(bits) // 8)
 
     @property
     def columns(self) -> Array | None:
