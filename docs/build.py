@@ -21,6 +21,7 @@ from qigen.backends.cpu.matmul import I32_MAX, accumulator_bound
 from qigen.formats.algebra import Format
 from qigen.formats.catalog import CATALOG
 from qigen.formats.layout import Layout
+from qigen.frontends.checkpoints import READERS
 from qigen.frontends.families import FAMILIES
 from qigen.ir import ops, schema  # noqa: F401  (ops registers the operators)
 from qigen.ir.tensor import TensorOp
@@ -84,6 +85,14 @@ def rounded_formats() -> str:
             )
             for row in rows.values()
         ),
+    )
+
+
+def checkpoints() -> str:
+    """The quantized checkpoints that are read."""
+    return markdown(
+        ("`quant_method`", "what is read", "written from"),
+        ((f"`{r.quant_method}`", r.what, r.source) for r in READERS),
     )
 
 
@@ -212,6 +221,7 @@ TABLES: dict[str, Callable[[], str]] = {
     for table in (
         gguf_formats,
         rounded_formats,
+        checkpoints,
         families,
         operators,
         onnx_operators,

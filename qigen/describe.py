@@ -249,7 +249,7 @@ def _huggingface(path: Path) -> dict[str, Any]:
             "name": tensor.name,
             "format": tensor.format.name,
             "shape": list(tensor.shape),
-            "bytes": len(tensor.data),
+            "bytes": tensor.nbytes,
         }
         for tensor in model.source_tensors.values()
     ]

@@ -251,6 +251,7 @@ class Lowering:
         steps: list[Any] = {
             "Embedding": self._embedding,
             "SelectRows": self._select,
+            "SelectColumns": self._columns,
             "MatMulGroup": self._matmul,
             "RopeAttention": self._attention,
             "NormAdd": self._norm_add,
@@ -284,6 +285,19 @@ class Lowering:
         self.barriers += 1
         fields = {"x": self.buffer(node.inputs[0]), "y": self.buffer(node.output)}
         return [Step("select", "the rows whose logits are wanted", fields)]
+
+    def _columns(self, node: Node) -> list[Any]:
+        x, columns = node.inputs
+        self.tensors.setdefault(columns, PackedTensor(columns, (columns,), None, raw=True))
+        self.barriers += 1
+        fields = {
+            "x": self.buffer(x),
+            "y": self.buffer(node.output),
+            "columns": columns,
+            "n": whole(self.graph.values[x].shape[1]),
+            "rows": self.rows(node.output),
+        }
+        return [Step("columns", "the columns in the order of the next weights'", fields)]
 
     def _matmul(self, node: Node) -> list[Any]:
         a, parts = node.attrs, group_parts(node)
@@ -602,7 +616,7 @@ def _token_tiles(specs: Iterable[MatmulSpec]) -> tuple[int, ...]:
     return tiles.pop() if tiles else (1,)
 
 
-_WEIGHT_FIELDS = ("weight", "norm", "bias", "q_norm", "k_norm")
+_WEIGHT_FIELDS = ("weight", "norm", "bias", "q_norm", "k_norm", "columns")
 
 
 def _rename(step: Any, names: dict[str, str]) -> Any:

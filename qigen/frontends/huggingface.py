@@ -1,4 +1,4 @@
-"""Hugging Face folders: ``config.json`` and float weights in ``*.safetensors``.
+"""Hugging Face folders: ``config.json`` and weights in ``*.safetensors``, floats or quantized.
 
 The configuration keys and their defaults are those of the transformers library (its older flat
 ``rope_theta``/``rope_scaling`` and its newer ``rope_parameters``); the container is validated by
@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from qigen.errors import BadInput, Unsupported
 from qigen.formats.catalog import by_name
+from qigen.frontends.checkpoints import RawTensor, read_quantized
 from qigen.frontends.families import Family, bind, family_of_model_type, sliding_layers
 from qigen.frontends.model import (
     LanguageModel,
@@ -35,6 +36,7 @@ _CONFIG = "config.json"
 _GENERATION = "generation_config.json"
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+_GPTQ = "quantize_config.json"  # where old versions of AutoGPTQ say what others say in config.json
 _MAX_JSON = 64 << 20
 
 _DTYPES = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
@@ -72,15 +74,18 @@ def load_huggingface(folder: str | Path) -> LanguageModel:
             f"{', '.join(family.classes)}",
             where,
         )
-    _refuse_quantized(values, where)
     if isinstance(values.get("text_config"), dict):
-        outer = {k: v for k, v in values.items() if k.endswith("_token_id")}
+        kept = ("quantization_config",)
+        outer = {k: v for k, v in values.items() if k.endswith("_token_id") or k in kept}
         values = {**outer, **values["text_config"]}
-        _refuse_quantized(values, where)
+    quantization = _quantization(values, where)
+    if quantization is None and (folder / _GPTQ).is_file():
+        found = {"quant_method": "gptq", **_json(folder / _GPTQ)}
+        quantization = Settings(found, str(folder / _GPTQ))
     settings = Settings({**family.hf_defaults, **values}, where)
     generation = _json(folder / _GENERATION) if (folder / _GENERATION).is_file() else {}
     config = _config(family, settings, Settings(generation, str(folder / _GENERATION)))
-    sources, files = _weights(folder, notes)
+    sources, files = _weights(folder, quantization, notes)
     tied = {f"{family.hf_names['output']}.weight"} if config.tied_embeddings else set()
     required: list[str] = []
     if family.qkv_bias or settings.flag("attention_bias"):
@@ -133,15 +138,14 @@ def _json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _refuse_quantized(values: Mapping[str, Any], where: str) -> None:
+def _quantization(values: Mapping[str, Any], where: str) -> Settings | None:
+    """The settings of ``quantization_config``, None for float weights."""
     quantization = values.get("quantization_config")
-    if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else "?"
-        raise Unsupported(
-            f"the checkpoint is quantized by '{shown(str(method))}'; only float weights are read "
-            "from Hugging Face folders",
-            where,
-        )
+    if quantization is None:
+        return None
+    if not isinstance(quantization, dict):
+        raise BadInput("the setting 'quantization_config' must be an object", where)
+    return Settings(quantization, where)
 
 
 def _config(family: Family, s: Settings, generation: Settings) -> ModelConfig:
@@ -300,26 +304,28 @@ def _longrope(rope: RopeConfig, r: Settings) -> RopeConfig:
     )
 
 
-def _weights(folder: Path, notes: list[str]) -> tuple[dict[str, SourceTensor], tuple[Path, ...]]:
+def _weights(
+    folder: Path, quantization: Settings | None, notes: list[str]
+) -> tuple[dict[str, SourceTensor], tuple[Path, ...]]:
     """All tensors of the language model by their names without a prefix, and their files."""
-    found: dict[str, SourceTensor] = {}
+    found: dict[str, RawTensor] = {}
     if (folder / _INDEX).is_file():
         files = _shards(folder)
         for file, announced in files.items():
-            tensors = _safetensors(file)
+            tensors = read_safetensors(file)
             for name in announced.symmetric_difference(tensors):
                 problem = "is not in the index" if name in tensors else "is missing"
                 raise BadInput(f"tensor '{shown(name)}' {problem}", str(file))
             found.update(tensors)
         paths = tuple(files)
     elif (folder / _SINGLE).is_file():
-        found = _safetensors(folder / _SINGLE)
+        found = read_safetensors(folder / _SINGLE)
         paths = (folder / _SINGLE,)
     else:
         others = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
         advice = f"; convert '{others[0]}' to safetensors" if others else ""
         raise BadInput(f"the folder has neither '{_SINGLE}' nor '{_INDEX}'{advice}", str(folder))
-    result: dict[str, SourceTensor] = {}
+    raw: dict[str, RawTensor] = {}
     vision = 0
     for name, tensor in found.items():
         if _VISION.match(name):
@@ -329,10 +335,28 @@ def _weights(folder: Path, notes: list[str]) -> tuple[dict[str, SourceTensor], t
             if name.startswith(prefix):
                 name = plain + name[len(prefix) :]
                 break
-        result[name] = tensor
+        raw[name] = tensor
     if vision:
         notes.append(f"the vision tower ({vision} tensors) is left out: text only")
-    return result, paths
+    if quantization is None:
+        return {name: _dense(tensor) for name, tensor in raw.items()}, paths
+    matrices, parts = read_quantized(raw, quantization)
+    dense = {name: _dense(tensor) for name, tensor in raw.items() if name not in parts}
+    return {**dense, **matrices}, paths
+
+
+def _dense(tensor: RawTensor) -> SourceTensor:
+    """A tensor of floats; Unsupported if it holds anything else."""
+    if tensor.dtype not in _DTYPES:
+        raise Unsupported(
+            f"tensor '{shown(tensor.name)}' has the type {shown(tensor.dtype)}; only floats are "
+            "read, and the layers of quantized checkpoints",
+            str(tensor.file),
+        )
+    if not 1 <= len(tensor.shape) <= 2 or min(tensor.shape) < 1:
+        raise tensor.bad(f"has the shape {list(tensor.shape)}")
+    row = by_name(_DTYPES[tensor.dtype])
+    return SourceTensor(tensor.file, tensor.name, tensor.shape, row, tensor.data)
 
 
 def _shards(folder: Path) -> dict[Path, set[str]]:
@@ -358,8 +382,11 @@ def _shards(folder: Path) -> dict[Path, set[str]]:
     return files
 
 
-def _safetensors(path: Path) -> dict[str, SourceTensor]:
-    """The tensors of one file, mapped. The package checks header, sizes and offsets."""
+def read_safetensors(path: Path) -> dict[str, RawTensor]:
+    """The tensors of one file, mapped. The package checks header, sizes and offsets.
+
+    Raises BadInput for anything that is no sound safetensors file.
+    """
     where = str(path)
     data = map_file(path)
     try:
@@ -369,22 +396,13 @@ def _safetensors(path: Path) -> dict[str, SourceTensor]:
         raise BadInput(f"the file is no valid safetensors file ({error})", where) from None
     start = 8 + int.from_bytes(data[:8].tobytes(), "little")
     header = json.loads(data[8:start].tobytes())
-    result: dict[str, SourceTensor] = {}
+    result: dict[str, RawTensor] = {}
     for name, entry in header.items():
         if name == "__metadata__":
             continue
         first, last = (start + offset for offset in entry["data_offsets"])
-        shape, dtype = tuple(entry["shape"]), entry["dtype"]
-        if _VISION.match(name) is None:
-            if dtype not in _DTYPES:
-                raise Unsupported(
-                    f"tensor '{shown(name)}' has the type {shown(dtype)}; only floats are read",
-                    where,
-                )
-            if not 1 <= len(shape) <= 2 or min(shape) < 1:
-                raise BadInput(f"tensor '{shown(name)}' has the shape {list(shape)}", where)
-        result[name] = SourceTensor(
-            path, name, shape, by_name(_DTYPES.get(dtype, "f32")), data[first:last]
+        result[name] = RawTensor(
+            path, name, entry["dtype"], tuple(entry["shape"]), data[first:last]
         )
     return result
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from qigen.errors import UsageError
+from qigen.errors import Unsupported, UsageError
 from qigen.frontends.model import LanguageModel, RopeConfig
 from qigen.ir.graph import Graph, State
 
@@ -27,6 +27,8 @@ def build_graph(model: LanguageModel, max_seq: int | None = None) -> Graph:
         )
     graph = Graph(model.metadata.name, meta={"config": config, "max_seq": max_seq})
     builder = _Builder(model, graph, max_seq)
+    if model.tensors["token_embd.weight"].columns is not None:
+        raise Unsupported("an embedding with reordered columns has no kernel", "token_embd.weight")
     ids = graph.add_input("input_ids", ("T",), "i32")
     graph.add_input("positions", ("T",), "i32")
     rows = graph.add_input("rows", ("R",), "i32")
@@ -49,6 +51,7 @@ def build_graph(model: LanguageModel, max_seq: int | None = None) -> Graph:
     )
     table = "token_embd.weight" if config.tied_embeddings else "output.weight"
     capped = config.final_softcap > 0.0
+    x = builder.ordered(x, table)
     x = graph.add("MatMul", x, builder.constant(table), name="output" if capped else "logits")
     if capped:
         x = graph.add("Softcap", x, name="logits", cap=config.final_softcap)
@@ -62,6 +65,7 @@ class _Builder:
         self.graph = graph
         self.config = model.config
         self.max_seq = max_seq
+        self._ordered: dict[tuple[str, bytes], str] = {}
 
     def constant(self, name: str) -> str:
         """Add a tensor of the model once."""
@@ -70,6 +74,21 @@ class _Builder:
             data = handle if len(handle.shape) == 2 else handle.load()
             self.graph.add_constant(name, data)
         return name
+
+    def ordered(self, x: str, weight: str, layer: int | None = None) -> str:
+        """``x`` with its columns in the order of the weight's; the same order is made once."""
+        order = self.model.tensors[weight].columns
+        if order is None:
+            return x
+        order = order.astype(np.int32)
+        key = x, order.tobytes()
+        if key not in self._ordered:
+            stem = weight.removesuffix(".weight")
+            columns = self.graph.add_constant(f"{stem}.columns", order)
+            self._ordered[key] = self.graph.add(
+                "SelectColumns", x, columns, name=f"{stem}.ordered", layer=layer
+            )
+        return self._ordered[key]
 
     def factors(self, rope: RopeConfig) -> list[str]:
         """The frequency factors as a constant: a list of one name, or of none."""
@@ -101,9 +120,9 @@ class _Builder:
         def project(x: str, stem: str) -> str:
             name = f"{prefix}.{stem}"
             bias = [self.constant(f"{name}.bias")] if stem in config.biases else []
-            return graph.add(
-                "MatMul", x, self.constant(f"{name}.weight"), *bias, name=name, layer=layer
-            )
+            weight = f"{name}.weight"
+            x = self.ordered(x, weight, layer)
+            return graph.add("MatMul", x, self.constant(weight), *bias, name=name, layer=layer)
 
         def rotate(x: str, stem: str) -> str:
             rope = config.rope_of(layer)

@@ -140,6 +140,29 @@ class SourceTensor:
     format: Format
     data: Bytes
 
+    def load(self, first: int, last: int) -> QuantizedTensor:
+        """Rows ``[first, last)`` (of a vector the numbers, as one row) in their stored codes."""
+        rows, columns = (last - first, self.shape[1]) if len(self.shape) == 2 else (1, last - first)
+        if len(self.shape) == 1:
+            size = self.data.size // self.shape[0]
+            raw = self.data[first * size : last * size].reshape(1, -1)
+        else:
+            raw = self.data.reshape(self.shape[0], -1)[first:last]
+        missing = -(-columns // self.format.block) * self.format.block_bytes - raw.shape[1]
+        if missing:  # bf16 comes in pairs: an odd row gets a zero at its end
+            raw = np.pad(raw, ((0, 0), (0, missing)))
+        return from_blocks(self.format, raw, (rows, columns))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor in its codes, with scales and all that belongs to them."""
+        return len(self.data)
+
+    @property
+    def columns(self) -> npt.NDArray[Any] | None:
+        """Which column of the model's matrix each column is; None: column j is column j."""
+        return None
+
 
 @dataclass(frozen=True)
 class TensorSource:
@@ -175,6 +198,11 @@ class TensorHandle:
         return self.origin.format
 
     @property
+    def columns(self) -> npt.NDArray[Any] | None:
+        """Which column of the model's matrix each column is (GPTQ's act-order); None: the same."""
+        return self.origin.columns
+
+    @property
     def source(self) -> TensorSource:
         """File, source tensor and row range."""
         return TensorSource(
@@ -199,12 +227,7 @@ class TensorHandle:
 
         Raises BadInput naming file and tensor if a scale or a dense number is not finite.
         """
-        rows, columns = self.shape if len(self.shape) == 2 else (1, self.shape[0])
-        raw = self.raw()
-        missing = -(-columns // self.format.block) * self.format.block_bytes - raw.shape[1]
-        if missing:  # bf16 comes in pairs: an odd row gets a zero at its end
-            raw = np.pad(raw, ((0, 0), (0, missing)))
-        tensor = from_blocks(self.format, raw, (rows, columns))
+        tensor = self.origin.load(*self.rows)
         validate(tensor, f"{self.origin.file}: {self.origin.name}")
         if len(self.shape) == 2:
             return tensor

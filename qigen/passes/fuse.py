@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
+
 from qigen.ir import schema
 from qigen.ir.graph import Graph, Node
 
@@ -102,6 +104,35 @@ def _select_early(graph: Graph, rows: str) -> Graph:
         node.inputs = [renamed.get(name, name) for name in node.inputs]
         nodes.append(node)
     return graph.rebuilt(nodes)
+
+
+def columns_before_norms(graph: Graph) -> Graph:
+    """SelectColumns(RMSNorm(x, w)) -> RMSNorm(SelectColumns(x), w in that order).
+
+    The norm can then be the prologue of the products that read it. Its sum of squares is taken in
+    the new order; nothing else changes.
+    """
+    graph = graph.copy()
+    producers = graph.producers()
+    changes: dict[str, list[Node]] = {}
+    for node in graph.nodes:
+        if node.op != "SelectColumns":
+            continue
+        norm = producers.get(node.inputs[0])
+        if norm is None or norm.op != "RMSNorm" or not _whole_row(graph, norm):
+            continue
+        x, weight = norm.inputs
+        columns = np.asarray(graph.constants[node.inputs[1]])
+        values = graph.constants[weight]
+        if not isinstance(values, np.ndarray):
+            continue
+        ordered = graph.add_constant(f"{node.name}.{weight}", values[columns])
+        early = _fused("SelectColumns", f"{node.name}.early", node.layer,
+                       [x, node.inputs[1]], [f"{node.name}.early"])
+        late = Node("RMSNorm", node.name, [early.output, ordered], list(node.outputs),
+                    dict(norm.attrs), node.layer)
+        changes[node.name] = [early, late]
+    return graph.rebuilt(new for node in graph.nodes for new in changes.get(node.name, [node]))
 
 
 def fuse_attention(graph: Graph) -> Graph:

@@ -11,6 +11,7 @@ from qigen.passes import fuse
 
 PASSES: tuple[Callable[[Graph], Graph], ...] = (
     fuse.select_rows_early,
+    fuse.columns_before_norms,
     fuse.fuse_attention,
     fuse.fuse_norm_add,
     fuse.group_matmuls,
@@ -18,7 +19,15 @@ PASSES: tuple[Callable[[Graph], Graph], ...] = (
 )
 
 KERNEL_OPERATORS = frozenset(
-    {"Embedding", "SelectRows", "MatMulGroup", "RopeAttention", "NormAdd", "GatedAct"}
+    {
+        "Embedding",
+        "SelectRows",
+        "SelectColumns",
+        "MatMulGroup",
+        "RopeAttention",
+        "NormAdd",
+        "GatedAct",
+    }
 )
 """What a graph consists of after the passes: the operators that the code generator knows."""
 

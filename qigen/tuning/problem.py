@@ -50,11 +50,12 @@ def random_rows(format: Format, k: int, seed: int = 0) -> QuantizedTensor:
             fields[f.name] = bits[format.float_kind]
         elif f.number in ("f16", "bf16", "f32"):
             floats = rng.uniform(0.01, 0.02, shape).astype(np.float32)
-            fields[f.name] = {
+            stored: dict[str, Array] = {
                 "f32": floats.view(np.uint32),
                 "f16": floats.astype(np.float16).view(np.uint16),
                 "bf16": (floats.view(np.uint32) >> 16).astype(np.uint16),
-            }[f.number]
+            }
+            fields[f.name] = stored[f.number]
         elif f.name == "ix":
             assert format.mask is not None
             keep, of = format.mask
@@ -113,7 +114,8 @@ class Problem:
         kblocks = packed_shape(spec.format, (ROWS, self.k), spec.layout)[1]
         row_block = row_block_bytes(spec.format, self.k, spec.layout)
         header = _HEADER.pack(
-            packed.size - row_block, row_block, data.nbytes, data.shape[1], self.n, kblocks, self.m, *offsets
+            packed.size - row_block, row_block, data.nbytes, data.shape[1], self.n, kblocks, self.m,
+            *offsets,
         )
         values, w = values.astype(np.float64), w.astype(np.float64)
         magnitude = np.abs(values) @ np.abs(w).T

@@ -203,8 +203,8 @@ CONFIG_ERRORS: dict[str, tuple[str, dict[str, Any], type[QigenError], str]] = {
         "'LlamaForSequenceClassification' is not supported",
     ),
     "quantized": (
-        "llama", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, Unsupported,
-        "quantized by 'gptq'",
+        "llama", {"quantization_config": {"quant_method": "quip", "bits": 4}}, Unsupported,
+        "quantized by 'quip'",
     ),
     "yarn": ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 4}}, Unsupported, "'yarn'"),
     "dynamic": ("llama", {"rope_scaling": {"type": "dynamic", "factor": 4}}, Unsupported, "'dyn"),

@@ -1,9 +1,21 @@
 """All operators; importing this package registers them. One file a family."""
 
-from qigen.ir.ops import attention, elementwise, embedding, fused, graph, matmul, norm, onnx, rope
+from qigen.ir.ops import (
+    attention,
+    columns,
+    elementwise,
+    embedding,
+    fused,
+    graph,
+    matmul,
+    norm,
+    onnx,
+    rope,
+)
 
 __all__ = [
     "attention",
+    "columns",
     "elementwise",
     "embedding",
     "fused",
