@@ -1,0 +1,1 @@
+"""GPU kernels: device rows, NVRTC, the PTX emulator that checks them, kernel families, models."""
