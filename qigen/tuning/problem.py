@@ -42,7 +42,7 @@ def random_rows(format: Format, k: int, seed: int = 0) -> QuantizedTensor:
         shape = f.shape(ROWS, nblocks)
         if format.float_kind:
             values = rng.uniform(-1, 1, shape).astype(np.float32)
-            bits: dict[str, Array] = {
+            bits: dict[str, Any] = {
                 "f32": values.view(np.uint32),
                 "f16": values.astype(np.float16).view(np.uint16),
                 "bf16": (values.view(np.uint32) >> 16).astype(np.uint16),
