@@ -404,7 +404,8 @@ def formats() -> Iterator[tuple[int, Format]]:
 
 
 def default_specs() -> list[tuple[MatmulSpec, tuple[str, ...]]]:
-    """Every format on AVX2 and AVX-512, most on the other ISAs, the kinds of activations dealt out over formats and ISAs.
+    """Every format on AVX2 and AVX-512, most on the other ISAs; the kinds of activations are dealt
+    out over formats and ISAs.
 
     AVX2 and AVX-512 get the same kind and tiles, so that their results can be compared. The BF16
     row differs from the VNNI row in bf16 arithmetic only.
