@@ -231,7 +231,8 @@ def _load(path: Path, threads: int, pin: bool = False) -> Model:
     "--target",
     default="native",
     show_default=True,
-    help="'native' or [ARCHITECTURE-SYSTEM:]NAME[+FEATURE], NAME of `qigen targets`.",
+    help="'native' or [ARCHITECTURE-SYSTEM:]NAME[+FEATURE], NAME of `qigen targets`; several, "
+    "separated by commas, go into one artifact.",
 )
 @click.option("--isa", help="Force an instruction set of `qigen targets`.")
 @click.option(
@@ -325,8 +326,9 @@ def compile(
             f" ({arithmetic} activations), {summary['limits']['max_seq']} positions of "
             f"{summary['kv']} KV cache"
         )
+    isas = [t["isa"] for t in (manifest["target"], *manifest.get("variants", ()))]
     click.echo(
-        f"{output}: {summary['name']} for {manifest['target']['isa']} in {seconds:.1f} s, "
+        f"{output}: {summary['name']} for {' and '.join(isas)} in {seconds:.1f} s, "
         f"{_size(summary['weight_bytes'])} of weights{about}"
     )
     for note in summary["notes"]:
@@ -1030,8 +1032,10 @@ def inspect(file: Path, tensors: bool, as_json: bool) -> None:
         manifest = about["manifest"]
         is_graph = manifest.get("kind") == "graph"
         rows += [
-            ("isa", manifest["target"]["isa"]),
-            ("target", manifest["target"]["machine"]),
+            *(
+                (f"isa {v['isa']}" + " (taken)" * v["taken"], f"{v['target']}: {v['why']}")
+                for v in about["variants"]
+            ),
             ("weights", _size(manifest["files"]["weights.bin"]["bytes"])),
             *([("memory", _memory(manifest))] if is_graph else _language_rows(manifest)),
             ("source", manifest["source"]["path"]),
