@@ -281,6 +281,14 @@ def _load(path: Path, threads: int, pin: bool = False) -> Model:
     type=click.Path(path_type=Path),
     help="Typical inputs of an ONNX model, for what is quantized.",
 )
+@click.option(
+    "--emit",
+    type=click.Choice(["library", "static", "source"]),
+    default="library",
+    show_default=True,
+    help="A shared library, a static one, or C++ with a CMakeLists.txt.",
+)
+@click.option("--static", is_flag=True, help="The same as --emit static.")
 @click.option("--explain", is_flag=True, help="Show what was chosen for every matrix, and why.")
 @click.option("--jobs", type=_Count, help="Compilers at a time. [default: all cores]")
 @click.option(
@@ -290,6 +298,7 @@ def compile(
     model: Path,
     output: Path,
     shapes: tuple[str, ...],
+    static: bool,
     explain: bool,
     as_json: bool,
     **options: Any,
@@ -298,6 +307,8 @@ def compile(
     from qigen.arrays import parse_shapes
     from qigen.compiler import compile
 
+    if static:
+        options["emit"] = "static"
     start = time.perf_counter()
     shape = parse_shapes(shapes)
     with _progress(as_json) as progress:

@@ -29,6 +29,7 @@ from qigen.backends.cpu.isa import by_name as isa_by_name
 from qigen.backends.cpu.matmul import MatmulSpec, render_matmul
 from qigen.backends.cpu.ops import render_ops
 from qigen.build import (
+    FORMS,
     KERNEL_FLAGS,
     Progress,
     check_isa,
@@ -38,6 +39,7 @@ from qigen.build import (
     finish,
     included,
     link,
+    open_cache,
     runtime_units,
     shown_name,
     staging_folder,
@@ -101,6 +103,7 @@ def compile(
     threads: int | None = None,
     shape: Mapping[str, Sequence[int | str]] | None = None,
     calibration: str | os.PathLike[str] | None = None,
+    emit: str = "library",
     progress: Progress | None = None,
 ) -> Artifact:
     """Compile a model into the artifact folder ``output``.
@@ -117,17 +120,23 @@ def compile(
     one that stays open up to 64. ``calibration`` names a file with inputs of an ONNX model that are
     typical of what it will get. ``tune`` is "model" or "off" (the cost model chooses) or "measure":
     candidates are measured on this machine first, and threads and prefill block of the model after.
+    ``emit`` says what the artifact's code is: a shared "library", a "static" one to link into a
+    program, or "source": C++ with a CMakeLists.txt that builds it.
 
     Raises BadInput (damaged model), Unsupported, UsageError, ToolchainError. An artifact that
     exists at ``output`` is replaced when all is done; on failure nothing is left behind.
     """
     _check_options(activations, kv, max_batch, tune, weights, target)
+    if emit not in FORMS:
+        raise UsageError(f"cannot emit {emit}: choose one of {', '.join(FORMS)}")
+    if tune == "measure" and emit != "library":
+        raise UsageError(f"a model that is emitted as {emit} cannot be measured; leave --tune out")
     report = progress or (lambda stage, done, total: None)
     out = Path(output).resolve()  # of a link, the target is replaced
     check_output(out)
     pairs = _pairs(target, isa)
     machine, row = pairs[0]
-    compiler = find_compiler(machine)
+    compiler = find_compiler(machine, emit)
 
     if is_onnx(Path(model)):
         if tune == "measure":
@@ -156,6 +165,7 @@ def compile(
             ),
             jobs=jobs or os.cpu_count() or 1,
             keep_sources=Path(keep_sources) if keep_sources else None,
+            form=emit,
             progress=progress,
         )
     if shape:
@@ -215,10 +225,10 @@ def compile(
             variants.append(Variant(row, machine, plan, memory, program, losses))
         for variant in variants:  # the last one knows all tensors
             variant.program.weights_bytes = variants[-1].program.weights_bytes
-        with staging_folder(out) as staging, toolchain.ObjectCache(
-            compiler, jobs or os.cpu_count() or 1
+        with staging_folder(out) as staging, open_cache(
+            emit, compiler, jobs or os.cpu_count() or 1
         ) as cache:
-            _build(graph, source, variants, tokenizer, compiler, cache, staging,
+            _build(graph, source, variants, tokenizer, compiler, cache, staging, emit,
                    Path(keep_sources) if keep_sources else None, report)
         return variants[0].plan
 
@@ -409,8 +419,9 @@ def _build(
     variants: list[Variant],
     tokenizer: Tokenizer | None,
     compiler: toolchain.Compiler,
-    cache: toolchain.ObjectCache,
+    cache: toolchain.ObjectCache | toolchain.SourceCollector,
     staging: Path,
+    form: str,
     keep_sources: Path | None,
     report: Progress,
 ) -> None:
@@ -444,10 +455,10 @@ def _build(
             folder = keep_sources if alone else keep_sources / variant.isa.name
             write_sources(folder, dict(unit.headers), [*units, unit])
     report("link", 0, 1)
-    link(compiler, futures, staging, machine.system)
+    link(compiler, cache, futures, staging, machine.system, form)
     if tokenizer is not None:
         tokenizer.save(staging)
-    write_interface(staging, program, program.name, machine.system)
+    write_interface(staging, program, program.name, machine.system, form)
     manifest = {
         "manifest_version": MANIFEST_VERSION,
         "abi": ABI_VERSION,
