@@ -115,8 +115,10 @@ def runtime_units() -> list[toolchain.Unit]:
     ]
 
 
-def find_compiler(machine: Machine) -> toolchain.Compiler:
-    """The compiler that makes code for a machine."""
+def find_compiler(machine: Machine, form: str = "library") -> toolchain.Compiler:
+    """The compiler that makes code for a machine; sources alone need none."""
+    if form == "source":
+        return toolchain.Compiler("", "none: the artifact is source code")
     return toolchain.find_compiler(machine.architecture, machine.system)
 
 
@@ -151,24 +153,84 @@ def describe_target(machine: Machine, isa: Isa) -> dict[str, Any]:
     }
 
 
+FORMS = ("library", "static", "source")
+"""What an artifact's code can be: a shared library, a static one, or C++ with a CMakeLists.txt."""
+
+STATIC_LIBRARY = "libmodel.a"
+
+
+def open_cache(
+    form: str, compiler: toolchain.Compiler, jobs: int
+) -> toolchain.ObjectCache | toolchain.SourceCollector:
+    """What takes the units of a compilation, as a context manager."""
+    if form == "source":
+        return toolchain.SourceCollector()
+    return toolchain.ObjectCache(compiler, jobs)
+
+
 def link(
     compiler: toolchain.Compiler,
+    cache: toolchain.ObjectCache | toolchain.SourceCollector,
     objects: Sequence[Future[Path]],
     staging: Path,
     system: str = "linux",
+    form: str = "library",
 ) -> None:
-    """Link the library. The runtime's objects come first: what both define is taken from the one
-    without ISA flags."""
+    """Make what the form asks for. The runtime's objects come first: what both define is taken from
+    the one without ISA flags."""
     script = resource_folder("runtime") / "qigen.map"
+    if isinstance(cache, toolchain.SourceCollector):
+        _write_project(cache.units, script, staging)
+        return
+    paths = [o.result() for o in objects]
+    if form == "static":
+        toolchain.link_static(compiler, paths, staging / STATIC_LIBRARY)
+        return
     library = staging / toolchain.LIBRARY_NAMES[system]
-    toolchain.link_shared(compiler, [o.result() for o in objects], script, library, system)
+    toolchain.link_shared(compiler, paths, script, library, system)
     for left in staging.glob("*.pdb"):  # for debuggers
         left.unlink()
     for left in staging.glob("*.lib"):  # what programs link with; zig names it by the first object
         left.rename(staging / "model.lib")
 
 
-def write_interface(staging: Path, model: Any, name: str, system: str = "linux") -> None:
+def _write_project(units: Sequence[toolchain.Unit], script: Path, staging: Path) -> None:
+    """Write units with their headers and a CMakeLists.txt that builds them without qigen.
+
+    Units with the same flags share a folder.
+    """
+    runtime = resource_folder("runtime")
+    shutil.copytree(runtime / "include", staging / "include")
+    shutil.copyfile(script, staging / "qigen.map")
+    groups: dict[tuple[str, ...], list[toolchain.Unit]] = {}
+    for unit in units:
+        groups.setdefault(unit.flags, []).append(unit)
+    parts = []
+    for number, (flags, members) in enumerate(groups.items()):
+        name = "runtime" if flags == RUNTIME_FLAGS else f"generated{number}"
+        folder = staging / "src" / name
+        folder.mkdir(parents=True)
+        headers: dict[str, str] = {}
+        for unit in members:
+            for header, text in unit.headers.items():
+                assert headers.setdefault(header, text) == text, f"two headers {header}"
+        if flags == RUNTIME_FLAGS:
+            headers |= {f.name: f.read_text() for f in (runtime / "src").glob("*.h")}
+        for header, text in headers.items():
+            (folder / header).write_text(text)
+        for unit in members:
+            (folder / f"{unit.name}.cpp").write_text(unit.text)
+        options = [f for f in flags if f not in ("-std=c++17", "-fPIC", "-pthread")]
+        parts.append(
+            {"folder": f"src/{name}", "files": sorted(u.name for u in members), "options": options}
+        )
+    text = render("model/CMakeLists.txt.j2", parts=parts)
+    (staging / "CMakeLists.txt").write_text(text)
+
+
+def write_interface(
+    staging: Path, model: Any, name: str, system: str = "linux", form: str = "library"
+) -> None:
     """The headers and the CMake package of an artifact."""
     stem = identifier(name)
     (staging / "model.h").write_text(render("model/model.h.j2", model=model, stem=stem))
@@ -176,7 +238,7 @@ def write_interface(staging: Path, model: Any, name: str, system: str = "linux")
     shutil.copyfile(include / "qigen.h", staging / "qigen.h")
     cmake = staging / "cmake"
     cmake.mkdir()
-    library = toolchain.LIBRARY_NAMES[system]
+    library = STATIC_LIBRARY if form == "static" else toolchain.LIBRARY_NAMES[system]
     config = render("model/config.cmake.j2", stem=stem, library=library)
     (cmake / "qigen_model-config.cmake").write_text(config)
 

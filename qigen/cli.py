@@ -231,7 +231,8 @@ def _load(path: Path, threads: int, pin: bool = False) -> Model:
     "--target",
     default="native",
     show_default=True,
-    help="'native' or [ARCHITECTURE-SYSTEM:]NAME[+FEATURE], NAME of `qigen targets`.",
+    help="'native' or [ARCHITECTURE-SYSTEM:]NAME[+FEATURE], NAME of `qigen targets`; several, "
+    "separated by commas, go into one artifact.",
 )
 @click.option("--isa", help="Force an instruction set of `qigen targets`.")
 @click.option(
@@ -280,6 +281,14 @@ def _load(path: Path, threads: int, pin: bool = False) -> Model:
     type=click.Path(path_type=Path),
     help="Typical inputs of an ONNX model, for what is quantized.",
 )
+@click.option(
+    "--emit",
+    type=click.Choice(["library", "static", "source"]),
+    default="library",
+    show_default=True,
+    help="A shared library, a static one, or C++ with a CMakeLists.txt.",
+)
+@click.option("--static", is_flag=True, help="The same as --emit static.")
 @click.option("--explain", is_flag=True, help="Show what was chosen for every matrix, and why.")
 @click.option("--jobs", type=_Count, help="Compilers at a time. [default: all cores]")
 @click.option(
@@ -289,6 +298,7 @@ def compile(
     model: Path,
     output: Path,
     shapes: tuple[str, ...],
+    static: bool,
     explain: bool,
     as_json: bool,
     **options: Any,
@@ -297,6 +307,8 @@ def compile(
     from qigen.arrays import parse_shapes
     from qigen.compiler import compile
 
+    if static:
+        options["emit"] = "static"
     start = time.perf_counter()
     shape = parse_shapes(shapes)
     with _progress(as_json) as progress:
@@ -325,8 +337,9 @@ def compile(
             f" ({arithmetic} activations), {summary['limits']['max_seq']} positions of "
             f"{summary['kv']} KV cache"
         )
+    isas = [t["isa"] for t in (manifest["target"], *manifest.get("variants", ()))]
     click.echo(
-        f"{output}: {summary['name']} for {manifest['target']['isa']} in {seconds:.1f} s, "
+        f"{output}: {summary['name']} for {' and '.join(isas)} in {seconds:.1f} s, "
         f"{_size(summary['weight_bytes'])} of weights{about}"
     )
     for note in summary["notes"]:
@@ -1030,8 +1043,10 @@ def inspect(file: Path, tensors: bool, as_json: bool) -> None:
         manifest = about["manifest"]
         is_graph = manifest.get("kind") == "graph"
         rows += [
-            ("isa", manifest["target"]["isa"]),
-            ("target", manifest["target"]["machine"]),
+            *(
+                (f"isa {v['isa']}" + " (taken)" * v["taken"], f"{v['target']}: {v['why']}")
+                for v in about["variants"]
+            ),
             ("weights", _size(manifest["files"]["weights.bin"]["bytes"])),
             *([("memory", _memory(manifest))] if is_graph else _language_rows(manifest)),
             ("source", manifest["source"]["path"]),

@@ -24,10 +24,12 @@ from qigen.artifact import (
     write_weights,
 )
 from qigen.backends.base import Isa, KernelSource
+from qigen.backends.cpu.isa import ISAS
 from qigen.backends.cpu.isa import by_name as isa_by_name
 from qigen.backends.cpu.matmul import MatmulSpec, render_matmul
 from qigen.backends.cpu.ops import render_ops
 from qigen.build import (
+    FORMS,
     KERNEL_FLAGS,
     Progress,
     check_isa,
@@ -37,6 +39,7 @@ from qigen.build import (
     finish,
     included,
     link,
+    open_cache,
     runtime_units,
     shown_name,
     staging_folder,
@@ -62,7 +65,14 @@ from qigen.ir.plan import Plan
 from qigen.passes.memory import MemoryPlan, plan_memory
 from qigen.passes.pipeline import optimize
 from qigen.paths import resource_folder
-from qigen.planner import Measured, isa_candidates, plan_model, products, spec_for
+from qigen.planner import (
+    Measured,
+    isa_candidates,
+    plan_model,
+    products,
+    shared_layouts,
+    spec_for,
+)
 from qigen.quantize.weights import requantized
 from qigen.tune import tune_model, tune_products
 
@@ -93,13 +103,15 @@ def compile(
     threads: int | None = None,
     shape: Mapping[str, Sequence[int | str]] | None = None,
     calibration: str | os.PathLike[str] | None = None,
+    emit: str = "library",
     progress: Progress | None = None,
 ) -> Artifact:
     """Compile a model into the artifact folder ``output``.
 
     ``model`` is a GGUF file, a Hugging Face folder or an ONNX file.
 
-    ``target`` is "native" or a name from :mod:`qigen.targets`; ``isa`` forces an ISA row.
+    ``target`` is "native" or a name from :mod:`qigen.targets`; several, separated by commas, make
+    one artifact that takes the fastest of them that the machine has. ``isa`` forces an ISA row.
     ``weights`` is "keep" (the file's own codes) or a format name that every matrix is rounded to.
     ``activations``: "f32", "int8" (a scale for 32 values), "int8-token"; None lets the planner
     choose. ``kv`` is "f16" or "int8". ``max_seq`` bounds the positions of a session (default: the
@@ -108,22 +120,31 @@ def compile(
     one that stays open up to 64. ``calibration`` names a file with inputs of an ONNX model that are
     typical of what it will get. ``tune`` is "model" or "off" (the cost model chooses) or "measure":
     candidates are measured on this machine first, and threads and prefill block of the model after.
+    ``emit`` says what the artifact's code is: a shared "library", a "static" one to link into a
+    program, or "source": C++ with a CMakeLists.txt that builds it.
 
     Raises BadInput (damaged model), Unsupported, UsageError, ToolchainError. An artifact that
     exists at ``output`` is replaced when all is done; on failure nothing is left behind.
     """
     _check_options(activations, kv, max_batch, tune, weights, target)
+    if emit not in FORMS:
+        raise UsageError(f"cannot emit {emit}: choose one of {', '.join(FORMS)}")
+    if tune == "measure" and emit != "library":
+        raise UsageError(f"a model that is emitted as {emit} cannot be measured; leave --tune out")
     report = progress or (lambda stage, done, total: None)
     out = Path(output).resolve()  # of a link, the target is replaced
     check_output(out)
-    machine = targets.native() if target == "native" else targets.by_name(target)
-    row = isa_by_name(isa) if isa else isa_candidates(machine)[0]
-    check_isa(row, machine, target == "native")
-    compiler = find_compiler(machine)
+    pairs = _pairs(target, isa)
+    machine, row = pairs[0]
+    compiler = find_compiler(machine, emit)
 
     if is_onnx(Path(model)):
         if tune == "measure":
             raise Unsupported("only language models can be tuned so far; leave --tune out")
+        if len(pairs) > 1:
+            raise Unsupported(
+                "an ONNX model is compiled for one target; compile it once for each of them"
+            )
         for option, given in (
             ("--max-seq", max_seq is not None),
             ("--max-batch", max_batch != DEFAULT_MAX_BATCH),
@@ -144,6 +165,7 @@ def compile(
             ),
             jobs=jobs or os.cpu_count() or 1,
             keep_sources=Path(keep_sources) if keep_sources else None,
+            form=emit,
             progress=progress,
         )
     if shape:
@@ -172,35 +194,87 @@ def compile(
             progress=progress,
         )
 
-    def build(threads: int, max_tokens: int | None) -> Plan:
-        plan = plan_model(
-            graph,
-            isa=row,
-            machine=machine,
-            activations=activations or "auto",
-            kv=kv,
-            threads=threads,
-            max_tokens=max_tokens,
-            max_seq=max_seq,
-            max_batch=max_batch,
-            measured=measured,
-        )
-        memory = plan_memory(graph, plan.max_tokens)
-        program = _lower(graph, source, plan, memory, row, max_seq, max_batch)
-        with staging_folder(out) as staging, toolchain.ObjectCache(
-            compiler, jobs or os.cpu_count() or 1
+    def build(threads: int | None, max_tokens: int | None) -> Plan:
+        variants: list[Variant] = []
+        for number, (machine, row) in enumerate(pairs):
+            cores = threads or machine.cores
+            arithmetic = activations or "auto"
+            shared = {}
+            if number:
+                shared = shared_layouts(graph, variants[0].plan, row, machine, arithmetic, cores)
+            plan = plan_model(
+                graph,
+                isa=row,
+                machine=machine,
+                activations=arithmetic,
+                kv=kv,
+                threads=cores,
+                max_tokens=max_tokens,
+                max_seq=max_seq,
+                max_batch=max_batch,
+                measured=measured,
+                layouts={key: layout for key, (layout, _) in shared.items()},
+            )
+            memory = plan_memory(graph, plan.max_tokens)
+            tensors = variants[-1].program.tensors if variants else []
+            program = _lower(graph, source, plan, memory, row, max_seq, max_batch, tensors)
+            if number:
+                program.symbol = f"qigen_model_description_{number}"
+                variants[-1].program.next = program.symbol
+            losses = {"x".join(map(str, key)): round(loss, 4) for key, (_, loss) in shared.items()}
+            variants.append(Variant(row, machine, plan, memory, program, losses))
+        for variant in variants:  # the last one knows all tensors
+            variant.program.weights_bytes = variants[-1].program.weights_bytes
+        with staging_folder(out) as staging, open_cache(
+            emit, compiler, jobs or os.cpu_count() or 1
         ) as cache:
-            _build(graph, source, plan, memory, program, row, machine, tokenizer, compiler, cache,
-                   staging, Path(keep_sources) if keep_sources else None, report)
-        return plan
+            _build(graph, source, variants, tokenizer, compiler, cache, staging, emit,
+                   Path(keep_sources) if keep_sources else None, report)
+        return variants[0].plan
 
-    plan = build(threads or machine.cores, None)
+    plan = build(threads, None)
     if tune == "measure":
         knobs = tune_model(out, progress=progress)
         block = max(knobs.block, max_batch)
         if block < plan.max_tokens or (threads is None and knobs.threads != plan.threads_hint):
             build(threads or knobs.threads, min(block, plan.max_tokens))
     return Artifact(out)
+
+
+@dataclasses.dataclass
+class Variant:
+    """What is compiled for one of the targets of an artifact.
+
+    ``layout_losses``: of the weights that lie as the first variant wants them, by how much that is
+    predicted to slow this one down. The tensors of a variant begin with those of the ones before.
+    """
+
+    isa: Isa
+    machine: targets.Machine
+    plan: Plan
+    memory: MemoryPlan
+    program: Program
+    layout_losses: dict[str, float]
+
+
+def _pairs(target: str, isa: str | None) -> list[tuple[targets.Machine, Isa]]:
+    """The machines that a target names, separated by commas, each with its instruction set; the
+    fastest first. Of targets with the same instruction set the first one counts."""
+    names = target.split(",")
+    pairs: dict[str, tuple[targets.Machine, Isa]] = {}
+    for name in names:
+        machine = targets.native() if name == "native" else targets.by_name(name)
+        row = isa_by_name(isa) if isa else isa_candidates(machine)[0]
+        check_isa(row, machine, name == "native")
+        pairs.setdefault(row.name, (machine, row))
+    platforms = {(machine.architecture, machine.system) for machine, _ in pairs.values()}
+    if len(platforms) > 1:
+        raise UsageError(
+            f"--target {target}: one artifact is for one system and architecture, not for "
+            f"{' and '.join(' '.join(p) for p in sorted(platforms))}; compile one for each"
+        )
+    order = list(ISAS)
+    return sorted(pairs.values(), key=lambda pair: -order.index(pair[1].name))
 
 
 def _check_options(
@@ -244,7 +318,15 @@ def _lower(
     isa: Isa,
     max_seq: int,
     max_batch: int,
+    before: Sequence[PackedTensor],
 ) -> Program:
+    """The program of a variant. Its tensors are those of the variants ``before`` and then its own
+    that are not among them: equal ones lie in weights.bin once."""
+
+    def stored(tensor: PackedTensor) -> object:
+        spec = tensor.spec
+        return tensor.parts, tensor.raw, spec and (spec.format.name, spec.layout)
+
     def spec_of(constant: str, role: str) -> MatmulSpec:
         data = graph.constants[constant]
         n, k = constant_shape(data)
@@ -252,11 +334,19 @@ def _lower(
 
     lowering = Lowering(graph, memory, spec_of, max_batch=max_batch, max_seq=max_seq)
     sizes: list[int] = []
+    union = list(before)
 
     def offsets_of(tensors: list[PackedTensor]) -> dict[str, int]:
-        offsets, size = place_tensors(tensors, graph.constants)
+        places = {stored(tensor): tensor.name for tensor in union}
+        names = {tensor.name for tensor in union}
+        for tensor in tensors:
+            if stored(tensor) not in places:
+                name = f"{tensor.name}@{isa.name}" if tensor.name in names else tensor.name
+                union.append(dataclasses.replace(tensor, name=name))
+                places[stored(tensor)] = name
+        offsets, size = place_tensors(union, graph.constants)
         sizes.append(size)
-        return offsets
+        return {tensor.name: offsets[places[stored(tensor)]] for tensor in tensors}
 
     features = " | ".join(f"CpuFeature::{name}" for name in isa.features) or "0"
     program = lower_program(
@@ -273,56 +363,39 @@ def _lower(
         n_layers=source.config.n_layers,
     )
     program.weights_bytes = sizes[-1]
+    program.tensors = union
     return program
 
 
-def _build(
-    graph: Graph,
-    source: LanguageModel,
-    plan: Plan,
-    memory: MemoryPlan,
-    program: Program,
-    isa: Isa,
-    machine: targets.Machine,
-    tokenizer: Tokenizer | None,
-    compiler: toolchain.Compiler,
-    cache: toolchain.ObjectCache,
-    staging: Path,
-    keep_sources: Path | None,
-    report: Progress,
-) -> None:
-    """Fill the staging folder."""
-    runtime = runtime_units()
+def _variant_units(
+    variant: Variant, alone: bool
+) -> tuple[dict[str, str], list[toolchain.Unit], tuple[str, ...]]:
+    """(headers, units of the kernels, flags) of a variant. Names of several in one library are kept
+    apart by their namespace."""
+    program, isa = variant.program, variant.isa
     headers = {
         isa.header: render(isa.template),
         "kernels.h": render("cpu/kernels.h.j2"),
         "epilogue.h": render("cpu/epilogue.h.j2"),
         "ops.h": render("cpu/ops.h.j2", head_dims=program.head_dims),
     }
-    kernels = _kernels(program, plan)
-    ops = render_ops(isa, program.head_dims, program.kv, program.token_tiles)
-    total = len(kernels) + len(runtime) + 2
-    compiled: list[str] = []
-
-    def done(name: str) -> None:
-        compiled.append(name)
-        report("compile", len(compiled), total)
-
     include = (resource_folder("runtime") / "include",)
-    flags = (*KERNEL_FLAGS, *isa.flags)
-    futures = [cache.compile(unit, done) for unit in runtime]
+    flags = (*KERNEL_FLAGS, *isa.flags, *(() if alone else (f"-Dqg=qg_{isa.name}",)))
     units = [
-        toolchain.Unit(k.name, k.text, flags, included(k.text, headers)) for k in kernels
+        toolchain.Unit(k.name, k.text, flags, included(k.text, headers))
+        for k in _kernels(program, variant.plan)
     ]
+    ops = render_ops(isa, program.head_dims, program.kv, program.token_tiles)
     units.append(toolchain.Unit(ops.name, ops.text, flags, headers, include))
-    futures += [cache.compile(unit, done) for unit in units]
+    return headers, units, flags
 
-    with (staging / "weights.bin").open("wb") as stream:
-        hashes = write_weights(stream, program.tensors, graph.constants, report)
-        program.uid = _uid(plan, program, hashes)
-        write_header(stream, program.weights_bytes, program.uid)
 
-    # the units above are being compiled with `headers`, so these get a dictionary of their own
+def _model_unit(
+    variant: Variant, headers: Mapping[str, str], flags: tuple[str, ...]
+) -> toolchain.Unit:
+    """The program of a variant, whose headers are its own."""
+    program = variant.program
+    # the kernels are being compiled with `headers`, so this gets a dictionary of its own
     model_headers = {
         **headers,
         "kernel_list.h": render(
@@ -334,22 +407,72 @@ def _build(
         ),
         "support.h": render("model/support.h.j2"),
     }
-    text = render("model/model.cpp.j2", model=program, banner=_banner(program, plan, memory))
-    model_unit = toolchain.Unit("model", text, flags, model_headers, include)
-    futures.append(cache.compile(model_unit, done))
-    if keep_sources is not None:
-        write_sources(keep_sources, model_headers, [*units, model_unit])
+    banner = _banner(program, variant.plan, variant.memory)
+    text = render("model/model.cpp.j2", model=program, banner=banner)
+    include = (resource_folder("runtime") / "include",)
+    return toolchain.Unit("model", text, flags, model_headers, include)
+
+
+def _build(
+    graph: Graph,
+    source: LanguageModel,
+    variants: list[Variant],
+    tokenizer: Tokenizer | None,
+    compiler: toolchain.Compiler,
+    cache: toolchain.ObjectCache | toolchain.SourceCollector,
+    staging: Path,
+    form: str,
+    keep_sources: Path | None,
+    report: Progress,
+) -> None:
+    """Fill the staging folder."""
+    first = variants[0]
+    plan, memory, program, machine = first.plan, first.memory, first.program, first.machine
+    tensors = variants[-1].program.tensors
+    alone = len(variants) == 1
+    runtime = runtime_units()
+    parts = [_variant_units(variant, alone) for variant in variants]
+    total = sum(len(units) + 1 for _, units, _ in parts) + len(runtime)
+    compiled: list[str] = []
+
+    def done(name: str) -> None:
+        compiled.append(name)
+        report("compile", len(compiled), total)
+
+    futures = [cache.compile(unit, done) for unit in runtime]
+    futures += [cache.compile(unit, done) for _, units, _ in parts for unit in units]
+
+    with (staging / "weights.bin").open("wb") as stream:
+        hashes = write_weights(stream, tensors, graph.constants, report)
+        uid = _uid(variants, hashes)
+        write_header(stream, program.weights_bytes, uid)
+
+    for variant, (headers, units, flags) in zip(variants, parts, strict=True):
+        variant.program.uid = uid
+        unit = _model_unit(variant, headers, flags)
+        futures.append(cache.compile(unit, done))
+        if keep_sources is not None:
+            folder = keep_sources if alone else keep_sources / variant.isa.name
+            write_sources(folder, dict(unit.headers), [*units, unit])
     report("link", 0, 1)
-    link(compiler, futures, staging, machine.system)
+    link(compiler, cache, futures, staging, machine.system, form)
     if tokenizer is not None:
         tokenizer.save(staging)
-    write_interface(staging, program, program.name, machine.system)
+    write_interface(staging, program, program.name, machine.system, form)
     manifest = {
         "manifest_version": MANIFEST_VERSION,
         "abi": ABI_VERSION,
         "name": program.name,
         "model_uid": program.uid.hex(),
-        "target": describe_target(machine, isa),
+        "target": describe_target(machine, first.isa),
+        "variants": [
+            {
+                **describe_target(variant.machine, variant.isa),
+                "layout_losses": variant.layout_losses,
+                "plan": variant.plan.to_json(),
+            }
+            for variant in variants[1:]
+        ],
         "source": {
             "path": str(source.metadata.path.resolve()),
             "container": source.metadata.container,
@@ -376,11 +499,11 @@ def _build(
         },
         "compiler": {
             "version": compiler.version,
-            "flags": list(flags),
+            "flags": list(parts[0][2]),
             "objects_cached": cache.hits,
             "objects_compiled": cache.misses,
         },
-        "tensors": describe_tensors(program.tensors, graph.constants, hashes),
+        "tensors": describe_tensors(tensors, graph.constants, hashes),
     }
     finish(staging, manifest)
     report("link", 1, 1)
@@ -416,10 +539,12 @@ def _kernels(program: Program, plan: Plan) -> list[KernelSource]:
     return kernels
 
 
-def _uid(plan: Plan, program: Program, hashes: dict[str, str]) -> bytes:
-    """What ties model.so to its weights: a hash of the program and of every tensor."""
-    about = dataclasses.replace(program, uid=b"")
-    text = json.dumps([plan.to_json(), hashes, repr(about.parts), repr(about.calls)])
+def _uid(variants: Sequence[Variant], hashes: dict[str, str]) -> bytes:
+    """What ties the library to its weights: a hash of the programs and of every tensor."""
+    programs = [
+        [v.plan.to_json(), repr(v.program.parts), repr(v.program.calls)] for v in variants
+    ]
+    text = json.dumps([programs, hashes])
     return hashlib.blake2b(text.encode(), digest_size=32).digest()
 
 

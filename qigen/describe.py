@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import onnx
 
+from qigen import targets
 from qigen.artifact import Artifact
 from qigen.backends.cpu.isa import ISAS
 from qigen.errors import BadInput, Unsupported
@@ -123,8 +124,33 @@ def _artifact(path: Path) -> dict[str, Any]:
         "formats": _by_format(tensors),
         "tensors": tensors,
         **graph,
+        "variants": variants(manifest),
         "manifest": manifest,
     }
+
+
+def variants(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    """The variants of an artifact, the fastest first: 'target', 'isa', whether this machine takes
+    it ('taken') and 'why'. The library decides as this does, when it is loaded."""
+    here = targets.native()
+    rows: list[dict[str, Any]] = []
+    for target in (manifest["target"], *manifest.get("variants", ())):
+        lacks = [feature for feature in target["features"] if feature not in here.features]
+        # artifacts of older versions do not name these
+        platform = (
+            target.get("architecture", here.architecture), target.get("system", here.system)
+        )  # fmt: skip
+        if platform != (here.architecture, here.system):
+            why = f"is for {' '.join(platform)}"
+        elif lacks:
+            why = f"this machine lacks {', '.join(lacks)}"
+        elif any(row["taken"] for row in rows):
+            why = "a faster one runs here"
+        else:
+            why = "this machine has all that it needs"
+        taken = why == "this machine has all that it needs"
+        rows.append({"target": target["machine"], "isa": target["isa"], "taken": taken, "why": why})
+    return rows
 
 
 def _joined(shapes: list[list[int]]) -> list[int]:

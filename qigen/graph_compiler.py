@@ -97,13 +97,14 @@ def compile_graph(
     options: GraphOptions,
     jobs: int,
     keep_sources: Path | None = None,
+    form: str = "library",
     progress: Progress | None = None,
     model: onnx.ModelProto | None = None,
 ) -> Artifact:
     """Compile an ONNX model (the file at ``path``, or ``model``) into the folder ``out``."""
     report = progress or (lambda stage, done, total: None)
     check_output(out)
-    build.find_compiler(machine)
+    build.find_compiler(machine, form)
     report("read", 0, 1)
     source = read_model(path) if model is None else model
     graph = import_model(source, str(path), options.shapes)
@@ -123,7 +124,7 @@ def compile_graph(
         samples = read_samples(options.calibration, graph)
         graph = with_static_codes(graph, samples, observed, report)
         options = dataclasses.replace(options, activations=None)  # what is left stays float
-    build_artifact(graph, about, out, isa, machine, options, jobs, keep_sources, report)
+    build_artifact(graph, about, out, isa, machine, options, jobs, keep_sources, report, form)
     return Artifact(out)
 
 
@@ -154,9 +155,10 @@ def build_artifact(
     jobs: int,
     keep_sources: Path | None = None,
     report: Progress = lambda stage, done, total: None,
+    form: str = "library",
 ) -> None:
     """Optimize, lower and compile an imported graph; ``about`` is its source for the manifest."""
-    compiler = build.find_compiler(machine)
+    compiler = build.find_compiler(machine, form)
     graph = optimize_graph(graph, options.activations, _rounding(options))
     formats, choices = _plan_formats(graph, isa, machine, options.activations)
     graph = with_rows(graph, formats)
@@ -182,7 +184,7 @@ def build_artifact(
         packed=packed_formats(graph, formats),
     )
     program.weights_bytes = sizes[-1]
-    with staging_folder(out) as staging, toolchain.ObjectCache(compiler, jobs) as cache:
+    with staging_folder(out) as staging, build.open_cache(form, compiler, jobs) as cache:
         runtime = build.runtime_units()
         sources = kernels.sources()
         total = len(runtime) + len(sources) + 1
@@ -214,8 +216,8 @@ def build_artifact(
         if keep_sources is not None:
             build.write_sources(keep_sources, {**headers, **model_headers}, [*units, unit])
         report("link", 0, 1)
-        build.link(compiler, futures, staging, machine.system)
-        build.write_interface(staging, program, program.name, machine.system)
+        build.link(compiler, cache, futures, staging, machine.system, form)
+        build.write_interface(staging, program, program.name, machine.system, form)
         build.finish(
             staging,
             {

@@ -110,17 +110,20 @@ def plan_model(
     max_seq: int = 2048,
     max_batch: int = 1,
     measured: Measured | None = None,
+    layouts: Mapping[tuple[str, int, int], Layout] | None = None,
 ) -> Plan:
     """The plan of a fused graph for ``threads`` threads of a machine.
 
     ``max_tokens`` bounds the tokens of a step (default: as many as pay, see :func:`step_tokens`);
     it is never below ``max_batch``, nor above the greater of that and ``max_seq``. ``measured``
-    times replace predictions, and correct those of the same product. Raises UsageError for unknown
+    times replace predictions, and correct those of the same product. ``layouts`` fixes how weights
+    (format, N, K) lie, see :func:`shared_layouts`. Raises UsageError for unknown
     activations, Unsupported if no kernel of the ISA can multiply a format.
     """
     if min(threads, max_batch, max_tokens or 1) < 1:
         raise UsageError("threads, max_batch and max_tokens are at least 1")
     search = _Search(products(graph), isa, machine, activations, threads, measured or {})
+    search.layouts = layouts or {}
     chosen = search.choose()
     wanted = max_tokens or search.step_tokens(chosen)
     return Plan(
@@ -134,6 +137,27 @@ def plan_model(
             search.choice(p, chosen[p.key], m) for p in search.products for m in BUCKETS
         ),
     )
+
+
+LAYOUT_LOSS = 0.05
+"""A variant keeps the layout of another unless that makes it slower by more than this."""
+
+
+def shared_layouts(
+    graph: Graph, plan: Plan, isa: Isa, machine: Machine, activations: str, threads: int
+) -> dict[tuple[str, int, int], tuple[Layout, float]]:
+    """The layouts of ``plan`` that another target can use too, by (format, N, K), and what each
+    costs it: predicted time of a token with this layout over that with its own, less one."""
+    own = _Search(products(graph), isa, machine, activations, threads, {})
+    other = _Search(own.products, isa, machine, activations, threads, {})
+    other.layouts = {p.key: spec_for(plan, *p.key).layout for p in own.products}
+    best, bound = own.choose(), other.choose()
+    losses = {
+        p.key: own.us(bound[p.key], p, 1) / own.us(best[p.key], p, 1) - 1 for p in own.products
+    }
+    return {
+        key: (other.layouts[key], loss) for key, loss in losses.items() if loss <= LAYOUT_LOSS
+    }
 
 
 def plan_products(
@@ -205,6 +229,7 @@ class _Search:
         self.machine = machine
         self.threads = threads
         self.measured = measured
+        self.layouts: Mapping[tuple[str, int, int], Layout] = {}
         self.arithmetic = {p.key: activations_for(p.format, activations) for p in products}
         # the weights that pass through the caches in one step
         self.working_set = sum(max(1, p.uses) * packed_bytes(p) for p in products)
@@ -260,6 +285,9 @@ class _Search:
             specs = [spec for spec in self.known[p.key] if spec.tiles == tiles]
             if not specs:
                 specs = schedules(p.format, p.k, self.isa, arithmetic, self.machine, tiles)
+            layout = self.layouts.get(p.key)
+            if layout is not None:
+                specs = [spec for spec in specs if spec.layout == layout]
             self._best[key] = _simplest(specs, lambda spec, m: self.us(spec, p, m))
         return self._best[key]
 

@@ -89,6 +89,18 @@ class Compiler:
             shown = " | ".join((lines or done.stderr.splitlines())[:3])
             raise ToolchainError(f"{self.label} failed: {shown}", what)
 
+    @property
+    def archiver(self) -> list[str]:
+        """The command that makes static libraries of this compiler's objects."""
+        if self.zig:
+            return [self.path, "-m", "ziglang", "ar"]
+        name = re.sub(r"(g|clang|c)\+\+(-[\d.]+)?$", "ar", Path(self.path).name)
+        beside = Path(self.path).with_name(name)
+        found = str(beside) if beside.exists() else shutil.which(name) or shutil.which("ar")
+        if found is None:
+            raise ToolchainError("there is no ar to make a static library with; install binutils")
+        return [found]
+
     def _translated(self, arguments: Sequence[str]) -> list[str]:
         """Zig takes a processor with features where GCC takes an architecture with extensions."""
         if not self.zig:
@@ -241,6 +253,46 @@ class ObjectCache:
         if done:
             done(unit.name)
         return target
+
+
+class SourceCollector:
+    """Takes the place of an :class:`ObjectCache` where sources are wanted and nothing is compiled.
+
+    ``units`` are what :meth:`compile` was asked for.
+    """
+
+    hits = misses = 0
+
+    def __init__(self) -> None:
+        self.units: list[Unit] = []
+
+    def __enter__(self) -> SourceCollector:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def compile(self, unit: Unit, done: Callable[[str], None] | None = None) -> Future[Path]:
+        """Note the unit; the path of the result is that of its source."""
+        self.units.append(unit)
+        if done:
+            done(unit.name)
+        ready: Future[Path] = Future()
+        ready.set_result(Path(f"{unit.name}.cpp"))
+        return ready
+
+
+def link_static(compiler: Compiler, objects: Sequence[Path], output: Path) -> None:
+    """Make a static library."""
+    command = [*compiler.archiver, "rcs", str(output), *map(str, objects)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    except OSError as error:
+        raise ToolchainError(f"{command[0]} cannot be run ({error.strerror})") from None
+    if done.returncode != 0:
+        if any(text in done.stderr for text in _DISK_FULL):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise ToolchainError(f"{command[0]} failed: {done.stderr[:300]}", output.name)
 
 
 def link_shared(

@@ -173,6 +173,8 @@ class Program:
     token_tiles: tuple[int, ...]
     weights_bytes: int = 0
     uid: bytes = bytes(32)
+    symbol: str = "qigen_model_description"  # of the description that the runtime reads
+    next: str = ""  # symbol of the variant for machines that lack what this one needs
 
 
 def align(n: int, to: int = 64) -> int:

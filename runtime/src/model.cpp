@@ -11,8 +11,15 @@ namespace {
 
 constexpr int kMaxThreads = 1024;
 
+// The first of the variants, the fastest ahead, that this machine can run; the last if there is none.
+const ModelDescription& fitting_variant() {
+  const ModelDescription* variant = &qigen_model_description;
+  while ((variant->cpu_features & ~cpu_features()) != 0 && variant->next) variant = variant->next;
+  return *variant;
+}
+
 const ModelDescription& checked_description() {
-  const ModelDescription& description = qigen_model_description;
+  const ModelDescription& description = fitting_variant();
   if (description.abi != QIGEN_ABI_VERSION) {
     throw Failure(
         QIGEN_MACHINE,
@@ -20,7 +27,11 @@ const ModelDescription& checked_description() {
         "has version %u; compile the model again",
         description.abi, QIGEN_ABI_VERSION);
   }
-  require_cpu(description.cpu_features, description.isa);
+  std::string isas = qigen_model_description.isa;
+  for (const ModelDescription* other = qigen_model_description.next; other; other = other->next) {
+    isas += std::string(" or ") + other->isa;
+  }
+  require_cpu(description.cpu_features, isas.c_str());
   return description;
 }
 

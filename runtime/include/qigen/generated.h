@@ -201,6 +201,8 @@ struct ModelDescription {
   // throw. The logits are complete when all calls have returned.
   void (*step)(const Step&, int thread, int n_threads, Barrier&);
   const GraphDescription* graph;  // null for a language model
+  const ModelDescription* next =
+      nullptr;  // what to take if the machine lacks cpu_features; null: nothing
 };
 
 // Hidden although its name begins like the exported ones.
