@@ -28,7 +28,6 @@ from qigen.backends.cpu.isa import by_name as isa_by_name
 from qigen.backends.cpu.matmul import MatmulSpec, render_matmul
 from qigen.backends.cpu.ops import render_ops
 from qigen.build import (
-    KERNEL_FLAGS,
     Progress,
     check_isa,
     check_output,
@@ -309,7 +308,7 @@ def _build(
         report("compile", len(compiled), total)
 
     include = (resource_folder("runtime") / "include",)
-    flags = (*KERNEL_FLAGS, *isa.flags)
+    flags = (*toolchain.KERNEL_FLAGS, *isa.flags)
     futures = [cache.compile(unit, done) for unit in runtime]
     units = [
         toolchain.Unit(k.name, k.text, flags, included(k.text, headers)) for k in kernels
