@@ -22,16 +22,6 @@ from qigen.targets import Machine
 
 Progress = Callable[[str, int, int], None]
 
-_COMMON_FLAGS = (
-    "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden",
-    "-ffunction-sections", "-fdata-sections", "-fno-math-errno", "-ffp-contract=off",
-)  # fmt: skip
-# Generated code: no exceptions, and nothing the linker could merge with the runtime's copies.
-KERNEL_FLAGS = (
-    *_COMMON_FLAGS, "-O3", "-fno-exceptions", "-fno-rtti", "-fno-threadsafe-statics", "-Wno-psabi",
-)  # fmt: skip
-RUNTIME_FLAGS = (*_COMMON_FLAGS, "-O2", "-pthread", "-DQIGEN_EXPORTS")
-
 
 def check_output(out: Path) -> None:
     if out.exists() and not (out / "manifest.json").is_file():
@@ -110,7 +100,7 @@ def runtime_units() -> list[toolchain.Unit]:
     runtime = resource_folder("runtime")
     folders = (runtime / "include", runtime / "src")
     return [
-        toolchain.Unit(file.stem, file.read_text(), RUNTIME_FLAGS, {}, folders)
+        toolchain.Unit(file.stem, file.read_text(), toolchain.RUNTIME_FLAGS, {}, folders)
         for file in sorted((runtime / "src").glob("*.cpp"))
     ]
 
