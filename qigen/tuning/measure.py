@@ -15,7 +15,7 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -194,6 +194,32 @@ class Bench:
                         failed.status, failed.message = died.status, str(died)
                 alive = [i for i in alive if outcomes[i].status == "ok"]
         return outcomes
+
+    @contextlib.contextmanager
+    def running(
+        self, spec: MatmulSpec, n: int, k: int, m: int, threads: int, total_bytes: int
+    ) -> Iterator[Callable[[int], list[float]]]:
+        """A kernel that was found right, as a function that runs it so many times and returns the
+        microseconds; QigenError if it is wrong or crashes."""
+        library = self.build([spec])[spec]
+        outcomes = [Outcome(spec)]
+        with tempfile.TemporaryDirectory(dir=self.folder) as name:
+            content, y, bound = Problem(spec, n, k, m).build()
+            case = Path(name) / "0.case"
+            case.write_bytes(content)
+            cases = [(str(library), str(case), y, bound)]
+            total = min(total_bytes, available_memory() // 4)
+            cpus = ",".join(map(str, sorted(allowed_cpus())))
+            program = str(self._driver.result())
+            arguments = [program, str(total), str(threads), cpus, *cases[0][:2]]
+            try:
+                with _Process(arguments) as process:
+                    self._check(process, 0, 0, Path(name), cases, outcomes, (m, n))
+                    if outcomes[0].message:
+                        raise QigenError(outcomes[0].message, spec.name)
+                    yield lambda rounds: process.ask(f"rounds {rounds}")[0]
+            except _Died as died:
+                raise QigenError(str(died), spec.name) from None
 
     def _check(
         self,

@@ -67,6 +67,11 @@ def random_rows(format: Format, k: int, seed: int = 0) -> QuantizedTensor:
     return QuantizedTensor(format, (ROWS, nblocks * format.block), fields)
 
 
+def random_x(m: int, k: int) -> npt.NDArray[np.float32]:
+    """float32 [m, k]: activations, before any rounding."""
+    return np.random.default_rng(1).standard_normal((m, k)).astype(np.float32)
+
+
 def _bf16(x: Array) -> Array:
     """uint16: bf16 bits, to nearest even."""
     bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
@@ -92,7 +97,7 @@ class Problem:
 
     def _x(self) -> Array:
         x = np.zeros((self.m, self._padded()), np.float32)
-        x[:, : self.k] = np.random.default_rng(1).standard_normal((self.m, self.k))
+        x[:, : self.k] = random_x(self.m, self.k)
         return x
 
     def build(self) -> tuple[bytes, Array, Array]:
