@@ -22,16 +22,6 @@ from qigen.targets import Machine
 
 Progress = Callable[[str, int, int], None]
 
-_COMMON_FLAGS = (
-    "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden",
-    "-ffunction-sections", "-fdata-sections", "-fno-math-errno", "-ffp-contract=off",
-)  # fmt: skip
-# Generated code: no exceptions, and nothing the linker could merge with the runtime's copies.
-KERNEL_FLAGS = (
-    *_COMMON_FLAGS, "-O3", "-fno-exceptions", "-fno-rtti", "-fno-threadsafe-statics", "-Wno-psabi",
-)  # fmt: skip
-RUNTIME_FLAGS = (*_COMMON_FLAGS, "-O2", "-pthread", "-DQIGEN_EXPORTS")
-
 
 def check_output(out: Path) -> None:
     if out.exists() and not (out / "manifest.json").is_file():
@@ -110,7 +100,7 @@ def runtime_units() -> list[toolchain.Unit]:
     runtime = resource_folder("runtime")
     folders = (runtime / "include", runtime / "src")
     return [
-        toolchain.Unit(file.stem, file.read_text(), RUNTIME_FLAGS, {}, folders)
+        toolchain.Unit(file.stem, file.read_text(), toolchain.RUNTIME_FLAGS, {}, folders)
         for file in sorted((runtime / "src").glob("*.cpp"))
     ]
 
@@ -207,14 +197,14 @@ def _write_project(units: Sequence[toolchain.Unit], script: Path, staging: Path)
         groups.setdefault(unit.flags, []).append(unit)
     parts = []
     for number, (flags, members) in enumerate(groups.items()):
-        name = "runtime" if flags == RUNTIME_FLAGS else f"generated{number}"
+        name = "runtime" if flags == toolchain.RUNTIME_FLAGS else f"generated{number}"
         folder = staging / "src" / name
         folder.mkdir(parents=True)
         headers: dict[str, str] = {}
         for unit in members:
             for header, text in unit.headers.items():
                 assert headers.setdefault(header, text) == text, f"two headers {header}"
-        if flags == RUNTIME_FLAGS:
+        if flags == toolchain.RUNTIME_FLAGS:
             headers |= {f.name: f.read_text() for f in (runtime / "src").glob("*.h")}
         for header, text in headers.items():
             (folder / header).write_text(text)

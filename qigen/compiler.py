@@ -30,7 +30,6 @@ from qigen.backends.cpu.matmul import MatmulSpec, render_matmul
 from qigen.backends.cpu.ops import render_ops
 from qigen.build import (
     FORMS,
-    KERNEL_FLAGS,
     Progress,
     check_isa,
     check_output,
@@ -380,7 +379,7 @@ def _variant_units(
         "ops.h": render("cpu/ops.h.j2", head_dims=program.head_dims),
     }
     include = (resource_folder("runtime") / "include",)
-    flags = (*KERNEL_FLAGS, *isa.flags, *(() if alone else (f"-Dqg=qg_{isa.name}",)))
+    flags = (*toolchain.KERNEL_FLAGS, *isa.flags, *(() if alone else (f"-Dqg=qg_{isa.name}",)))
     units = [
         toolchain.Unit(k.name, k.text, flags, included(k.text, headers))
         for k in _kernels(program, variant.plan)

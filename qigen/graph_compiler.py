@@ -195,7 +195,7 @@ def build_artifact(
             report("compile", len(compiled), total)
 
         include = (resource_folder("runtime") / "include",)
-        flags = (*build.KERNEL_FLAGS, *isa.flags)
+        flags = (*toolchain.KERNEL_FLAGS, *isa.flags)
         headers = kernels.headers()
         futures = [cache.compile(unit, done) for unit in runtime]
         units = [

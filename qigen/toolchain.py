@@ -48,6 +48,17 @@ LIBRARY_NAMES = {"linux": "model.so", "macos": "model.dylib", "windows": "model.
 """What the library of an artifact is called, by system."""
 
 
+_COMMON_FLAGS = (
+    "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden",
+    "-ffunction-sections", "-fdata-sections", "-fno-math-errno", "-ffp-contract=off",
+)  # fmt: skip
+# Generated code: no exceptions, and nothing the linker could merge with the runtime's copies.
+KERNEL_FLAGS = (
+    *_COMMON_FLAGS, "-O3", "-fno-exceptions", "-fno-rtti", "-fno-threadsafe-statics", "-Wno-psabi",
+)  # fmt: skip
+RUNTIME_FLAGS = (*_COMMON_FLAGS, "-O2", "-pthread", "-DQIGEN_EXPORTS")
+
+
 @dataclass(frozen=True)
 class Compiler:
     """A C++ compiler: its path and the first line of its version.

@@ -23,12 +23,11 @@ from pathlib import Path
 import numpy as np
 
 from qigen.backends.cpu.matmul import MatmulSpec, render_matmul
-from qigen.build import KERNEL_FLAGS
 from qigen.codegen.render import render
 from qigen.errors import QigenError
 from qigen.paths import resource_folder
 from qigen.targets.topology import allowed_cpus, available_memory
-from qigen.toolchain import Compiler, ObjectCache, Unit, cache_folder
+from qigen.toolchain import KERNEL_FLAGS, Compiler, ObjectCache, Unit, cache_folder
 from qigen.tuning.problem import Array, Problem, wrong
 
 ROUNDS = 5
