@@ -10,7 +10,7 @@ import pytest
 
 from qigen.backends.cpu.isa import ISAS
 from qigen.backends.cpu.matmul import MatmulSpec
-from qigen.costmodel import schedules
+from qigen.costmodel import schedules, space
 from qigen.errors import BadInput, UsageError
 from qigen.formats.algebra import QuantizedTensor
 from qigen.formats.catalog import by_name
@@ -26,6 +26,7 @@ from qigen.planner import (
     products,
     schedule_of,
     spec_for,
+    tuning_candidates,
 )
 from qigen.targets import by_name as machine_by_name
 from qigen.targets import rows
@@ -199,3 +200,33 @@ def test_edited_plans_are_checked(change: dict[str, str]) -> None:
         spec_for(broken, "q4_0", 1536, 512)
     with pytest.raises(BadInput, match="no kernel"):
         spec_for(result, "q4_0", 7, 7)
+
+
+def test_only_what_was_measured_is_chosen() -> None:
+    """A prediction does not stand against measured kernels, however good it is."""
+    graph = model()
+    candidates = tuning_candidates(products(graph), VNNI, ICELAKE, "auto", 2, 4)
+    measured = {
+        (spec, p.n, p.k, m): 1e6 + m
+        for p in products(graph)
+        for spec in candidates[p.key]
+        for m in BUCKETS
+    }
+    result = plan(graph, measured=measured)
+    for p in products(graph):
+        assert spec_for(result, *p.key) in candidates[p.key]
+
+
+def test_candidates_of_tuning() -> None:
+    found = products(model())
+    first = plan(model())
+    for top in (1, 4, 8):
+        candidates = tuning_candidates(found, VNNI, ICELAKE, "auto", 2, top)
+        for p in found:
+            specs = candidates[p.key]
+            assert 1 <= len(specs) == len(set(specs)) <= top
+            assert specs[0] == spec_for(first, *p.key)
+        tiles = [tuple(dict.fromkeys(s.tiles for s in candidates[p.key])) for p in found]
+        assert len(set(tiles)) == 1  # kernels that share their tiles can be put together
+    everything = tuning_candidates(found[:1], VNNI, ICELAKE, "auto", 2, None)[found[0].key]
+    assert set(everything) == set(space(found[0].format, found[0].k, VNNI, "int8", ICELAKE))
