@@ -42,7 +42,9 @@ class Peer(Protocol):
 def shared_codes(format: Format, bits: tuple[int, ...], groups: tuple[int, ...]) -> None:
     """Unsupported unless the format is (code - 2^(bits-1)) * scale with such bits and groups."""
     plain = format.float_kind is None and format.table is None and not format.base3
-    symmetric = plain and {f.name for f in format.fields} == {"codes", "d"}
+    symmetric = plain and {(f.name, f.scope) for f in format.fields} == {
+        ("codes", "block"), ("d", "block")
+    } and format.field("d").number == "f16"  # fmt: skip
     if not symmetric or format.zero != 1 << (format.code_bits - 1):
         raise Unsupported(f"it has nothing like {format.name}; s4g128 and its like are shared")
     if format.code_bits not in bits or format.group not in groups or format.scale_factor != 1.0:
