@@ -1,8 +1,8 @@
 // Runs and times generated matmul kernels side by side, in a process that may crash.
 // usage: time_kernels TOTAL_BYTES THREADS CPU,CPU,.. (LIBRARY CASE)..
-// A case holds the header below, what a packed weight begins with (codebooks; most have nothing), one
-// row-block of it and the activation rows. The
-// row-block is repeated for all rows, and the weight copied until the weights of all kernels
+// A case holds the header below, what a packed weight begins with (codebooks; most have nothing),
+// one row-block of it and the activation rows. The row-block is repeated for all rows, and the
+// weight copied until the weights of all kernels
 // together take TOTAL_BYTES (0: one copy each, which stay in the caches); every call reads the
 // next copy. Commands come on standard input, answers go to standard output, a line each:
 //   check I FILE   runs kernel I and writes y, float32 [m][n]                -> "at I", "done"
@@ -70,7 +70,8 @@ Side load(const char* library, const char* file, size_t total) {
   s.copies = std::max<size_t>(1, total / s.weight);
   s.w = allocate(s.copies * s.weight);
   s.x = allocate(rows);
-  if (std::fread(s.w, 1, shared + block, f) != shared + block || std::fread(s.x, 1, rows, f) != rows)
+  if (std::fread(s.w, 1, shared + block, f) != shared + block ||
+      std::fread(s.x, 1, rows, f) != rows)
     fail("a case is cut short");
   std::fclose(f);
   for (size_t i = 1; i < blocks; ++i) std::memcpy(s.w + shared + i * block, s.w + shared, block);
