@@ -17,7 +17,7 @@ from qigen.backends.cpu.decode import ACTIVATION_GROUP, STEP, DecodePlan, decode
 from qigen.codegen.render import render
 from qigen.errors import Unsupported
 from qigen.formats.algebra import MINIFLOATS, Format
-from qigen.formats.layout import Layout, field_offsets, head_bytes, kblock_bytes, shared_bytes
+from qigen.formats.layout import Layout, field_offsets, head_bytes, kblock_bytes, row_offsets, shared_bytes
 
 ACTIVATION_MAX = 127
 """Largest magnitude of a quantized activation."""
@@ -143,6 +143,8 @@ def render_matmul(
         "head_bytes": head_bytes(f, spec.layout),
         "shared_bytes": shared_bytes(f),
         "minifloats": MINIFLOATS,
+        "columns": f.field("qc").count if f.has("qc") else 0,
+        "column_values": row_offsets(f, spec.layout).get(("qv", 0), 0),
         "vector_shift": f.vector.bit_length() if f.vector else 0,  # bytes of f16 entries
         "book_bytes": (2 * f.vector << f.code_bits) if f.vector else 0,
         "small_floats": f.minifloat is not None

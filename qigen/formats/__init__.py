@@ -12,6 +12,7 @@ from qigen.formats.catalog import (
     codebook_row,
     int_row,
     masked,
+    with_columns,
     with_outliers,
 )
 from qigen.formats.layout import (
@@ -58,5 +59,6 @@ __all__ = [
     "to_blocks",
     "unpack",
     "validate",
+    "with_columns",
     "with_outliers",
 ]

@@ -14,7 +14,8 @@ Fields of scope 'row' are stored once a row, those of scope 'tensor' once a weig
 (field 'book') has vectors of ``vector`` weights: their sum over the books, times S, are the
 weights.
 A mask N:M keeps N of every M weights, whose places are in the field 'ix'; the others are zero.
-Outliers (fields 'oc' and 'ov') add ov[j] to the weight oc[j] of the block. A format is a value of
+Outliers (fields 'oc' and 'ov') add ov[j] to the weight oc[j] of the block; columns apart (tensor
+field 'qc', ascending, and row field 'qv') add qv[j] to the weight qc[j] of the row. A format is a value of
 this module, never a class of its own; the named ones are the rows of
 :mod:`qigen.formats.catalog`.
 """
@@ -39,7 +40,7 @@ Array = npt.NDArray[Any]
 Float32Array = npt.NDArray[np.float32]
 
 # Field names that hold a float (f16 or f32 by width if the field has no kind) and not an integer.
-FLOAT_FIELDS = ("d", "dmin", "m", "lut", "ov", "book", "subz", "zd", "zz")
+FLOAT_FIELDS = ("d", "dmin", "m", "lut", "ov", "qv", "book", "subz", "zd", "zz")
 
 # Exponents that say NaN or infinity, by kind of float. e4m3 has one NaN and no infinity.
 _NOT_FINITE = {"f16": 0x7C00, "bf16": 0x7F80, "f32": 0x7F800000, "e4m3": 0x7F, "e5m2": 0x7C}
@@ -219,6 +220,8 @@ class Format:
         words = [f"{self.mask[0]}:{self.mask[1]}"] if self.mask else []
         if self.has("oc"):
             words.append(f"{self.field('oc').count} outliers of {self.block}")
+        if self.has("qc"):
+            words.append(f"{self.field('qc').count} columns")
         return ", ".join(words)
 
     @property
@@ -407,6 +410,11 @@ def validate(tensor: QuantizedTensor, where: str) -> None:
     """
     if tensor.format.mask is not None:
         _validate_mask(tensor, where)
+    if tensor.format.has("qc"):
+        columns = tensor.fields["qc"].reshape(-1).astype(np.int64)
+        if (np.diff(columns) < 0).any() or columns.max(initial=0) >= tensor.shape[1]:
+            raise BadInput(f"the columns apart do not ascend, or lie beyond {tensor.shape[1] - 1}; "
+                           "sort them", where)
     for field in tensor.format.fields:
         array = tensor.fields[field.name]
         if field.name == "oc" and array.size and int(array.max()) >= tensor.format.block:
@@ -521,7 +529,12 @@ def _decode(fmt: Format, fields: Mapping[str, Array]) -> Float32Array:
         outliers = _field_float32(fmt, fields, "ov")
         for j in range(outliers.shape[2]):
             values[rows, blocks, fields["oc"][..., j]] += outliers[..., j]
-    return values.reshape(n, nblocks * fmt.block)
+    values = values.reshape(n, nblocks * fmt.block)
+    if fmt.has("qc"):
+        columns = _field_float32(fmt, fields, "qv")
+        for j, column in enumerate(fields["qc"][0, 0].tolist()):
+            values[:, column] += columns[:, 0, j]
+    return values
 
 
 def _decode_vectors(fmt: Format, fields: Mapping[str, Array]) -> Float32Array:

@@ -274,6 +274,15 @@ def with_outliers(row: Format, count: int) -> Format:
         source=f"{row.source}; {count} outliers of 256 apart (SpQR, SqueezeLLM)")
 
 
+def with_columns(row: Format, count: int) -> Format:
+    """``row`` with ``count`` columns, the same of all rows, corrected by f16 (QUIK)."""
+    wide = _widened(row, row.block)
+    return replace(wide, name=f"{row.name}_c{count}", fields=(
+        *wide.fields, Field("qc", 16, count, scope="tensor"),
+        _float("qv", "f16", count, "row")),
+        source=f"{row.source}; {count} columns apart (QUIK, COMET)")
+
+
 def masked(row: Format, keep: int, of: int) -> Format:
     """``row`` with ``keep`` of every ``of`` (4, 8, 16 or 32) weights stored and the others zero."""
     if of not in (4, 8, 16, 32) or not 0 < keep < of:
@@ -322,6 +331,7 @@ _ROWS = (
     masked(int_row("s", 4, 128), 1, 4),
     masked(table_row("nf4", 64), 2, 4),
     with_outliers(masked(int_row("s", 4, 128), 2, 4), 3),
+    with_columns(int_row("s", 4, None), 32),
     Format("nvfp4", 32, 16, (Field("codes", 4, 32), Field("sub", 8, 2, kind="e4m3"),
                              _float("d", "f32", scope="row")),
            table=_E2M1_DOUBLED, scale_factor=0.5,
@@ -386,13 +396,14 @@ _FAMILY = re.compile(r"(?P<base>[suzh][2-8]|nf[234]|fp4|fp\d_e\dm\d)"
 @functools.cache
 def _of_family(name: str) -> Format | None:
     """A row that is not listed but named by the rule of its family: ``z3g64_f32``, ``nf4g128``."""
-    combined = re.fullmatch(r"(?P<row>.+)_(o(?P<count>\d+)|(?P<keep>\d+)of(?P<of>\d+))", name)
+    combined = re.fullmatch(r"(?P<row>.+)_((?P<kind>[oc])(?P<count>\d+)|(?P<keep>\d+)of(?P<of>\d+))", name)
     if combined is not None:
         row = CATALOG.get(combined["row"]) or _of_family(combined["row"])
         if row is None:
             return None
         if combined["count"]:
-            return with_outliers(row, int(combined["count"]))
+            apart = with_outliers if combined["kind"] == "o" else with_columns
+            return apart(row, int(combined["count"]))
         return masked(row, int(combined["keep"]), int(combined["of"]))
     books = re.fullmatch(r"aqlm_(\d)x(\d+)(v\d+)?", name)
     if books is not None:

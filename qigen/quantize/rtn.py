@@ -58,6 +58,8 @@ def quantize_rtn(w: Float32Array, fmt: Format) -> QuantizedTensor:
     table = _tensor_table(w, fmt) if fmt.has("lut") and n else None
     if fmt.vector:
         return QuantizedTensor(fmt, (n, k), _by_codebook(w, fmt) if n else fields)
+    if fmt.has("qc"):
+        return _with_columns(w, fmt)
     for a in range(0, n, step):
         chunk = np.ascontiguousarray(w[a : a + step])
         part = _dense(chunk, fmt) if fmt.float_kind else _coded(chunk, fmt, table)
@@ -78,6 +80,9 @@ def check_rounding(fmt: Format, k: int) -> None:
                           "themselves; take a group row such as s4g32, or q8_0, q4_0, q4_1, q5_0, "
                           "q5_1", fmt.name)
     check_columns(fmt, k)
+    if fmt.has("qc") and k > 1 << 16:
+        raise Unsupported(f"columns apart are numbered up to 65535, and the weight has {k}; take a "
+                          "format with outliers, such as s4g128_o3", fmt.name)
 
 
 def _groups(chunk: Float32Array, fmt: Format) -> Float32Array:
@@ -194,6 +199,27 @@ def _with_outliers(chunk: Float32Array, fmt: Format) -> dict[str, Array]:
     missing = np.take_along_axis(x - rounded, places, axis=2)
     bits, _ = _stored(np.ascontiguousarray(missing), fmt, "ov")
     return {**shaped, "oc": places.astype(np.uint8), "ov": bits}
+
+
+def _with_columns(w: Float32Array, fmt: Format) -> QuantizedTensor:
+    """The columns of greatest norm apart, zeros in the base format; if the weight has fewer columns
+    than the format keeps, its last one comes again with zeros."""
+    n, k = w.shape
+    count = fmt.field("qc").count
+    base = replace(fmt, fields=tuple(f for f in fmt.fields if f.name not in ("qc", "qv")))
+    taken = min(count, k)
+    columns = np.sort(np.argsort(-np.square(w).sum(axis=0), kind="stable")[:taken])
+    rest = w.copy()
+    rest[:, columns] = 0
+    rounded = quantize_rtn(rest, base)
+    missing = np.zeros((n, 1, count), np.float32)
+    missing[:, 0, :taken] = w[:, columns]
+    if n:
+        missing[:, 0, :taken] -= rounded.dequantize()[:, columns]
+    bits, _ = _stored(missing, fmt, "qv")
+    places = np.full((1, 1, count), columns.max(initial=0), np.uint16)
+    places[0, 0, :taken] = columns
+    return QuantizedTensor(fmt, (n, k), {**rounded.fields, "qc": places, "qv": bits})
 
 
 def _masked(chunk: Float32Array, fmt: Format) -> dict[str, Array]:

@@ -293,6 +293,22 @@ def test_codebooks_hold_few_vectors_exactly() -> None:
         np.testing.assert_array_equal(part.dequantize(), tensor.dequantize()[5:9])
 
 
+@pytest.mark.parametrize("k", [20, 300])
+def test_columns_apart_are_kept(k: int) -> None:
+    w = normal(9, k, 13) * np.float32(0.05)
+    w[:, 7] *= 100
+    row = by_name("s4gchannel_c32")
+    tensor = quantize_rtn(w, row)
+    got = tensor.dequantize()
+    np.testing.assert_allclose(got[:, 7], w[:, 7], rtol=2e-3)
+    assert np.square(got - w).sum() < 0.1 * np.square(
+        quantize_rtn(w, by_name("s4gchannel")).dequantize() - w).sum()
+    validate(tensor, "w")
+    for columns in (tensor.fields["qc"][..., ::-1], tensor.fields["qc"] + np.uint16(k)):
+        with pytest.raises(BadInput, match="columns apart"):
+            validate(QuantizedTensor(row, tensor.shape, {**tensor.fields, "qc": columns}), "w")
+
+
 def test_combinations_that_make_no_sense() -> None:
     for name in ("z4g128_2of4", "u4g128_2of4", "lut4_channel_2of4", "q4_0_o3", "aqlm_2x8_o3",
                  "s4g128_4of4", "s4g128_2of5", "bipolar2_2of4"):

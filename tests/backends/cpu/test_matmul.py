@@ -103,6 +103,8 @@ def random_tensor(fmt: Format, n: int, k: int, seed: int = 0) -> QuantizedTensor
             fields["e"] = rng.integers(118, 126, shape).astype(np.uint8)
             fields["e"][1 % n] = rng.integers(0, 3, shape[1:])
             fields["e"][2 % n] = 200
+        elif field.name == "qc":
+            fields["qc"] = np.sort(rng.integers(0, k, shape)).astype(field.dtype)
         elif field.name == "ix":
             assert fmt.mask is not None
             keep, of = fmt.mask
@@ -124,7 +126,7 @@ def decompose(tensor: QuantizedTensor) -> tuple[Array, Array, Array]:
     unit = {}
     for field in f.fields:
         unit[field.name] = array = fields[field.name]
-        if field.name not in ("codes", "lut", "ix", "oc"):
+        if field.name not in ("codes", "lut", "ix", "oc", "qc"):
             value = ONE[field.number] if field.name in ("d", "sub") and field.number else 0
             value = value or one.get(field.name, 0)
             unit[field.name] = np.full_like(array, value)
@@ -169,12 +171,17 @@ def decompose(tensor: QuantizedTensor) -> tuple[Array, Array, Array]:
 def outliers(tensor: QuantizedTensor) -> Array:
     """float64 [N, nblocks * block]: what is added to the weights of the base format."""
     f, fields = tensor.format, tensor.fields
-    n, nblocks = fields["oc"].shape[:2]
+    n, nblocks = fields["codes"].shape[:2]
     values = np.zeros((n, nblocks, f.block))
     rows, blocks, _ = np.ogrid[:n, :nblocks, :1]
-    np.add.at(values, (rows, blocks, fields["oc"].astype(np.intp)),
-              as_float32("f16", fields["ov"]).astype(np.float64))
-    return values.reshape(n, -1)
+    if f.has("oc"):
+        np.add.at(values, (rows, blocks, fields["oc"].astype(np.intp)),
+                  as_float32("f16", fields["ov"]).astype(np.float64))
+    values = values.reshape(n, -1)
+    if f.has("qc"):
+        np.add.at(values, (rows[..., 0], fields["qc"][0].astype(np.intp)),
+                  as_float32("f16", fields["qv"])[:, 0].astype(np.float64))
+    return values
 
 
 @dataclass(frozen=True)
@@ -280,11 +287,11 @@ def reference(spec: MatmulSpec, tensor: QuantizedTensor, x: Activations) -> tupl
     magnitude = (np.abs(products) + np.abs(minima)).sum(axis=0)
     terms = len(products) * (2 if decode_plan(spec.format, spec.layout).has_minimum else 1)
     y, bound = (products + minima).sum(axis=0), (terms + 6) * U * magnitude + terms * TINY
-    if spec.format.has("oc"):
+    if spec.format.has("oc") or spec.format.has("qc"):
         apart = np.zeros((n, k_full))
         more = outliers(tensor)
         apart[:, : more.shape[1]] = more
-        count = spec.format.field("oc").count * tensor.nblocks
+        count = sum(f.count for f in spec.format.fields if f.name in ("oc", "qc")) * tensor.nblocks
         y = y + apart @ (x.values * x.scales).T
         bound = bound + (terms + count + 6) * U * (np.abs(apart) @ np.abs(x.values * x.scales).T)
     return y.T, bound.T
