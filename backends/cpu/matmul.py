@@ -17,7 +17,14 @@ from qigen.backends.cpu.decode import ACTIVATION_GROUP, STEP, DecodePlan, decode
 from qigen.codegen.render import render
 from qigen.errors import Unsupported
 from qigen.formats.algebra import MINIFLOATS, Format
-from qigen.formats.layout import Layout, field_offsets, head_bytes, kblock_bytes, row_offsets, shared_bytes
+from qigen.formats.layout import (
+    Layout,
+    field_offsets,
+    head_bytes,
+    kblock_bytes,
+    row_offsets,
+    shared_bytes,
+)
 
 ACTIVATION_MAX = 127
 """Largest magnitude of a quantized activation."""

@@ -15,8 +15,8 @@ Fields of scope 'row' are stored once a row, those of scope 'tensor' once a weig
 weights.
 A mask N:M keeps N of every M weights, whose places are in the field 'ix'; the others are zero.
 Outliers (fields 'oc' and 'ov') add ov[j] to the weight oc[j] of the block; columns apart (tensor
-field 'qc', ascending, and row field 'qv') add qv[j] to the weight qc[j] of the row. A format is a value of
-this module, never a class of its own; the named ones are the rows of
+field 'qc', ascending, and row field 'qv') add qv[j] to the weight qc[j] of the row. A format is a
+value of this module, never a class of its own; the named ones are the rows of
 :mod:`qigen.formats.catalog`.
 """
 

@@ -396,7 +396,8 @@ _FAMILY = re.compile(r"(?P<base>[suzh][2-8]|nf[234]|fp4|fp\d_e\dm\d)"
 @functools.cache
 def _of_family(name: str) -> Format | None:
     """A row that is not listed but named by the rule of its family: ``z3g64_f32``, ``nf4g128``."""
-    combined = re.fullmatch(r"(?P<row>.+)_((?P<kind>[oc])(?P<count>\d+)|(?P<keep>\d+)of(?P<of>\d+))", name)
+    combined = re.fullmatch(r"(?P<row>.+)_((?P<kind>[oc])(?P<count>\d+)"
+                            r"|(?P<keep>\d+)of(?P<of>\d+))", name)
     if combined is not None:
         row = CATALOG.get(combined["row"]) or _of_family(combined["row"])
         if row is None:
