@@ -336,6 +336,8 @@ _ROWS = (
                              _float("d", "f32", scope="row")),
            table=_E2M1_DOUBLED, scale_factor=0.5,
            source="NVFP4: e2m1 in groups of 16 with e4m3 scales and an f32 factor"),
+    Format("mxint8", 32, 32, (Field("codes", 8, 32), Field("e", 8, 1)), zero=128,
+           scale_factor=2.0**-6, source="OCP Microscaling Formats 1.0"),
     *(float_row(kind, "e8m0", 32) for kind in ("e4m3", "e5m2", "e2m3", "e3m2")),
     *(float_row(kind, "f32") for kind in ("e4m3", "e5m2")),
     float_row("e4m3", "f32", 128),
