@@ -306,7 +306,8 @@ WRONG = {
     "past the end": ("o[t] = x[t + 1];", "outside of every allocation, 4 bytes past"),
     "write past the end": ("o[t + 1] = x[t];", "outside of every allocation"),
     "misaligned": ("o[t] = *(int*)((char*)x + 2);", "misaligned"),
-    "shared never written": ("__shared__ int s[64]; if (t < 16) s[t] = t; __syncthreads(); o[t] = s[t];",
+    "shared never written": ("__shared__ int s[64]; if (t < 16) s[t] = t; __syncthreads(); "
+                             "o[t] = s[t];",
                              "shared memory that nobody wrote"),
     "shared past the end": ("__shared__ int s[64]; s[t + x[0] + 1] = t; __syncthreads();"
                             "o[t] = s[t];", "outside of shared memory"),
