@@ -11,7 +11,8 @@ namespace {
 
 constexpr int kMaxThreads = 1024;
 
-// The first of the variants, the fastest ahead, that this machine can run; the last if there is none.
+// The first of the variants, the fastest ahead, that this machine can run; the last if there is
+// none.
 const ModelDescription& fitting_variant() {
   const ModelDescription* variant = &qigen_model_description;
   while ((variant->cpu_features & ~cpu_features()) != 0 && variant->next) variant = variant->next;

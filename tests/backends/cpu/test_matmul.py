@@ -428,7 +428,7 @@ def default_specs() -> list[tuple[MatmulSpec, tuple[str, ...]]]:
         for i, f in formats():
             if isa in emulated and i % len(emulated) != emulated.index(isa):
                 continue
-            if thinned(isa) and f.ggml_type is None and i % 3:
+            if thinned(isa) and isa not in emulated and f.ggml_type is None and i % 3:
                 continue  # a third of these rows; all of them are among the slow tests
             choice = i + (isa is SCALAR)
             kind = kinds[choice % 4] if f.integer else kinds[choice % 2 * 2]

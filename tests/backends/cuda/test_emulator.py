@@ -74,7 +74,8 @@ class Expressions:
         x, y = self.real(depth - 1), self.real(depth - 1)
         return pick(
             [f"ADD({x}, {y})", f"ADD({x}, -{y})", f"MUL({x}, {y})", f"({x} / {y})",
-             f"fmaf({x}, f, {y})", f"(({x} < {y}) ? {x} : {y})", f"(-{x})", f"fabsf({x})", f"sqrtf(fabsf({x}))",
+             f"fmaf({x}, f, {y})", f"(({x} < {y}) ? {x} : {y})", f"(-{x})", f"fabsf({x})",
+             f"sqrtf(fabsf({x}))",
              f"(float)({self.signed(depth - 1)})"]
         )  # fmt: skip
 
@@ -127,7 +128,8 @@ def every(kind: str) -> Array:
 
 
 @pytest.mark.parametrize(  # sm_80 has only fma for bf16
-    ("op", "kind"), [("add", "f16"), ("sub", "f16"), ("mul", "f16"), ("fma", "f16"), ("fma", "bf16")]
+    ("op", "kind"),
+    [("add", "f16"), ("sub", "f16"), ("mul", "f16"), ("fma", "f16"), ("fma", "bf16")],
 )
 def test_arithmetic_of_halves(op: str, kind: str) -> None:
     rng = np.random.default_rng(5)
