@@ -99,7 +99,7 @@ def roofline(
     rates = _rates(machine, spec.isa)
     primitive, steps = _MULTIPLY[spec.activations]
     each = primitives(spec.isa)[primitive]
-    cycles = max(each[kind] / rates.per_cycle[kind] for kind in ("dot", "fma"))
+    cycles = max(each.get(kind, 0.0) / rates.per_cycle[kind] for kind in ("dot", "fma"))
     busy = min(threads, row_blocks)
     us = row_blocks * m * (k / steps) * cycles * 1e-3 / rates.ghz / busy
     return packed_bytes(spec.format, (n, k), spec.layout) / bandwidth, us
