@@ -197,14 +197,14 @@ def _write_project(units: Sequence[toolchain.Unit], script: Path, staging: Path)
         groups.setdefault(unit.flags, []).append(unit)
     parts = []
     for number, (flags, members) in enumerate(groups.items()):
-        name = "runtime" if flags == RUNTIME_FLAGS else f"generated{number}"
+        name = "runtime" if flags == toolchain.RUNTIME_FLAGS else f"generated{number}"
         folder = staging / "src" / name
         folder.mkdir(parents=True)
         headers: dict[str, str] = {}
         for unit in members:
             for header, text in unit.headers.items():
                 assert headers.setdefault(header, text) == text, f"two headers {header}"
-        if flags == RUNTIME_FLAGS:
+        if flags == toolchain.RUNTIME_FLAGS:
             headers |= {f.name: f.read_text() for f in (runtime / "src").glob("*.h")}
         for header, text in headers.items():
             (folder / header).write_text(text)
