@@ -73,7 +73,7 @@ class OnnxRuntime:
     def __init__(
         self, format: str, n: int, k: int, m: int, threads: int, total: int, level: int
     ) -> None:
-        import onnxruntime as ort  # type: ignore[import-untyped, unused-ignore]
+        import onnxruntime as ort  # type: ignore[import-not-found, import-untyped, unused-ignore]
         from onnx import TensorProto, helper, numpy_helper
 
         row = by_name(format)
@@ -134,7 +134,7 @@ class OpenVino:
     def __init__(
         self, format: str, n: int, k: int, m: int, threads: int, total: int, precision: str
     ) -> None:
-        import openvino as ov  # type: ignore[import-untyped, unused-ignore]
+        import openvino as ov  # type: ignore[import-not-found, import-untyped, unused-ignore]
         from openvino import opset13 as op
 
         row = by_name(format)

@@ -14,6 +14,7 @@ import numpy as np
 from qigen.backends.cpu.elementwise import Step, chain_reference
 from qigen.backends.cpu.gemm import unpack_weights
 from qigen.errors import UsageError
+from qigen.formats.algebra import QuantizedTensor
 from qigen.ir import dims, schema
 from qigen.ir.dims import Sym
 from qigen.ir.graph import Array, Graph, Node, load_constant
@@ -36,8 +37,7 @@ def evaluate(
                 sizes[str(d)] = n
     for name, data in graph.constants.items():
         loaded = load_constant(data)
-        if isinstance(loaded, np.ndarray):
-            values[name] = loaded
+        values[name] = loaded.dequantize() if isinstance(loaded, QuantizedTensor) else loaded
     for node in graph.nodes:
         inputs = [values[n] if n else np.zeros(0, np.float32) for n in node.inputs]
         function = _FUSED.get(node.op)
@@ -263,6 +263,12 @@ def _swap(node: Node, inputs: list[Array]) -> list[Array]:
     return [inputs[0].transpose(node.attrs["perm"])]
 
 
+def _format_product(node: Node, inputs: list[Array]) -> list[Array]:
+    x, w, *bias = inputs
+    y = x.astype(np.float64) @ w.astype(np.float64)[:, : x.shape[-1]].T
+    return [y + bias[0][: node.attrs["n"]] if bias and bias[0].size else y]
+
+
 def _join(node: Node, inputs: list[Array]) -> list[Array]:
     factors, (top, left, bottom, right) = node.attrs["factors"], node.attrs["pads"]
     parts = [
@@ -313,6 +319,7 @@ def _attention(node: Node, inputs: list[Array]) -> list[Array]:
 _FUSED: dict[str, Callable[[Node, list[Array]], list[Array]]] = {
     "Loop": _loop,
     "Product": _product,
+    "FormatProduct": _format_product,
     "Convolution": _convolution,
     "Depthwise": _depthwise,
     "PadImage": _pad,

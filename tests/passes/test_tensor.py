@@ -241,6 +241,38 @@ def test_qdq_becomes_integer_products() -> None:
     assert (got != wanted).mean() < 0.01
 
 
+@pytest.mark.parametrize("zeros", ["none", "bytes", "floats"])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_weights_of_few_bits_keep_their_codes(bits: int, zeros: str) -> None:
+    rng = np.random.default_rng(bits)
+    n, k, block = 10, 90, 32
+    blocks = -(-k // block)
+
+    def codes(*shape: int) -> np.ndarray[Any, Any]:
+        return rng.integers(0, 256, shape).astype(np.uint8)
+
+    b = Builder()
+    inputs = ["x", b.const(codes(n, blocks, block * bits // 8)), b.random(n, blocks)]
+    inputs.append({
+        "none": "",
+        "bytes": b.const(codes(n, -(-blocks * bits // 8))),
+        "floats": b.random(n, blocks, scale=3),
+    }[zeros])  # fmt: skip
+    # groups of whole size in any order: columns are sorted once
+    order = rng.permutation(np.arange(k) // block).astype(np.int32)
+    inputs += ["" if zeros == "bytes" else b.const(order), b.random(n)]
+    y = b.add("MatMulNBits", *inputs, domain="com.microsoft", K=k, N=n, bits=bits,
+              block_size=block)  # fmt: skip
+    model = b.model({"x": [7, k]}, y, rank=2)
+    model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    graph = imported(model)
+    fast = optimize_graph(graph)
+    assert "FormatProduct" in ops(fast) and "ms.MatMulNBits" not in ops(fast)
+    x = {"x": rng.standard_normal((7, k)).astype(np.float32)}
+    (wanted,), (got,) = evaluate(graph, x).values(), evaluate(fast, x).values()
+    assert np.abs(got - wanted).max() <= 2e-6 * np.abs(wanted).max()
+
+
 def test_sizes_are_expressions() -> None:
     h, w = Sym.named("h"), Sym.named("w")
     assert str((h + 2 - 3) // 2 + 1) == "floordiv(h - 1, 2) + 1"

@@ -18,7 +18,8 @@ import numpy as np
 from qigen.errors import Unsupported
 from qigen.formats.algebra import Array, QuantizedTensor
 from qigen.formats.catalog import by_name
-from qigen.frontends.checkpoints.grouped import PackedMatrix, bits_of, padded
+from qigen.formats.grouped import bits_of, padded
+from qigen.frontends.checkpoints.grouped import PackedMatrix
 from qigen.frontends.checkpoints.raw import Module, RawTensor, modules
 from qigen.frontends.model import SourceTensor
 from qigen.frontends.settings import Settings, shown

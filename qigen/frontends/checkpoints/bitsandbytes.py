@@ -28,16 +28,8 @@ import numpy.typing as npt
 
 from qigen.formats.algebra import Array, Float32Array, QuantizedTensor
 from qigen.formats.catalog import by_name
-from qigen.frontends.checkpoints.grouped import (
-    Grouped,
-    PackedMatrix,
-    bits_of,
-    matrix,
-    narrowest,
-    no_row,
-    padded,
-    stored_group,
-)
+from qigen.formats.grouped import Grouped, bits_of, narrowest, padded, stored_group
+from qigen.frontends.checkpoints.grouped import PackedMatrix, matrix, no_row
 from qigen.frontends.checkpoints.raw import Module, RawTensor, modules
 from qigen.frontends.model import SourceTensor
 from qigen.frontends.settings import Settings, shown

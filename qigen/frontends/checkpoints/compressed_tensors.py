@@ -29,15 +29,13 @@ import numpy.typing as npt
 from qigen.errors import BadInput, Unsupported
 from qigen.formats.algebra import Array, Float32Array, QuantizedTensor
 from qigen.formats.catalog import by_name
+from qigen.formats.grouped import Grouped, bits_of, padded
 from qigen.frontends.checkpoints.grouped import (
-    Grouped,
     PackedMatrix,
-    bits_of,
     group_of,
     matrix,
     no_row,
     ordered,
-    padded,
     small_floats,
 )
 from qigen.frontends.checkpoints.raw import Module, RawTensor, modules

@@ -1,11 +1,4 @@
-"""From unpacked codes, scales and zeros of groups to a row of the format catalog.
-
-    W[n, k] = scale[n, k // group] * (code[n, k] - zero[n, k // group])
-
-Nothing is rounded: the row is the narrowest of the catalog that holds every scale and zero exactly
-(:func:`narrowest`), and a group that the catalog does not have is stored as several smaller ones of
-the same scale.
-"""
+"""Matrices of checkpoints as codes, scales and zeros of groups, in rows of the format catalog."""
 
 from __future__ import annotations
 
@@ -14,34 +7,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from qigen.errors import BadInput, Unsupported
-from qigen.formats.algebra import Array, Field, Float32Array, Format, QuantizedTensor
-from qigen.formats.catalog import GROUPS, by_name
+from qigen.formats.algebra import Array, Float32Array, Format, QuantizedTensor
+from qigen.formats.catalog import by_name
+from qigen.formats.grouped import (
+    Grouped,
+    bits_of,
+    grouped_row,
+    grouped_rows,
+    narrowest,
+    padded,
+    stored_group,
+)
 from qigen.frontends.checkpoints.raw import RawTensor
 from qigen.frontends.model import SourceTensor
 from qigen.frontends.settings import shown
-
-Codes = Callable[[int, int], npt.NDArray[np.uint8]]
-
-
-@dataclass(frozen=True)
-class Grouped:
-    """A matrix ``[N, K]`` as codes in groups along K.
-
-    ``codes(a, b)`` is uint8 ``[b - a, K]``; ``scales`` float32 ``[N, ceil(K / group)]``; ``zeros``
-    a number, or integers or float32 of the scales' shape. ``columns``, if there is one, says that
-    column j is column ``columns[j]`` of the model's matrix.
-    """
-
-    shape: tuple[int, int]
-    bits: int
-    group: int
-    codes: Codes
-    scales: Float32Array
-    zeros: int | Array
-    columns: Array | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,57 +58,11 @@ def matrix(name: str, codes: RawTensor, grouped: Grouped, method: str) -> Packed
     row = _row(codes, grouped, method)
 
     def read(first: int, last: int) -> QuantizedTensor:
-        return _rows(grouped, row, first, last)
+        return grouped_rows(grouped, row, first, last)
 
     return PackedMatrix(
         codes.file, name, grouped.shape, row, codes.data, read, grouped.columns
     )
-
-
-def _rows(g: Grouped, row: Format, first: int, last: int) -> QuantizedTensor:
-    blocks = padded(g.codes(first, last), row)
-    fields: dict[str, Array] = {"codes": blocks}
-    for field in row.fields[1:]:
-        source = g.scales if field.name == "d" else np.broadcast_to(g.zeros, g.scales.shape)
-        part = source[first:last]
-        if field.scope == "block":
-            # a block of several groups has as many scales
-            of = np.arange(blocks.shape[1] * field.count) * row.group // g.group
-            part = part[:, np.minimum(of, part.shape[1] - 1)]
-            part = part.reshape(last - first, -1, field.count)
-        else:
-            part = part[:, :, None]
-        fields[field.name] = bits_of(part, field)
-    return QuantizedTensor(row, (last - first, g.shape[1]), fields)
-
-
-def padded(codes: npt.NDArray[np.uint8], row: Format) -> npt.NDArray[np.uint8]:
-    """uint8 [n, nblocks, block]: codes [n, K] cut into blocks, with codes 0 past K."""
-    n, k = codes.shape
-    blocks = np.zeros((n, -(-k // row.block) * row.block), np.uint8)
-    blocks[:, :k] = codes
-    return blocks.reshape(n, -1, row.block)
-
-
-def narrowest(*values: Float32Array) -> str:
-    """The kind of float that holds all of these numbers exactly: f16, else bf16, else f32."""
-    with np.errstate(over="ignore"):
-        if all(np.array_equal(x.astype(np.float16).astype(np.float32), x) for x in values):
-            return "f16"
-    low = np.uint32(0xFFFF)
-    exact = all(not (np.ascontiguousarray(x).view(np.uint32) & low).any() for x in values)
-    return "bf16" if exact else "f32"
-
-
-def bits_of(numbers: Array, field: Field) -> Array:
-    """The elements of a field: of a float field the bits of numbers that it holds exactly."""
-    if field.number == "bf16":
-        wide = np.ascontiguousarray(numbers, np.float32).view(np.uint32)
-        return np.asarray(wide >> np.uint32(16)).astype(np.uint16)
-    if field.number:
-        kind = {"f16": "<f2", "f32": "<f4"}[field.number]
-        return np.ascontiguousarray(numbers).astype(kind).view(field.dtype)
-    return np.ascontiguousarray(numbers).astype(field.dtype)
 
 
 def small_floats(
@@ -173,28 +108,10 @@ def _row(codes: RawTensor, g: Grouped, method: str) -> Format:
             f"is a matrix {list(g.shape)} in groups of {g.group}, but its scales are "
             f"{list(g.scales.shape)}, expected {[g.shape[0], groups]}"
         )
-    kind, scale = "h", "f16"
-    if np.all(g.zeros == 1 << (g.bits - 1)):
-        kind = "s"
-    elif np.all((g.zeros == np.rint(g.zeros)) & (g.zeros >= 0) & (g.zeros < 256)):
-        kind = "z"
-    scale = narrowest(g.scales, *([np.asarray(g.zeros, np.float32)] if kind == "h" else []))
-    size = stored_group(g.group, groups)
-    if size is None:
+    row = grouped_row(g)
+    if row is None:
         raise no_row(codes, method, f"{g.bits} bits in groups of {g.group}")
-    return by_name(f"{kind}{g.bits}g{size}{'' if scale == 'f16' else f'_{scale}'}")
-
-
-def stored_group(group: int, groups: int) -> int | str | None:
-    """The group of a row for ``groups`` groups of ``group``: "channel" for one of any size.
-
-    None if no group of the catalog divides it.
-    """
-    if group in GROUPS:
-        return group
-    if groups == 1:
-        return "channel"
-    return max((size for size in GROUPS if group % size == 0), default=None)
+    return row
 
 
 def group_of(setting: int, k: int, where: str) -> int:

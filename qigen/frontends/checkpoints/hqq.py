@@ -18,7 +18,8 @@ import numpy.typing as npt
 
 from qigen.errors import BadInput
 from qigen.formats.algebra import Array
-from qigen.frontends.checkpoints.grouped import Grouped, matrix, no_row
+from qigen.formats.grouped import Grouped
+from qigen.frontends.checkpoints.grouped import matrix, no_row
 from qigen.frontends.checkpoints.raw import Module, RawTensor, modules
 from qigen.frontends.model import SourceTensor
 from qigen.frontends.settings import Settings, shown

@@ -17,8 +17,10 @@ import numpy as np
 
 from qigen.formats import catalog
 from qigen.formats.algebra import QuantizedTensor
+from qigen.formats.grouped import Grouped, grouped_row, grouped_rows
 from qigen.ir import dims, schema
 from qigen.ir.graph import Array, Graph, Node
+from qigen.ir.ops.onnx.linear import unpack
 from qigen.ir.tensor import MAX_FOLDED_BYTES, TensorOp, given
 from qigen.ir.types import TYPES
 from qigen.passes.tensor.products import (
@@ -28,6 +30,7 @@ from qigen.passes.tensor.products import (
     Weights,
     Window,
     conv_window,
+    emit_format_product,
     is_depthwise,
     packed_codes,
     padded,
@@ -78,6 +81,9 @@ def weight_only(graph: Graph) -> Graph:
     """
     r = Rewriter(graph)
     for node in r.nodes():
+        if node.op == "ms.MatMulNBits":
+            _blocked_codes(r, node)
+            continue
         if node.op != "onnx.MatMul" or r.dtype(node.inputs[0]) != "f32" or not r.alive(node):
             continue
         w = _weight_codes(r, node.inputs[1], 1) or _scaled_codes(r, node.inputs[1])
@@ -96,6 +102,44 @@ def weight_only(graph: Graph) -> Graph:
         scale = r.constant(f"{node.name}/scale", w.scale)
         r.replace(node, "onnx.Mul", [plain, scale])
     return r.done()
+
+
+def _blocked_codes(r: Rewriter, node: Node) -> None:
+    """MatMulNBits with constant weights as a product in a row of the catalog that holds its codes,
+    scales and zeros exactly; with g_idx the columns are put in the order of their groups."""
+    x, weights = node.inputs[0], r.array(node.inputs[1])
+    arrays = {i: r.array(given(node, i)) for i in range(2, 6) if given(node, i)}
+    if r.dtype(x) != "f32" or weights is None or any(a is None for a in arrays.values()):
+        return
+    n, k, bits, group = (node.attrs[name] for name in ("N", "K", "bits", "block_size"))
+    blocks = -(-k // group)
+    scales = np.asarray(arrays[2], np.float32).reshape(n, blocks)
+    if not np.isfinite(scales).all():
+        return
+    stored = arrays.get(3)
+    zeros: int | Array = 1 << (bits - 1)
+    if stored is not None and stored.dtype == np.uint8:
+        zeros = unpack(stored.reshape(n, -1), bits)[:, :blocks]
+    elif stored is not None:
+        zeros = np.asarray(stored, np.float32).reshape(n, blocks)
+    codes = unpack(weights.reshape(n, -1), bits)[:, : blocks * group][:, :k]
+    groups = arrays.get(4)
+    if groups is not None:
+        order = np.argsort(groups[:k], kind="stable")
+        if not np.array_equal(groups[:k][order], np.arange(k) // group):
+            return  # groups of several sizes
+        if not np.array_equal(order, np.arange(k)):
+            codes = codes[:, order]
+            sorted_x = r.name(f"{x}/by_group")
+            columns = r.constant(f"{node.name}/columns", order.astype(np.int64))
+            r.make("onnx.Gather", [x, columns], [sorted_x], {"axis": -1}, before=node)
+            x = sorted_x
+    matrix = Grouped((n, k), bits, group, lambda a, b: codes[a:b], scales, zeros)
+    row = grouped_row(matrix)
+    if row is not None:
+        bias = arrays.get(5)
+        wanted = None if bias is None else np.asarray(bias, np.float32)
+        emit_format_product(r, node, x, grouped_rows(matrix, row, 0, n), wanted, node.inputs[1])
 
 
 def _scaled_codes(r: Rewriter, name: str) -> WeightCodes | None:
