@@ -223,10 +223,11 @@ class Parser {
         words >> align;
       } else if (word == ".const") {
         space = Space::global;
+        name.clear();
       } else if (word[0] == '.') {
         const Type named = typeNamed(word.substr(1));
         if (named != Type::none) type = named;
-        lookUp(kSpaces, word.substr(1), &space);
+        if (lookUp(kSpaces, word.substr(1), &space)) name.clear();  // after .version and .target
       } else {
         name += word;
       }
