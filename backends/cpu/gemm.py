@@ -24,8 +24,6 @@ from qigen.errors import Unsupported
 Array = npt.NDArray[Any]
 
 LANES = 16
-STEP_BYTES = 64
-"""Packed weights of one step: 16 output channels by 4 bytes of inputs."""
 I32_MAX = 2**31 - 1
 F32_INTEGERS = 2**24
 """Up to here float32 holds every integer."""
@@ -35,9 +33,12 @@ PRODUCT_MAX = 255 * 128
 STRIP_PIXELS, STRIP_ROWS = 1024, 64
 """What depthwise.cpp copies of x: 64 KiB of one row-block, a line for each row of the kernel."""
 
-PER: dict[str, int] = {"f32": 1, "bf16": 2, "u8s8": 4}
-"""Channels of one step by arithmetic."""
-_ELEMENT: dict[str, npt.DTypeLike] = {"f32": np.float32, "bf16": np.uint16, "u8s8": np.int8}
+PER: dict[str, int] = {"f32": 1, "f32s8": 1, "bf16": 2, "u8s8": 4}
+"""Channels of one step (4 bytes of x) by arithmetic; f32s8 is f32 by int8 weights with a scale by
+output channel."""
+_ELEMENT: dict[str, npt.DTypeLike] = {
+    "f32": np.float32, "f32s8": np.int8, "bf16": np.uint16, "u8s8": np.int8,
+}  # fmt: skip
 OUTPUTS = ("f32", "bf16", "u8", "s8", "i32")
 INPUT_KINDS = ("full", "channel")
 MAX_INPUTS = 4
@@ -72,7 +73,7 @@ def tiles_for(isa: Isa, arithmetic: str) -> Tiles:
     """
     if not isa.features:
         return Tiles(2, 1, 0, 1 << 17)
-    native = {"f32": True, "bf16": isa.native_bf16,
+    native = {"f32": True, "f32s8": True, "bf16": isa.native_bf16,
               "u8s8": isa.dot_limit is None}[arithmetic]  # fmt: skip
     if isa.registers >= 32:
         return Tiles(12 if native else 10, 2, 4, 1 << 19)
@@ -88,7 +89,12 @@ def packed_bytes(n: int, taps: int, k: int, arithmetic: str) -> int:
 
 def row_block_bytes(taps: int, k: int, arithmetic: str) -> int:
     """Bytes of 16 output channels (``GemmArgs::row_block``)."""
-    return taps * steps(k, arithmetic) * STEP_BYTES
+    return taps * steps(k, arithmetic) * step_bytes(arithmetic)
+
+
+def step_bytes(arithmetic: str) -> int:
+    """Packed weights of one step: 16 output channels by the inputs of a step."""
+    return LANES * PER[arithmetic] * np.dtype(_ELEMENT[arithmetic]).itemsize
 
 
 def steps(k: int, arithmetic: str) -> int:
@@ -211,7 +217,8 @@ def render_gemm(spec: GemmSpec) -> KernelSource:
     if spec.arithmetic == "u8s8":
         lines.append(f"Sums of up to {I32_MAX // PRODUCT_MAX} products are exact in 32 bits.")
     text = render("cpu/gemm.cpp.j2", kernel=spec.name, banner=_banner(lines), tiles=tiles,
-                  shapes=tiles.shapes, **spec.parameters())  # fmt: skip
+                  shapes=tiles.shapes, step_bytes=step_bytes(spec.arithmetic),
+                  **spec.parameters())  # fmt: skip
     return KernelSource(spec.name, text, spec.isa.name, (spec.name,))
 
 

@@ -96,6 +96,8 @@ def _epilogue(node: Node, inputs: list[Array], sums: Array, centred: bool = Fals
             if not centred:
                 value = value + vector(ZERO)
             value = value * vector(SCALE)
+    elif a["arithmetic"] == "f32s8":
+        value = value * vector(SCALE)
     if len(inputs) > BIAS and inputs[BIAS].size:
         value = value + vector(BIAS)
     if a["chain"]:

@@ -11,12 +11,14 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from qigen.codegen.reference import evaluate
+from qigen.formats.catalog import by_name
 from qigen.frontends.onnx.importer import import_model
 from qigen.frontends.onnx.reader import prepare_model
 from qigen.ir.dims import Sym, ceildiv, floordiv, mod
 from qigen.ir.graph import Graph
 from qigen.ir.verify import verify
 from qigen.passes.tensor import optimize_graph
+from qigen.quantize.rtn import quantize_rtn
 
 # Largest difference from the imported graph, relative to the largest value: f32 is rounding in
 # another order, the others are the error of the arithmetic on these models.
@@ -195,6 +197,17 @@ def test_same_results(name: str, activations: str | None) -> None:
     (wanted,) = evaluate(graph, feeds(name)).values()
     (got,) = evaluate(fast, feeds(name)).values()
     assert np.abs(got - wanted).max() <= TOLERANCE[activations] * np.abs(wanted).max()
+
+
+def test_weights_of_convolutions_become_bytes() -> None:
+    graph = imported(cnn())
+    row = by_name("s8g32")
+    fast = optimize_graph(graph, rounded=lambda w, name: quantize_rtn(w, row))
+    dense = [n for n in fast.nodes if n.op in ("Convolution", "Product")]
+    assert {n.attrs["arithmetic"] for n in dense if n.attrs.get("group", 1) == 1} == {"f32s8"}
+    (wanted,) = evaluate(graph, feeds("cnn")).values()
+    (got,) = evaluate(fast, feeds("cnn")).values()
+    assert np.abs(got - wanted).max() <= 0.02 * np.abs(wanted).max()
 
 
 def test_cnn_is_nhwc_throughout() -> None:

@@ -34,7 +34,7 @@ Chain: TypeAlias = tuple[tuple[str, tuple[str, ...], tuple[float, ...]], ...]
 PARTIALS = 16 * 1024
 """Floats of a scratch result in which each thread has a cache line."""
 
-ARITHMETICS = ("f32", "bf16", "u8s8")
+ARITHMETICS = ("f32", "f32s8", "bf16", "u8s8")
 
 X, W, BIAS, SCALE, ZERO, X_SCALE, X_ZERO, CHAIN = range(8)
 """Inputs of products: x, packed weights, bias, scale of the weights by channel; ``ZERO`` is where
@@ -55,7 +55,7 @@ _PRODUCT = (
 
 
 def _element(arithmetic: str) -> str:
-    return {"f32": "f32", "bf16": "bf16", "u8s8": "u8"}[arithmetic]
+    return {"f32": "f32", "f32s8": "f32", "bf16": "bf16", "u8s8": "u8"}[arithmetic]
 
 
 @register

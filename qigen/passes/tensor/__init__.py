@@ -24,12 +24,14 @@ def optimize_graph(
 
     ``activations`` is the arithmetic of products whose weights are floats: f32 (default), bf16, or
     int8 (weights by channel, activations quantized at run time). ``rounded`` brings the weights of
-    matrix products to a format of the catalog.
+    matrix products to a format of the catalog; those of convolutions become int8 by channel then,
+    but for depthwise and grouped ones, which have few.
     """
     arithmetic = {None: "f32", "f32": "f32", "bf16": "bf16", "int8": "u8s8"}[activations]
 
     def arithmetic_of(node: Node) -> str:
-        return arithmetic
+        images = node.op in ("onnx.Conv", "onnx.ConvTranspose")
+        return "f32s8" if rounded is not None and images and arithmetic == "f32" else arithmetic
 
     def unchanged(graph: Graph) -> Graph:
         return graph

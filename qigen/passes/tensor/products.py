@@ -27,7 +27,8 @@ MAX_TAPS = 256
 class Weights:
     """Weights [N, taps, K] of a product as its kernel takes them, and what turns sums into numbers.
 
-    ``scale`` (by channel) and ``sums`` (of the codes, by channel) are there for u8s8.
+    ``scale`` (by channel) is there for f32s8 and u8s8, ``sums`` (of the codes, by
+    channel) for u8s8.
     """
 
     packed: Array
@@ -55,11 +56,14 @@ def quantize_channels(w: Array) -> tuple[Array, Array]:
 
 
 def prepare(w: Array, arithmetic: str) -> Weights:
-    """Float weights [N, taps, K] in an arithmetic; u8s8 rounds them by channel."""
+    """Float weights [N, taps, K] in an arithmetic; f32s8 and u8s8 round them by channel."""
     n, _, k = w.shape
     if arithmetic == "u8s8":
         codes, scale = quantize_channels(w)
         return packed_codes(codes, scale)
+    if arithmetic == "f32s8":
+        codes, scale = quantize_channels(w)
+        return Weights(pack_weights(codes, arithmetic), n, k, arithmetic, scale)
     data = bf16_bits(w) if arithmetic == "bf16" else np.ascontiguousarray(w, np.float32)
     return Weights(pack_weights(data, arithmetic), n, k, arithmetic)
 
@@ -369,7 +373,10 @@ def emit_product(
         return
     if weights.arithmetic == "bf16":
         x = converted(r, node, x, weights.k, "bf16")
-    r.replace(node, "Product", [x, w, b], attrs)
+    extra = []
+    if weights.scale is not None:
+        extra = [r.constant(f"{stem}/scale", padded(weights.scale, np.float32))]
+    r.replace(node, "Product", [x, w, b, *extra], attrs)
 
 
 def emit_format_product(
@@ -435,7 +442,7 @@ def emit_convolution(
     channels = r.shape(x)[1]
     assert isinstance(channels, int)
     depthwise = is_depthwise(window, channels, n, per_group, group, "f32")
-    if depthwise and arithmetic == "bf16":
+    if depthwise and arithmetic in ("bf16", "f32s8"):
         arithmetic = "f32"
     if group > 1 and not depthwise and arithmetic != "f32":
         arithmetic = "f32"
@@ -531,12 +538,10 @@ def _dense(
     else:
         weights = prepare(taps, arithmetic)
         packed = r.constant(f"{name}/packed", weights.packed)
-        if arithmetic == "u8s8":
-            assert weights.scale is not None and weights.sums is not None
-            tail = [
-                r.constant(f"{name}/scale", padded(weights.scale, np.float32)),
-                r.constant(f"{name}/sums", padded(weights.sums, np.int32)),
-            ]
+        if weights.scale is not None:
+            tail.append(r.constant(f"{name}/scale", padded(weights.scale, np.float32)))
+        if weights.sums is not None:
+            tail.append(r.constant(f"{name}/sums", padded(weights.sums, np.int32)))
     pointwise = window.kernel == (1, 1) and window.strides == (1, 1) and group == 1
     if pointwise and not any(window.pads):
         if arithmetic == "u8s8":
@@ -544,14 +549,15 @@ def _dense(
             r.make("Product", [xq, packed, bias, *tail, scale, zero], [result], attrs, before=node)
         else:
             source = converted(r, node, x, k, "bf16") if arithmetic == "bf16" else x
-            r.make("Product", [source, packed, bias], [result], attrs, before=node)
+            r.make("Product", [source, packed, bias, *tail], [result], attrs, before=node)
         return
-    extra: list[str] = []
+    extra = list(tail)
     if arithmetic == "u8s8":
-        xq, scale, zero = quantized_image(r, node, x, window.pads)
-        source, extra = xq, [*tail, scale, zero]
+        source, scale, zero = quantized_image(r, node, x, window.pads)
+        extra += [scale, zero]
     else:
-        source = padded_image(r, node, x, window.pads, arithmetic)
+        to = "bf16" if arithmetic == "bf16" else "f32"
+        source = padded_image(r, node, x, window.pads, to)
     attrs.update(
         kernel=window.kernel, strides=window.strides, dilations=window.dilations, group=group
     )

@@ -58,6 +58,8 @@ SLOPE = 2.0  # what the chain multiplies errors by: in0 lies in [-2, 2]
 GEMMS: tuple[dict[str, Any], ...] = (
     {"arithmetic": "f32"},
     {"arithmetic": "f32", "chain": GATED, "inputs": KINDS, "output": "bf16"},
+    {"arithmetic": "f32s8"},
+    {"arithmetic": "f32s8", "chain": GATED, "inputs": KINDS, "output": "bf16"},
     {"arithmetic": "f32", "chain": (Step("clip", ("acc",), (-1.0, 2.0)),), "output": "u8"},
     {"arithmetic": "u8s8", "chain": GATED, "inputs": KINDS},
     {"arithmetic": "u8s8", "output": "s8", "divide": False},
@@ -124,6 +126,8 @@ def elements(rng: np.random.Generator, shape: tuple[int, ...], arithmetic: str, 
         q = rng.integers(low, high, shape, endpoint=True)
         q[rng.random(shape) < 0.3] = high if x else low
         return q.astype(np.uint8 if x else np.int8)
+    if arithmetic == "f32s8" and not x:
+        return rng.integers(-128, 127, shape, endpoint=True).astype(np.int8)
     values = rng.normal(0, 1, shape).astype(np.float32)
     return bf16_bits(values) if arithmetic == "bf16" else values
 
@@ -247,6 +251,9 @@ class Outputs:
             if spec.dynamic:
                 scale = self.x_scale[..., None] * scale
             acc = sums.astype(np.float32) * scale + bias
+        elif spec.arithmetic == "f32s8":
+            acc = sums * self.scale[:n] + bias
+            magnitude = magnitude * self.scale[:n]
         else:
             acc = sums + bias
         names = {"acc": acc, **{f"in{i}": x.astype(real) for i, x in enumerate(self.inputs)}}
