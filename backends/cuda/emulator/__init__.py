@@ -1,4 +1,4 @@
-"""The PTX emulator behind ctypes, with the face of :class:`qigen.backends.cuda.device.Device`.
+"""The PTX emulator behind ctypes, with a face like the driver API: modules, launches, memory.
 
 The C++ beside this file is compiled once with the project's toolchain and cached. It runs the PTX
 that ships, so what it finds is in the kernels; what it cannot see is said in docs/gpu.md.
