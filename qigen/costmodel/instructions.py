@@ -48,7 +48,7 @@ _NEON: tuple[tuple[str, str | None], ...] = (
     (r"cvt|movl|movn|uzp", "convert"),
     (r"sh[rl]|sri", "shift"),
     (r"qtbl|zip|ext", "shuffle"),
-    (r"and|orr|eor|bic|bsl|c(lt|le|eq|ge|gt)q|neg|mvn|maxv|addv|maxq|minq|addq|subq", "logic"),
+    (r"and|orr|eor|bic|bsl|c(lt|le|eq|ge|gt)z?q|neg|mvn|maxv|addv|maxq|minq|addq|subq", "logic"),
 )
 
 # Plain C++ primitives (generic vectors): what one vector register of theirs takes, by name.
