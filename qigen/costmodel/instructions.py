@@ -44,7 +44,7 @@ _NEON: tuple[tuple[str, str | None], ...] = (
     (r"ld1", "load"),
     (r"st1", "store"),
     (r"dotq|usdotq|bfdotq|ml[as]l|mull|pad", "dot"),
-    (r"fm[as]q|(mul|add|sub|div|max|min|sqrt|rndn?|abs)v?q?_f|mulq", "fma"),
+    (r"fm[as]q|(mul|add|sub|div|max|min|sqrt|rndn?|abs)v?q?_f|mulq|ml[as]q", "fma"),
     (r"cvt|movl|movn|uzp", "convert"),
     (r"sh[rl]|sri", "shift"),
     (r"qtbl|zip|ext", "shuffle"),
