@@ -27,7 +27,7 @@ from qigen.costmodel import Prediction, predict, schedules
 from qigen.errors import QigenError, Unsupported, UsageError
 from qigen.planner import Product, activations_for, packed_bytes
 from qigen.targets import Machine
-from qigen.tune import Tuner, home
+from qigen.tune import BYTES_AT_MOST, TIMES_CACHE, Tuner, home
 from qigen.tuning import Database
 from qigen.tuning.measure import Bench
 
@@ -37,8 +37,6 @@ PACKAGES = {"onnxruntime": "onnxruntime", "openvino": "openvino", "torch": "torc
 ROUNDS = 5
 """Calls of a side in a turn."""
 
-_TIMES_CACHE = 2
-_AT_MOST = 1 << 30
 _ACCURATE = 0.02  # of the sum of |w x|: a peer may round activations to 8 bits
 
 
@@ -127,7 +125,7 @@ class _Point:
         self.p, self.m, self.threads = p, m, threads
         self.isa, self.machine, self.repeat = isa, machine, repeat
         size = packed_bytes(p)
-        self.total = 0 if cached else min(_AT_MOST, _TIMES_CACHE * machine.l3_bytes)
+        self.total = 0 if cached else min(BYTES_AT_MOST, TIMES_CACHE * machine.l3_bytes)
         self.working_set = size if cached else max(self.total, machine.l3_bytes)
 
     def predict(self, spec: MatmulSpec) -> Prediction:

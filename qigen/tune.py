@@ -40,8 +40,10 @@ TOP = 8
 SECONDS = 1.5
 """Of measuring for one product and number of tokens at most; compiling comes on top."""
 
-_TIMES_CACHE = 2  # weights that lie between two calls with the same weight, by the last cache
-_AT_MOST = 1 << 30
+TIMES_CACHE = 2
+"""Weights that pass between two calls with the same weight, by the last cache ..."""
+BYTES_AT_MOST = 1 << 30
+"""... and at most so many bytes."""
 
 Progress = Callable[[str, int, int], None]
 
@@ -145,7 +147,7 @@ class Tuner:
         where = home(working_set, self.machine)
         total = working_set
         if where == "memory":
-            total = min(_AT_MOST, max(working_set, _TIMES_CACHE * self.machine.l3_bytes))
+            total = min(BYTES_AT_MOST, max(working_set, TIMES_CACHE * self.machine.l3_bytes))
         elif total == 0:
             total = 1
         wanted = {

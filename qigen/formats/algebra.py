@@ -462,6 +462,22 @@ def as_float32(number: str, array: Array) -> Float32Array:
     return np.ascontiguousarray(array).view(kind).astype(np.float32)
 
 
+def float_bits(x: Float32Array, number: str) -> Array:
+    """The bits of ``x`` rounded to nearest even in f16, bf16 or f32; the inverse of
+    :func:`as_float32`. A NaN stays one."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    if number == "f16":
+        with np.errstate(over="ignore"):
+            return np.asarray(bits.view(np.float32).astype(np.float16).view(np.uint16))
+    if number == "bf16":
+        # The low half is rounded away: add just under half, and one more where the result is odd.
+        high = bits >> np.uint32(16)
+        rounded = (bits + np.uint32(0x7FFF) + (high & np.uint32(1))) >> np.uint32(16)
+        quiet = high | np.uint32(0x40)
+        return np.asarray(np.where(np.isnan(x), quiet, rounded)).astype(np.uint16)
+    return np.asarray(bits)
+
+
 def _field_float32(fmt: Format, fields: Mapping[str, Array], name: str) -> Float32Array:
     """float32: the elements of a field, integers or floats."""
     number = fmt.field(name).number

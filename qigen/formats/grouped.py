@@ -15,7 +15,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from qigen.formats.algebra import Array, Field, Float32Array, Format, QuantizedTensor
+from qigen.formats.algebra import (
+    Array,
+    Field,
+    Float32Array,
+    Format,
+    QuantizedTensor,
+    float_bits,
+)
 from qigen.formats.catalog import GROUPS, by_name
 
 Codes = Callable[[int, int], npt.NDArray[np.uint8]]
@@ -94,12 +101,8 @@ def narrowest(*values: Float32Array) -> str:
 
 def bits_of(numbers: Array, field: Field) -> Array:
     """The elements of a field: of a float field the bits of numbers that it holds exactly."""
-    if field.number == "bf16":
-        wide = np.ascontiguousarray(numbers, np.float32).view(np.uint32)
-        return np.asarray(wide >> np.uint32(16)).astype(np.uint16)
     if field.number:
-        kind = {"f16": "<f2", "f32": "<f4"}[field.number]
-        return np.ascontiguousarray(numbers).astype(kind).view(field.dtype)
+        return float_bits(np.asarray(numbers, np.float32), field.number)
     return np.ascontiguousarray(numbers).astype(field.dtype)
 
 
@@ -113,3 +116,23 @@ def stored_group(group: int, groups: int) -> int | str | None:
     if groups == 1:
         return "channel"
     return max((size for size in GROUPS if group % size == 0), default=None)
+
+
+def unpack_bits(words: Array, bits: int) -> npt.NDArray[np.uint8]:
+    """uint8 [..., S * W / bits]: numbers of ``bits`` bits (1 to 8) in ``words`` [..., W] of S bits.
+
+    The words are one string of bits, the lowest first: a number of 3 bits may lie in two words.
+    """
+    order = words.dtype.newbyteorder("<")
+    data = np.ascontiguousarray(words).astype(order, copy=False).view(np.uint8)
+    if bits == 8:
+        return data
+    if bits in (1, 2, 4):
+        out = np.empty((*data.shape, 8 // bits), np.uint8)
+        for j in range(8 // bits):
+            out[..., j] = data >> np.uint8(bits * j) & np.uint8((1 << bits) - 1)
+        return out.reshape(*data.shape[:-1], -1)
+    single = np.unpackbits(data, axis=-1, bitorder="little")
+    single = single[..., : single.shape[-1] // bits * bits]
+    parts = single.reshape(*data.shape[:-1], -1, bits)
+    return np.packbits(parts, axis=-1, bitorder="little")[..., 0]

@@ -21,6 +21,7 @@ from qigen.formats.algebra import (
     QuantizedTensor,
     as_float32,
     check_columns,
+    float_bits,
 )
 
 # Weights handled at a time, so that the temporaries stay in a level-2 cache.
@@ -108,26 +109,12 @@ def _stored(scale: Float32Array, fmt: Format, name: str = "d") -> tuple[Array, F
         bits = _nearest_level(np.abs(scale), small.values(np.arange(1 << (small.bits - 1))),
                               small.top).astype(np.uint8)
         return bits, small.values(bits)
-    bits = _float_bits(scale, number)
+    bits = float_bits(scale, number)
     values = as_float32(number, bits)
     if not np.isfinite(values).all():
         raise BadInput(f"a weight is too large for a scale of {fmt.field(name).bits} bits; keep "
                        "this tensor in f32", fmt.name)
     return bits, values
-
-
-def _float_bits(x: Float32Array, number: str) -> Array:
-    """The bits of ``x`` rounded to nearest even in f16, bf16 or f32."""
-    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
-    if number == "f16":
-        with np.errstate(over="ignore"):
-            return np.asarray(x.astype(np.float16).view(np.uint16))
-    if number == "bf16":
-        # The low half is rounded away: add just under half, and one more where the result is odd.
-        odd = (bits >> np.uint32(16)) & np.uint32(1)
-        upper: Array = (bits + np.uint32(0x7FFF) + odd) >> np.uint32(16)
-        return upper.astype(np.uint16)
-    return bits
 
 
 def _divided(x: Float32Array, scale: Float32Array) -> Float32Array:
@@ -254,8 +241,8 @@ def _quantized_scales(x: Float32Array, fmt: Format) -> dict[str, Array]:
         last = np.float32((1 << bits) - 1)
         low, high = values.min(axis=2, keepdims=True), values.max(axis=2, keepdims=True)
         low = np.where(low == high, np.minimum(low, 0), low)
-        step = as_float32("f16", _float_bits((high - low) / last, "f16"))
-        zero = as_float32("f16", _float_bits(_divided(-low, step), "f16"))
+        step = as_float32("f16", float_bits((high - low) / last, "f16"))
+        zero = as_float32("f16", float_bits(_divided(-low, step), "f16"))
         codes = np.rint(_divided(values, np.broadcast_to(step, values.shape)) + zero).clip(0, last)
         return codes.astype(np.uint8), step, zero
 
@@ -539,7 +526,7 @@ def _by_table(x: Float32Array, fmt: Format, table: Float32Array | None) -> dict[
 
 def _dense(chunk: Float32Array, fmt: Format) -> dict[str, Array]:
     """The bit patterns of ``chunk`` [n, K] rounded to nearest even in a dense float format."""
-    bits = _float_bits(chunk, fmt.float_kind or "")
+    bits = float_bits(chunk, fmt.float_kind or "")
     codes = np.zeros((len(chunk), -(-chunk.shape[1] // fmt.block) * fmt.block), bits.dtype)
     codes[:, : chunk.shape[1]] = bits
     infinity = {"f32": 0x7F800000, "f16": 0x7C00, "bf16": 0x7F80}[fmt.float_kind or ""]

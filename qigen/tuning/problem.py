@@ -19,7 +19,7 @@ from qigen.backends.cpu.matmul import (
     activation_needs,
     interleaved,
 )
-from qigen.formats.algebra import Format, QuantizedTensor
+from qigen.formats.algebra import Format, QuantizedTensor, as_float32, float_bits
 from qigen.formats.layout import pack, packed_bytes, packed_shape, row_block_bytes
 
 Array = npt.NDArray[Any]
@@ -42,20 +42,10 @@ def random_rows(format: Format, k: int, seed: int = 0) -> QuantizedTensor:
         shape = f.shape(ROWS, nblocks)
         if format.float_kind:
             values = rng.uniform(-1, 1, shape).astype(np.float32)
-            bits: dict[str, Any] = {
-                "f32": values.view(np.uint32),
-                "f16": values.astype(np.float16).view(np.uint16),
-                "bf16": (values.view(np.uint32) >> 16).astype(np.uint16),
-            }
-            fields[f.name] = bits[format.float_kind]
+            fields[f.name] = float_bits(values, format.float_kind)
         elif f.number in ("f16", "bf16", "f32"):
             floats = rng.uniform(0.01, 0.02, shape).astype(np.float32)
-            stored: dict[str, Array] = {
-                "f32": floats.view(np.uint32),
-                "f16": floats.astype(np.float16).view(np.uint16),
-                "bf16": (floats.view(np.uint32) >> 16).astype(np.uint16),
-            }
-            fields[f.name] = stored[f.number]
+            fields[f.name] = float_bits(floats, f.number)
         elif f.name == "ix":
             assert format.mask is not None
             keep, of = format.mask
@@ -70,16 +60,6 @@ def random_rows(format: Format, k: int, seed: int = 0) -> QuantizedTensor:
 def random_x(m: int, k: int) -> npt.NDArray[np.float32]:
     """float32 [m, k]: activations, before any rounding."""
     return np.random.default_rng(1).standard_normal((m, k)).astype(np.float32)
-
-
-def _bf16(x: Array) -> Array:
-    """uint16: bf16 bits, to nearest even."""
-    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
-    return np.asarray((bits + np.uint32(0x7FFF) + (bits >> 16 & 1)) >> 16).astype(np.uint16)
-
-
-def _bf16_values(bits: Array) -> Array:
-    return np.asarray(bits.astype(np.uint32) << 16).view(np.float32)
 
 
 @dataclass(frozen=True)
@@ -104,15 +84,15 @@ class Problem:
         """(the file that ``time_kernels`` reads, y float64 [m, 16], largest errors [m, 16])."""
         spec, x = self.spec, self._x()
         rows = random_rows(spec.format, self.k)
-        w = np.zeros((ROWS, x.shape[1]))
+        w: Array = np.zeros((ROWS, x.shape[1]))
         w[:, : rows.shape[1]] = rows.dequantize()
         offsets = (0, 0, 0)
         if spec.integer:
             data, values, offsets = self._records(x)
         elif spec.activations == "bf16":
-            bits = _bf16(np.pad(x, ((0, 0), (0, x.shape[1] % 2))))
-            data, values = bits.view(np.uint8), _bf16_values(bits)[:, : x.shape[1]]
-            w = _bf16_values(_bf16(w.astype(np.float32)))
+            bits = float_bits(np.pad(x, ((0, 0), (0, x.shape[1] % 2))), "bf16")
+            data, values = bits.view(np.uint8), as_float32("bf16", bits)[:, : x.shape[1]]
+            w = as_float32("bf16", float_bits(w.astype(np.float32), "bf16"))
         else:
             data, values = x.view(np.uint8), x
         packed = pack(rows, spec.layout)

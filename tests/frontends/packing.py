@@ -15,32 +15,10 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
+from tests.frontends.tiny import Tensors, write_safetensors
+
 STORIES = Path(__file__).parents[1] / "data" / "stories260k" / "hf"
 
-Tensors = dict[str, tuple[str, np.ndarray]]
-"""By the part of the name behind the layer's: safetensors' type, and the numbers or their bits."""
-
-_SIZES = {"I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1,
-          "F8_E4M3": 1}  # fmt: skip
-
-
-def write_safetensors(path: Path, tensors: Tensors) -> None:
-    """Write a safetensors file by its specification."""
-    header: dict[str, Any] = {}
-    chunks, offset = [], 0
-    for name, (dtype, array) in tensors.items():
-        data = np.ascontiguousarray(array).tobytes()
-        assert len(data) == _SIZES[dtype] * array.size, (name, dtype, array.dtype)
-        header[name] = {
-            "dtype": dtype,
-            "shape": list(array.shape),
-            "data_offsets": [offset, offset + len(data)],
-        }
-        chunks.append(data)
-        offset += len(data)
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    path.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(chunks))
 
 
 def bf16(values: np.ndarray) -> np.ndarray:

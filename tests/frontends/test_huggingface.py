@@ -22,7 +22,7 @@ from tests.frontends.tiny import (
     llama3_factors,
     tiny,
     weights,
-    write_safetensors,
+    write_floats,
     write_tiny_hf,
 )
 
@@ -108,7 +108,7 @@ def test_text_part_of_a_multimodal_gemma3(prefix: str, head: str, tmp_path: Path
     vision = "model.vision_tower" if prefix.startswith("model") else "vision_tower"
     made[f"{vision}.patch.weight"] = np.zeros((2, 3, 4, 4), np.float32)
     made["multi_modal_projector.norm.weight"] = np.zeros(4, np.float32)
-    write_safetensors(folder / "model.safetensors", made)
+    write_floats(folder / "model.safetensors", made)
     model = load_huggingface(folder)
     assert (logits(model) == logits(plain)).all()
     assert model.config.eos_ids == (2, 5)
@@ -121,7 +121,7 @@ def test_tied_head_in_the_file_is_not_used(tmp_path: Path) -> None:
     made = weights(tiny("qwen2"))
     made["lm_head.weight"] = np.zeros((96, 64), np.float32)
     made["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(8, np.float32)
-    write_safetensors(folder / "model.safetensors", made)
+    write_floats(folder / "model.safetensors", made)
     assert (logits(load_huggingface(folder)) == before).all()
 
 

@@ -25,6 +25,8 @@ from qigen.formats.blocks import to_blocks
 from qigen.formats.catalog import by_name
 
 Weights = dict[str, np.ndarray]
+Tensors = dict[str, tuple[str, np.ndarray]]
+"""By name: safetensors' type, and the numbers or their bits."""
 
 
 @dataclass(frozen=True)
@@ -235,15 +237,20 @@ _TO_DTYPE = {
 }
 
 
-def write_safetensors(path: Path, tensors: Weights, dtype: str = "F32") -> None:
+_SIZES = {"I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1,
+          "F8_E4M3": 1}  # fmt: skip
+
+
+def write_safetensors(path: Path, tensors: Tensors) -> None:
     """Write a safetensors file by its specification."""
     header: dict[str, Any] = {}
     chunks, offset = [], 0
-    for name, tensor in tensors.items():
-        data = _TO_DTYPE[dtype](tensor).tobytes()
+    for name, (dtype, array) in tensors.items():
+        data = np.ascontiguousarray(array).tobytes()
+        assert len(data) == _SIZES[dtype] * array.size, (name, dtype, array.dtype)
         header[name] = {
             "dtype": dtype,
-            "shape": list(tensor.shape),
+            "shape": list(array.shape),
             "data_offsets": [offset, offset + len(data)],
         }
         chunks.append(data)
@@ -251,6 +258,11 @@ def write_safetensors(path: Path, tensors: Weights, dtype: str = "F32") -> None:
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     path.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(chunks))
+
+
+def write_floats(path: Path, tensors: Weights, dtype: str = "F32") -> None:
+    """Write a safetensors file whose tensors are all of one kind of float."""
+    write_safetensors(path, {n: (dtype, _TO_DTYPE[dtype](x)) for n, x in tensors.items()})
 
 
 def write_tiny_hf(
@@ -274,13 +286,13 @@ def write_tiny_hf(
     (folder / "config.json").write_text(json.dumps(settings, indent=1))
     made = weights(spec)
     if shards == 1:
-        write_safetensors(folder / "model.safetensors", made, dtype)
+        write_floats(folder / "model.safetensors", made, dtype)
     else:
         weight_map = {}
         for i in range(shards):
             name = f"model-{i + 1:05}-of-{shards:05}.safetensors"
             part = dict(list(made.items())[i::shards])
-            write_safetensors(folder / name, part, dtype)
+            write_floats(folder / name, part, dtype)
             weight_map.update(dict.fromkeys(part, name))
         index = {"metadata": {}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))

@@ -18,9 +18,9 @@ import numpy.typing as npt
 
 from qigen.errors import Unsupported
 from qigen.formats.algebra import Array
-from qigen.formats.grouped import Grouped
+from qigen.formats.grouped import Grouped, unpack_bits
 from qigen.frontends.checkpoints.grouped import group_of, matrix
-from qigen.frontends.checkpoints.raw import Module, RawTensor, modules, unpack_bits
+from qigen.frontends.checkpoints.raw import Module, RawTensor, modules
 from qigen.frontends.model import SourceTensor
 from qigen.frontends.settings import Settings, shown
 

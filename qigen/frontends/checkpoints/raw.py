@@ -99,22 +99,3 @@ def modules(tensors: Mapping[str, RawTensor], part: str) -> Iterator[Module]:
     for name in tensors:
         if name.endswith(f".{part}"):
             yield Module(name.removesuffix(f".{part}"), tensors)
-
-
-def unpack_bits(words: Array, bits: int) -> npt.NDArray[np.uint8]:
-    """uint8 [..., 32 * W / bits]: numbers of ``bits`` bits (1 to 8) in 32-bit ``words`` [..., W].
-
-    The words are one string of bits, the lowest first: a number of 3 bits may lie in two words.
-    """
-    data = np.ascontiguousarray(words).astype("<u4", copy=False).view(np.uint8)
-    if bits == 8:
-        return data
-    if bits in (1, 2, 4):
-        out = np.empty((*data.shape, 8 // bits), np.uint8)
-        for j in range(8 // bits):
-            out[..., j] = data >> np.uint8(bits * j) & np.uint8((1 << bits) - 1)
-        return out.reshape(*data.shape[:-1], -1)
-    single = np.unpackbits(data, axis=-1, bitorder="little")
-    single = single[..., : single.shape[-1] // bits * bits]
-    parts = single.reshape(*data.shape[:-1], -1, bits)
-    return np.packbits(parts, axis=-1, bitorder="little")[..., 0]

@@ -14,7 +14,7 @@ import numpy as np
 
 from qigen.backends.cpu.gemm import check_depthwise, check_sums, pack_weights
 from qigen.errors import Unsupported
-from qigen.formats.algebra import QuantizedTensor
+from qigen.formats.algebra import QuantizedTensor, float_bits
 from qigen.ir.graph import Array, Graph, Node
 from qigen.ir.tensor import given
 from qigen.passes.tensor.rewrite import Rewriter
@@ -39,13 +39,6 @@ class Weights:
     sums: Array | None = None
 
 
-def bf16_bits(x: Array) -> Array:
-    """f32 rounded to the nearest bf16, as its bits."""
-    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
-    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    return np.where(np.isnan(x), (bits >> 16) | 0x40, rounded).astype(np.uint16)
-
-
 def quantize_channels(w: Array) -> tuple[Array, Array]:
     """int8 codes and f32 scales by output channel (axis 0), symmetric: absmax / 127."""
     flat = w.reshape(len(w), -1).astype(np.float32)
@@ -64,7 +57,7 @@ def prepare(w: Array, arithmetic: str) -> Weights:
     if arithmetic == "f32s8":
         codes, scale = quantize_channels(w)
         return Weights(pack_weights(codes, arithmetic), n, k, arithmetic, scale)
-    data = bf16_bits(w) if arithmetic == "bf16" else np.ascontiguousarray(w, np.float32)
+    data = float_bits(w, "bf16") if arithmetic == "bf16" else np.ascontiguousarray(w, np.float32)
     return Weights(pack_weights(data, arithmetic), n, k, arithmetic)
 
 

@@ -17,10 +17,9 @@ import numpy as np
 
 from qigen.formats import catalog
 from qigen.formats.algebra import QuantizedTensor
-from qigen.formats.grouped import Grouped, grouped_row, grouped_rows
+from qigen.formats.grouped import Grouped, grouped_row, grouped_rows, unpack_bits
 from qigen.ir import dims, schema
 from qigen.ir.graph import Array, Graph, Node
-from qigen.ir.ops.onnx.linear import unpack
 from qigen.ir.tensor import MAX_FOLDED_BYTES, TensorOp, given
 from qigen.ir.types import TYPES
 from qigen.passes.tensor.products import (
@@ -119,10 +118,10 @@ def _blocked_codes(r: Rewriter, node: Node) -> None:
     stored = arrays.get(3)
     zeros: int | Array = 1 << (bits - 1)
     if stored is not None and stored.dtype == np.uint8:
-        zeros = unpack(stored.reshape(n, -1), bits)[:, :blocks]
+        zeros = unpack_bits(stored.reshape(n, -1), bits)[:, :blocks]
     elif stored is not None:
         zeros = np.asarray(stored, np.float32).reshape(n, blocks)
-    codes = unpack(weights.reshape(n, -1), bits)[:, : blocks * group][:, :k]
+    codes = unpack_bits(weights.reshape(n, -1), bits)[:, : blocks * group][:, :k]
     groups = arrays.get(4)
     if groups is not None:
         order = np.argsort(groups[:k], kind="stable")

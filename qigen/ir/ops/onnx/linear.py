@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from qigen.errors import BadInput, Unsupported
+from qigen.formats.grouped import unpack_bits
 from qigen.ir import dims
 from qigen.ir.dims import Sym
 from qigen.ir.graph import Dim, Graph, Node, Shape
@@ -351,24 +352,17 @@ class MatMulNBits(TensorOp):
             inputs[i] if given(node, i) else None for i in range(6)
         )
         assert x is not None and codes is not None and scales is not None
-        q = unpack(codes.reshape(n, -1), bits)[:, : blocks * size][:, :k].astype(np.float64)
+        q = unpack_bits(codes.reshape(n, -1), bits)[:, : blocks * size][:, :k].astype(np.float64)
         block = np.arange(k) // size if groups is None else groups[:k]
         if zeros is None:
             z = np.full((n, blocks), 2.0 ** (bits - 1))
         elif zeros.dtype == np.uint8:
-            z = unpack(zeros.reshape(n, -1), bits)[:, :blocks].astype(np.float64)
+            z = unpack_bits(zeros.reshape(n, -1), bits)[:, :blocks].astype(np.float64)
         else:
             z = zeros.reshape(n, blocks).astype(np.float64)
         w = (q - z[:, block]) * scales.reshape(n, blocks).astype(np.float64)[:, block]
         y = x.astype(np.float64) @ w.T
         return [(y if bias is None else y + bias.astype(np.float64)).astype(x.dtype)]
-
-
-def unpack(data: Array, bits: int) -> Array:
-    """Codes of ``bits`` bits from bytes along the last axis, the lowest bits first."""
-    shifts = np.arange(0, 8, bits, dtype=np.uint8)
-    codes: Array = (data[..., None] >> shifts) & np.uint8(2**bits - 1)
-    return codes.reshape(*data.shape[:-1], -1)
 
 
 @register
@@ -399,5 +393,5 @@ class Det(TensorOp):
 
 __all__ = [
     "CODES", "FLOATS", "PRODUCT_TYPES", "SCALES", "WRONG", "must_match", "product_shape",
-    "same_type", "unpack",
+    "same_type",
 ]  # fmt: skip
