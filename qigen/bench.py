@@ -112,8 +112,7 @@ def bench(
             f"a batch of {batch} is asked for but the model takes {limits['max_batch']}; compile "
             "it with a larger --max-batch"
         )
-    for name in peers:
-        _check_peer(name)
+    _check_peers(peers)
     model = _peer_model(artifact, peer_model) if peers else None
     report = progress or (lambda stage, done, total: None)
     run = _Run(tokens, context, batch)
@@ -309,13 +308,16 @@ class Worker:
         self._stderr.close()
 
 
-def _check_peer(name: str) -> None:
-    if name not in PEERS:
-        raise Unsupported(f"peer '{name}' is not known; there is {', '.join(PEERS)}")
-    if importlib.util.find_spec("llama_cpp") is None:
-        raise Unsupported(
-            "llama-cpp-python is not installed; install it with pip install 'qigen[bench]'", name
-        )
+def _check_peers(names: Sequence[str]) -> None:
+    for name in names:
+        if name not in PEERS:
+            raise Unsupported(f"peer '{name}' is not known; there is {', '.join(PEERS)}")
+    for name in names:
+        if importlib.util.find_spec("llama_cpp") is None:
+            raise Unsupported(
+                "llama-cpp-python is not installed; install it with pip install 'qigen[bench]'",
+                name,
+            )
 
 
 def _peer_model(artifact: Artifact, given: str | os.PathLike[str] | None) -> Path:

@@ -1,0 +1,227 @@
+"""``qigen compile``."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from qigen.cli.options import (
+    Count,
+    command,
+)
+from qigen.cli.output import (
+    memory_text,
+    print_json,
+    print_rows,
+    progress_bars,
+    schedule_text,
+    shape_text,
+    size_text,
+)
+
+if TYPE_CHECKING:
+    from qigen.artifact import Artifact
+
+
+@command
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), required=True, help="The artifact, a folder."
+)
+@click.option(
+    "--target",
+    default="native",
+    show_default=True,
+    help="'native' or [ARCHITECTURE-SYSTEM:]NAME[+FEATURE], NAME of `qigen targets`; several, "
+    "separated by commas, go into one artifact.",
+)
+@click.option("--isa", help="Force an instruction set of `qigen targets`.")
+@click.option(
+    "--weights",
+    default="keep",
+    show_default=True,
+    help="'keep' the checkpoint's own codes, or a name of `qigen formats`.",
+)
+@click.option(
+    "--activations",
+    type=click.Choice(["f32", "bf16", "int8", "int8-token"]),
+    help="Arithmetic of the quantized matmuls; int8 has a scale a group, int8-token one a token. "
+    "[default: the planner's choice]",
+)
+@click.option(
+    "--kv",
+    type=click.Choice(["f16", "int8", "int4"]),
+    default="f16",
+    show_default=True,
+    help="Format of the KV cache.",
+)
+@click.option(
+    "--max-seq",
+    type=Count,
+    help="Positions of a session. [default: what the model was made for, up to 4096]",
+)
+@click.option(
+    "--max-batch", type=Count, default=8, show_default=True, help="Sessions of a batched step."
+)
+@click.option(
+    "--tune",
+    type=click.Choice(["model", "measure", "off"]),
+    default="model",
+    show_default=True,
+    help="Schedules by the cost model, or also measured.",
+)
+@click.option(
+    "--shape",
+    "shapes",
+    multiple=True,
+    metavar="NAME=1x3x640x640",
+    help="Sizes of an ONNX model's input: numbers, ? (open) or ..N (open up to N).",
+)
+@click.option(
+    "--calibration",
+    type=click.Path(path_type=Path),
+    help="Typical inputs of an ONNX model, for what is quantized.",
+)
+@click.option(
+    "--emit",
+    type=click.Choice(["library", "static", "source"]),
+    default="library",
+    show_default=True,
+    help="A shared library, a static one, or C++ with a CMakeLists.txt.",
+)
+@click.option("--static", is_flag=True, help="The same as --emit static.")
+@click.option("--explain", is_flag=True, help="Show what was chosen for every matrix, and why.")
+@click.option("--jobs", type=Count, help="Compilers at a time. [default: all cores]")
+@click.option(
+    "--keep-sources", type=click.Path(path_type=Path), help="Also write the C++ to this folder."
+)
+def compile(
+    model: Path,
+    output: Path,
+    shapes: tuple[str, ...],
+    static: bool,
+    explain: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Compile MODEL, a GGUF file, a Hugging Face folder or an ONNX file, into an artifact."""
+    from qigen.arrays import parse_shapes
+    from qigen.compiler import compile
+
+    if static:
+        options["emit"] = "static"
+    start = time.perf_counter()
+    shape = parse_shapes(shapes)
+    with progress_bars(as_json) as progress:
+        artifact = compile(model, output, shape=shape, progress=progress, **options)
+    seconds = time.perf_counter() - start
+    manifest = artifact.manifest
+    summary: dict[str, Any] = {
+        "artifact": str(output),
+        "name": manifest["name"],
+        "target": manifest["target"],
+        **(_graph_summary(manifest) if artifact.is_graph else _language_summary(artifact)),
+        "weight_bytes": manifest["files"]["weights.bin"]["bytes"],
+        "seconds": seconds,
+        "objects_compiled": manifest["compiler"]["objects_compiled"],
+        "objects_cached": manifest["compiler"]["objects_cached"],
+        "notes": manifest["source"]["notes"],
+    }
+    if as_json:
+        print_json(summary | (_explanation(artifact) if explain else {}))
+        return
+    if artifact.is_graph:
+        about = f", {sum(summary['operators'].values())} operators, {memory_text(manifest)}"
+    else:
+        arithmetic = ", ".join(f"{fmt} with {how}" for fmt, how in summary["activations"].items())
+        about = (
+            f" ({arithmetic} activations), {summary['limits']['max_seq']} positions of "
+            f"{summary['kv']} KV cache"
+        )
+    isas = [t["isa"] for t in (manifest["target"], *manifest.get("variants", ()))]
+    click.echo(
+        f"{output}: {summary['name']} for {' and '.join(isas)} in {seconds:.1f} s, "
+        f"{size_text(summary['weight_bytes'])} of weights{about}"
+    )
+    for note in summary["notes"]:
+        click.echo(f"note: {note}")
+    if explain and artifact.is_graph:
+        _print_graph(manifest)
+    elif explain:
+        _print_explanation(artifact.explain())
+
+
+def _language_summary(artifact: Artifact) -> dict[str, Any]:
+    manifest = artifact.manifest
+    return {
+        "activations": _activations(artifact.explain()),
+        "kv": manifest["plan"]["kv"],
+        "limits": manifest["limits"],
+        "weight_bytes_per_token": manifest["weights_read_per_token"],
+    }
+
+
+def _graph_summary(manifest: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "kind": manifest["kind"],
+        **manifest["interface"],
+        "operators": manifest["operators"],
+        "memory": manifest["memory"],
+    }
+
+
+def _explanation(artifact: Artifact) -> dict[str, Any]:
+    """What --json --explain adds."""
+    explained: dict[str, Any] = {"explain": artifact.explain()}
+    if artifact.is_graph:
+        explained["quantization"] = artifact.manifest["quantization"]
+    return explained
+
+
+def _print_graph(manifest: dict[str, Any]) -> None:
+    """What a graph model became: its interface, kernels, quantization and memory."""
+    interface = manifest["interface"]
+    for title in ("inputs", "outputs"):
+        rows = [entry | {"shape": shape_text(entry["shape"])} for entry in interface[title]]
+        print_rows(title, rows)
+    limits = [{"size": name, "most": most} for name, most in interface["limits"].items()]
+    print_rows("limits", limits)
+    print_rows("kernels", manifest["plan"]["kernels"])
+    print_rows("formats", manifest["plan"].get("formats", []))
+    print_rows("quantization", manifest["quantization"])
+    memory = manifest["memory"]
+    row: dict[str, Any] = {"arena": "laid out for the sizes of each run"}
+    if memory["planned_at"] == "compile":
+        row = {
+            "arena": size_text(memory["arena_bytes"]),
+            "lower_bound": size_text(memory["activations_lower_bound_bytes"]),
+            "most_is_live_at": memory["peak_node"],
+        }
+    print_rows("memory", [row | {"barriers": manifest["barriers_per_step"]}])
+
+
+def _activations(kernels: list[dict[str, Any]]) -> dict[str, str]:
+    """The arithmetic by format of the weights."""
+    return {k["format"]: str(k["schedule"].get("activations", "f32")) for k in kernels}
+
+
+def _print_explanation(kernels: list[dict[str, Any]]) -> None:
+    """What was chosen for every matrix, and how the runners-up differ."""
+    for kernel in kernels:
+        schedule = kernel["schedule"]
+        measured = f", measured {kernel['measured_us']:.1f} us" if kernel["measured_us"] else ""
+        click.echo(
+            f"\n{kernel['format']} {kernel['n']}x{kernel['k']}, M = {kernel['m_bucket']}: "
+            f"predicted {kernel['predicted_us']:.1f} us{measured}, bound by {kernel['bound']}, "
+            f"{size_text(kernel['predicted_bytes'])}"
+        )
+        click.echo(f"  {kernel['name']}: {schedule_text(schedule)}")
+        if kernel["reason"]:
+            click.echo(f"  {kernel['reason']}")
+        for other in kernel["runners_up"]:
+            differs = {k: v for k, v in other["schedule"].items() if schedule.get(k) != v}
+            bound = f", bound by {other['bound']}" if other["bound"] else ""
+            click.echo(f"  or {schedule_text(differs)}: {other['predicted_us']:.1f} us{bound}")

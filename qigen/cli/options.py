@@ -1,0 +1,81 @@
+"""The group of commands, and the options and arguments that several commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from qigen import __version__
+from qigen.errors import UsageError
+
+if TYPE_CHECKING:
+    from qigen.model import Model
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+Count = click.IntRange(min=1)
+Threads = click.IntRange(min=0)
+
+
+@click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, message="qigen %(version)s")
+@click.option("--cmake-dir", is_flag=True, help="Print the folder of the CMake package and exit.")
+@click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
+@click.pass_context
+def cli(context: click.Context, cmake_dir: bool) -> None:
+    """Ahead-of-time compiler for quantized inference.
+
+    A model goes in, a native library with its packed weights comes out.
+    """
+    if cmake_dir:
+        from qigen.paths import resource_folder
+
+        click.echo(resource_folder("runtime") / "cmake")
+        context.exit()
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help(), err=True)
+        context.exit(UsageError.exit_code)
+
+
+def command(function: Function) -> click.Command:
+    """A command with the options that all have."""
+    debug = click.option(
+        "--debug", is_flag=True, expose_value=False, help="Show the traceback of an error."
+    )
+    as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+    return cli.command()(as_json(debug(function)))
+
+
+def together(*options: Callable[[Function], Function]) -> Callable[[Function], Function]:
+    def apply(function: Function) -> Function:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return apply
+
+
+artifact_argument = click.argument("artifact", type=click.Path(path_type=Path))
+thread_options: Callable[[Function], Function] = together(
+    click.option(
+        "--threads", type=Threads, default=0, help="Threads of a step. [default: usable cores]"
+    ),
+    click.option("--pin", is_flag=True, help="Bind the threads to cores."),
+)
+
+
+def numbers(text: str, option: str) -> tuple[int, ...]:
+    """The numbers of an option like ``1,16,128``."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdigit() and 0 < int(part) < 1 << 20 for part in parts):
+        raise UsageError(f"{option} {text} must be numbers from 1, separated by commas")
+    return tuple(map(int, parts))
+
+
+def load_model(path: Path, threads: int, pin: bool = False) -> Model:
+    from qigen.model import load
+
+    return load(path, threads, pin)

@@ -1,0 +1,166 @@
+"""``qigen tune``, ``tune export`` and ``tune import``."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from qigen.cli.options import (
+    Count,
+    Threads,
+    command,
+    numbers,
+)
+from qigen.cli.output import (
+    print_json,
+    print_table,
+    progress_bars,
+)
+from qigen.errors import UsageError
+
+if TYPE_CHECKING:
+    pass
+
+
+@command
+@click.argument("what", nargs=-1, metavar="[MODEL | OUT.qgn | export FILE | import FILE]")
+@click.option("--shape", "shapes", multiple=True, metavar="NxK", help="A weight's shape.")
+@click.option(
+    "--weights",
+    default="keep",
+    show_default=True,
+    help="'keep', or a name of `qigen formats`; several for --shape, separated by commas.",
+)
+@click.option(
+    "--activations",
+    type=click.Choice(["f32", "bf16", "int8", "int8-token"]),
+    help="Arithmetic. [default: the planner's choice]",
+)
+@click.option("--isa", help="An instruction set of this machine. [default: its best]")
+@click.option("--m", "tokens", metavar="M,M", help="Numbers of tokens. [default: 1,4,16,128]")
+@click.option("--threads", type=Threads, default=0, help="Threads. [default: usable cores]")
+@click.option("--top", type=Count, default=8, show_default=True, help="Candidates to measure.")
+@click.option("--exhaustive", is_flag=True, help="Measure all candidates.")
+@click.option("--again", is_flag=True, help="Measure also what is in the database.")
+@click.option(
+    "--seconds",
+    type=click.FloatRange(min=0.01),
+    default=1.5,
+    show_default=True,
+    help="For a product and number of tokens at most.",
+)
+@click.option("--jobs", type=Count, help="Compilers at a time. [default: all cores]")
+def tune(
+    what: tuple[str, ...],
+    shapes: tuple[str, ...],
+    weights: str,
+    activations: str | None,
+    isa: str | None,
+    tokens: str | None,
+    threads: int,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Measure the best candidates of a model's kernels on this machine and remember them.
+
+    What is measured is used by `compile --tune measure`. For an artifact its threads and prefill
+    block are measured too. `export FILE` and `import FILE` share the database as JSON.
+    """
+    from qigen.planner import BUCKETS
+    from qigen.tune import (
+        model_products,
+        native_machine,
+        shapes_to_products,
+        tune_model,
+        tune_products,
+    )
+
+    if what[:1] in (("export",), ("import",)):
+        _share(what, bool(shapes), as_json)
+        return
+    if len(what) + bool(shapes) != 1:
+        raise UsageError("name one model, or shapes with --shape; see qigen tune --help")
+    machine, row = native_machine(isa)
+    path = Path(what[0]) if what else None
+    if path is None:
+        formats = ["q4_0"] if weights == "keep" else [w.strip() for w in weights.split(",")]
+        products = shapes_to_products(shapes, formats)
+    else:
+        products = model_products(path, weights)
+    start = time.perf_counter()
+    with progress_bars(as_json) as progress:
+        _, rows = tune_products(
+            products,
+            isa=row,
+            machine=machine,
+            activations=activations or "auto",
+            threads=threads or machine.cores,
+            # a shape alone: weights from memory, as in a model that does not fit the caches
+            working_set=machine.l3_bytes if path is None else None,
+            progress=progress,
+            buckets=numbers(tokens, "--m") if tokens else BUCKETS,
+            **options,
+        )
+        knobs = None
+        if path is not None and (path / "manifest.json").is_file():
+            knobs = tune_model(path, again=options["again"], progress=progress)
+    seconds = time.perf_counter() - start
+    if as_json:
+        import dataclasses
+
+        print_json(
+            {
+                "kernels": [dataclasses.asdict(r) for r in rows],
+                "model": dataclasses.asdict(knobs) if knobs else None,
+                "seconds": seconds,
+            }
+        )
+        return
+    print_table(
+        ("format", "shape", ">M", ">us", ">of the model's first", ">predicted us", ">spread",
+         ">measured", "kernel", "schedule"),
+        (
+            (
+                r.format, f"{r.n}x{r.k}", r.m, f"{r.best_us:.1f}",
+                f"{r.best_us / r.first_us:.3f}" if r.first_us else "failed",
+                f"{r.predicted_us:.1f}", f"{r.spread:.0%}", f"{r.measured} of {r.candidates}",
+                r.kernel, f"tiles={','.join(map(str, r.spec['tiles']))}",
+            )
+            for r in rows
+        ),
+    )  # fmt: skip
+    for failure in dict.fromkeys(f for r in rows for f in r.failures):
+        click.echo(f"note: {failure}; it is never chosen", err=True)
+    if knobs:
+        click.echo(
+            f"threads: {knobs.threads} ("
+            + ", ".join(f"{t}: {v:.1f} tok/s" for t, v in sorted(knobs.decode_tok_s.items()))
+            + f"); prefill block: {knobs.block} ("
+            + ", ".join(f"{b}: {v:.1f} tok/s" for b, v in sorted(knobs.prefill_tok_s.items()))
+            + ")"
+        )
+    click.echo(f"{sum(r.measured for r in rows)} measurements in {seconds:.1f} s")
+
+
+def _share(what: tuple[str, ...], shapes: bool, as_json: bool) -> None:
+    """`tune export FILE` and `tune import FILE`."""
+    from qigen.tuning import Database
+
+    if len(what) != 2 or shapes:
+        raise UsageError(f"qigen tune {what[0]} takes one file and nothing else")
+    with Database() as data:
+        if what[0] == "export":
+            count = data.export(what[1])
+            summary = {"file": what[1], "entries": count}
+            text = f"{what[1]}: {count} measurements"
+        else:
+            taken, total = data.import_(what[1])
+            summary = {"file": what[1], "entries": total, "taken": taken}
+            text = f"{taken} of {total} measurements were new"
+    if as_json:
+        print_json(summary)
+    else:
+        click.echo(text)
