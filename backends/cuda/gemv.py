@@ -1,17 +1,21 @@
-"""GEMV for 1 to 8 rows of activations, from the same decode plan as the CPU's kernels."""
+"""GEMV for 1 to 8 rows of activations, and the lookup of rows: from the CPU's decode plan."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from qigen.backends.cpu.decode import decode_plan
 from qigen.codegen.render import render
 from qigen.errors import Unsupported
 from qigen.formats.algebra import Format
-from qigen.formats.layout import Layout, field_planes, kblock_bytes
+from qigen.formats.layout import Layout, field_planes, kblock_bytes, packed_shape
 
 LAYOUT = Layout(rows=16, blocks=1)
 """Weights lie on the GPU as they do on the CPU: one packing for both."""
+
+MAX_M = 8
+"""Rows of activations that a GEMV takes at most."""
 
 _TYPES = {8: "char", 16: "short", 32: "int"}
 
@@ -35,18 +39,34 @@ def supports(format: Format) -> bool:
     )
 
 
+def check_format(format: Format, where: str = "") -> None:
+    """Unsupported if :func:`supports` refuses the format."""
+    if not supports(format):
+        raise Unsupported(
+            f"format {format.name} has no GPU kernel yet; requantize to a GGUF or group format "
+            "such as u4g32",
+            where or format.name,
+        )
+
+
 @dataclass(frozen=True)
 class GemvSpec:
-    """One kernel: the weight format, the rows of x that it takes, the warps of a block."""
+    """One kernel: the weight format, the rows of x that it takes, the warps of a block.
+
+    ``bias`` adds a vector [n] to every row, ``residual`` a matrix [m, n] (which y may be).
+    """
 
     format: Format
     m: int = 1
     warps: int = 4
+    bias: bool = False
+    residual: bool = False
 
     @property
     def name(self) -> str:
         """Name of the kernel and of its module."""
-        return f"gemv_{self.format.name}_m{self.m}_w{self.warps}"
+        extra = "_bias" * self.bias + "_add" * self.residual
+        return f"gemv_{self.format.name}_m{self.m}_w{self.warps}{extra}"
 
     def grid(self, n: int) -> tuple[int, int, int]:
         """Blocks that a weight of ``n`` rows takes."""
@@ -59,29 +79,65 @@ class GemvSpec:
 
 
 def render_gemv(spec: GemvSpec) -> str:
-    """CUDA text of ``spec.name(float* y[m, n], float* x[m, k], packed weight, n, k, kblocks)``.
+    """CUDA text of ``spec.name(float* y, int y_stride, float* x, int x_stride, packed weight, n, k,
+    kblocks[, bias][, residual, residual_stride])`` for y [m, n] and x [m, k], strides in floats.
 
     Accumulates in float32 in a fixed order. Raises Unsupported for m outside of 1 to 8 and
     for formats that :func:`supports` refuses.
     """
-    if not supports(spec.format):
-        raise Unsupported(
-            "the format has no GPU kernel yet; requantize to a GGUF or group format such as u4g32",
-            spec.format.name,
-        )
-    if not 1 <= spec.m <= 8:
+    check_format(spec.format)
+    if not 1 <= spec.m <= MAX_M:
         raise Unsupported(f"GEMV takes 1 to 8 rows of activations, not {spec.m}", spec.format.name)
-    dense = spec.format.float_kind is not None
-    codes = field_planes(spec.format, spec.format.field("codes"))
     return render(
         "cuda/gemv.cu.j2",
         name=spec.name,
         m=spec.m,
         warps=spec.warps,
-        format=spec.format,
-        plan=None if dense else decode_plan(spec.format, LAYOUT),
-        lane_bits=codes[0].word_bits,
-        kblock=spec.format.block * LAYOUT.blocks,
-        kblock_bytes=kblock_bytes(spec.format, LAYOUT),
-        types=_TYPES,
+        bias=spec.bias,
+        residual=spec.residual,
+        **_decoding(spec.format),
     )
+
+
+@dataclass(frozen=True)
+class EmbeddingSpec:
+    """The lookup of rows of a packed table."""
+
+    format: Format
+    threads: int = 64
+
+    @property
+    def name(self) -> str:
+        """Name of the kernel and of its module."""
+        return f"embedding_{self.format.name}"
+
+    def grid(self, tokens: int, k: int) -> tuple[int, int, int]:
+        """Blocks for rows of ``k`` columns."""
+        kblocks = packed_shape(self.format, (16, k), LAYOUT)[1]
+        return -(-kblocks // self.threads), tokens, 1
+
+    @property
+    def block(self) -> tuple[int, int, int]:
+        """Threads of a block."""
+        return self.threads, 1, 1
+
+
+def render_embedding(spec: EmbeddingSpec) -> str:
+    """CUDA text of ``spec.name(float* y, int y_stride, packed table, int* tokens, k, kblocks,
+    float factor)``: y[t] = factor * row tokens[t]. Raises Unsupported as :func:`render_gemv`."""
+    check_format(spec.format)
+    return render(
+        "cuda/embedding.cu.j2", name=spec.name, threads=spec.threads, **_decoding(spec.format)
+    )
+
+
+def _decoding(format: Format) -> dict[str, Any]:
+    """The parameters of templates/cuda/decode.j2."""
+    return {
+        "format": format,
+        "plan": None if format.float_kind else decode_plan(format, LAYOUT),
+        "lane_bits": field_planes(format, format.field("codes"))[0].word_bits,
+        "kblock": format.block * LAYOUT.blocks,
+        "kblock_bytes": kblock_bytes(format, LAYOUT),
+        "types": _TYPES,
+    }

@@ -1,0 +1,254 @@
+"""What a decoder step needs beside its products: norms, rotation and cache, attention, the rest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from qigen.codegen.render import render
+from qigen.errors import Unsupported, UsageError
+
+KV_KINDS = ("f16", "int8", "int4")
+MAX_HEAD_DIM = 256
+
+NORM_THREADS = 256
+ELEMENTWISE_THREADS = 128
+ARGMAX_THREADS = 256
+
+CHUNK = 128
+"""Positions that a block of decode attention takes at least, and what chunks are multiples of."""
+
+MAX_CHUNKS = 64
+"""Blocks that share the context of a head at most: bounds the memory of partial results."""
+
+
+def _align(n: int, to: int) -> int:
+    return -(-n // to) * to
+
+
+def attention_chunk(max_seq: int) -> tuple[int, int]:
+    """(positions of a partial result, partial results at most) for contexts of ``max_seq``."""
+    chunk = max(CHUNK, _align(-(-max_seq // MAX_CHUNKS), CHUNK))
+    return chunk, -(-max_seq // chunk)
+
+
+@dataclass(frozen=True)
+class KvSpec:
+    """The cache of a layer: ``kind`` is f16, int8 or int4. See templates/cuda/kv.j2."""
+
+    kind: str
+    kv_heads: int
+    head_dim: int
+
+    def __post_init__(self) -> None:
+        if self.kind not in KV_KINDS:
+            raise UsageError(f"KV cache {self.kind}: choose one of {', '.join(KV_KINDS)}")
+        if self.head_dim > MAX_HEAD_DIM:
+            raise Unsupported(
+                f"attention heads of {self.head_dim} have no GPU kernel; at most {MAX_HEAD_DIM}"
+            )
+
+    @property
+    def padded(self) -> int:
+        """Numbers of a row: what vector loads need."""
+        return _align(self.head_dim, {"f16": 8, "int8": 16, "int4": 32}[self.kind])
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of the key or value of a head at a position, a multiple of 16."""
+        return {"f16": 2 * self.padded, "int8": self.padded, "int4": self.padded // 2}[self.kind]
+
+    @property
+    def scale_bytes(self) -> int:
+        """Bytes of a row's scale."""
+        return 0 if self.kind == "f16" else 4
+
+    @property
+    def position_bytes(self) -> int:
+        """Bytes that a position takes in a layer."""
+        return 2 * self.kv_heads * (self.row_bytes + self.scale_bytes)
+
+    def parameters(self) -> dict[str, Any]:
+        """What templates/cuda/kv.j2 asks for."""
+        return {
+            "kv": self.kind,
+            "kv_heads": self.kv_heads,
+            "head_dim": self.head_dim,
+            "padded": self.padded,
+            "row_bytes": self.row_bytes,
+            "scale_bytes": self.scale_bytes,
+        }
+
+
+@dataclass(frozen=True)
+class RopeSpec:
+    """Norm and rotation of the heads of q and k, and the write of k and v into the cache."""
+
+    cache: KvSpec
+    heads: int
+    rotary_dim: int
+    interleaved: bool
+    qk_norm: bool
+
+    @property
+    def name(self) -> str:
+        """Name of the kernel and of its module."""
+        c = self.cache
+        rotation = f"_{'i' if self.interleaved else 'h'}{self.rotary_dim}" if self.rotary_dim else ""
+        return (
+            f"rope_{c.kind}_{self.heads}x{c.kv_heads}x{c.head_dim}{rotation}{'_norm' * self.qk_norm}"
+        )
+
+    def grid(self, tokens: int) -> tuple[int, int, int]:
+        """Blocks of a step."""
+        return self.heads + 2 * self.cache.kv_heads, tokens, 1
+
+    @property
+    def block(self) -> tuple[int, int, int]:
+        """Threads of a block."""
+        return _align(self.cache.padded, 32), 1, 1
+
+
+def render_rope(spec: RopeSpec) -> str:
+    """CUDA text of ``spec.name(q, q_stride, k, k_stride, v, v_stride, positions, caches,
+    layer_offset[, angles][, q_norm, k_norm, eps])``.
+
+    ``angles`` are float pairs (cosine, sine) [positions][rotary_dim / 2].
+    """
+    return render(
+        "cuda/rope.cu.j2",
+        name=spec.name,
+        heads=spec.heads,
+        rotary_dim=spec.rotary_dim,
+        interleaved=spec.interleaved,
+        qk_norm=spec.qk_norm,
+        threads=spec.block[0],
+        **spec.cache.parameters(),
+    )
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """Attention of a layer; ``softcap``: scores are capped (the cap is an argument)."""
+
+    cache: KvSpec
+    heads: int
+    softcap: bool
+
+    @property
+    def name(self) -> str:
+        """Name of the module, and what the names of its kernels begin with."""
+        c = self.cache
+        return f"attention_{c.kind}_{self.heads}x{c.kv_heads}x{c.head_dim}{'_cap' * self.softcap}"
+
+    @property
+    def group(self) -> int:
+        """Query heads of a key/value head."""
+        return self.heads // self.cache.kv_heads
+
+    def _shared(self, limit: int) -> int:
+        """The most query heads of a group that a block of ``limit`` can share evenly."""
+        return max(n for n in range(1, self.group + 1) if self.group % n == 0 and n <= limit)
+
+    @property
+    def shared_heads(self) -> int:
+        """Query heads of a block of the split kernel."""
+        return self._shared(max(1, min(8, 2048 // self.cache.padded)))
+
+    @property
+    def tile_heads(self) -> int:
+        """Query heads of a block of the tiled kernel."""
+        return self._shared(max(1, 4096 // (8 * max(self.cache.padded, 64))))
+
+    def split_grid(self, tokens: int, chunks: int) -> tuple[int, int, int]:
+        """Blocks of the split kernel."""
+        return chunks, self.heads // self.shared_heads, tokens
+
+    def combine_grid(self, tokens: int) -> tuple[int, int, int]:
+        """Blocks of the kernel that adds the parts of the split one."""
+        return self.heads, tokens, 1
+
+    def tiled_grid(self, tokens: int) -> tuple[int, int, int]:
+        """Blocks of the tiled kernel."""
+        return self.heads // self.tile_heads, -(-tokens // 8), 1
+
+    @property
+    def combine_block(self) -> tuple[int, int, int]:
+        """Threads of a block of the combining kernel."""
+        return _align(self.cache.head_dim, 32), 1, 1
+
+    def partial_floats(self, tokens: int, chunks: int) -> int:
+        """Floats of scratch memory between the split and the combining kernel."""
+        return tokens * self.heads * chunks * (self.cache.head_dim + 2)
+
+
+def render_attention(spec: AttentionSpec) -> str:
+    """CUDA text of three kernels, ``common`` being ``positions, caches, layer_offset, scale,
+    window[, cap]``.
+
+    ``NAME_split(partial, q, q_stride, common, chunk, chunks)`` and ``NAME_combine(out, out_stride,
+    partial, positions, window, chunk, chunks)``: the context of every token is split.
+    ``NAME_tiled(out, out_stride, q, q_stride, common, tokens)``: tokens of one session.
+    """
+    lanes = 1
+    while 8 * lanes < spec.cache.padded:
+        lanes *= 2
+    return render(
+        "cuda/attention.cu.j2",
+        prefix=spec.name,
+        heads=spec.heads,
+        group=spec.group,
+        lanes=lanes,
+        shared_heads=spec.shared_heads,
+        tile_heads=spec.tile_heads,
+        softcap=spec.softcap,
+        combine_threads=spec.combine_block[0],
+        **spec.cache.parameters(),
+    )
+
+
+@dataclass(frozen=True)
+class NormSpec:
+    """Norm of rows: "rms" or "layer"; ``add``: a matrix is added behind it."""
+
+    kind: str = "rms"
+    add: bool = False
+
+    @property
+    def name(self) -> str:
+        """Name of the kernel and of its module."""
+        return f"norm_{self.kind}{'_add' * self.add}"
+
+    @property
+    def block(self) -> tuple[int, int, int]:
+        """Threads of a block; a row takes a block."""
+        return NORM_THREADS, 1, 1
+
+
+def render_norm(spec: NormSpec) -> str:
+    """CUDA text of ``spec.name(y, y_stride, x, x_stride, w, n, eps[, bias][, base, base_stride])``;
+    ``bias`` of a layer norm, ``base`` is what the norm is added to and may be y."""
+    return render(
+        "cuda/norm.cu.j2", name=spec.name, kind=spec.kind, add=spec.add, threads=NORM_THREADS
+    )
+
+
+def elementwise_grid(rows: int, n: int) -> tuple[int, int, int]:
+    """Blocks of an elementwise kernel."""
+    return -(-n // ELEMENTWISE_THREADS), rows, 1
+
+
+def render_elementwise(kind: str) -> str:
+    """CUDA text of ``elementwise_KIND(y, y_stride, n, ...)`` for rows of n numbers.
+
+    "silu", "gelu_tanh": (gate, gate_stride, up, up_stride); "softcap": (float cap), in place;
+    "rows": (x, x_stride, int* rows); "columns": (x, x_stride, int* columns).
+    """
+    return render(
+        "cuda/elementwise.cu.j2", name=f"elementwise_{kind}", kind=kind, threads=ELEMENTWISE_THREADS
+    )
+
+
+def render_argmax() -> str:
+    """CUDA text of ``argmax(int* tokens, logits, int64 stride, n)``, a block a row."""
+    return render("cuda/sample.cu.j2", threads=ARGMAX_THREADS)
