@@ -94,10 +94,9 @@ class RopeSpec:
     def name(self) -> str:
         """Name of the kernel and of its module."""
         c = self.cache
-        rotation = f"_{'i' if self.interleaved else 'h'}{self.rotary_dim}" if self.rotary_dim else ""
-        return (
-            f"rope_{c.kind}_{self.heads}x{c.kv_heads}x{c.head_dim}{rotation}{'_norm' * self.qk_norm}"
-        )
+        style = f"_{'i' if self.interleaved else 'h'}{self.rotary_dim}" if self.rotary_dim else ""
+        norm = "_norm" * self.qk_norm
+        return f"rope_{c.kind}_{self.heads}x{c.kv_heads}x{c.head_dim}{style}{norm}"
 
     def grid(self, tokens: int) -> tuple[int, int, int]:
         """Blocks of a step."""

@@ -45,7 +45,8 @@ def check(name: str, m: int, n: int, policy: str) -> None:
     y, w = device.allocate(4 * m * n), device.upload(packed)
     kblocks = packed_shape(spec.format, (n, k), LAYOUT)[1]
     n_, k_, kblocks_ = (np.int32(v) for v in (n, k, kblocks))
-    device.launch(kernel, spec.grid(n), spec.block, [y, n_, device.upload(x), k_, w, n_, k_, kblocks_])
+    arguments = [y, n_, device.upload(x), k_, w, n_, k_, kblocks_]
+    device.launch(kernel, spec.grid(n), spec.block, arguments)
     got = device.read(y, (m, n), np.float32)
     dense = weight.dequantize().astype(np.float64)
     want = x.astype(np.float64) @ dense.T

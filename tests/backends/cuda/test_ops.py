@@ -72,8 +72,10 @@ def test_gemv_adds_bias_and_residual_in_place(bias: bool, residual: bool) -> Non
     np.testing.assert_array_equal(got[:, n:], y[:, n:])
 
 
-@pytest.mark.parametrize(("kind", "add", "n"), [("rms", False, 300), ("rms", True, 64),
-                                                ("layer", False, 1000), ("layer", True, 7)])  # fmt: skip
+NORMS = [("rms", False, 300), ("rms", True, 64), ("layer", False, 1000), ("layer", True, 7)]
+
+
+@pytest.mark.parametrize(("kind", "add", "n"), NORMS)
 def test_norm(kind: str, add: bool, n: int) -> None:
     spec, rows, stride = NormSpec(kind, add), 3, n + 3
     x, base, w, b = normal(rows, stride), normal(rows, stride, seed=2), normal(n), normal(n, seed=4)
@@ -83,7 +85,8 @@ def test_norm(kind: str, add: bool, n: int) -> None:
     y = device.upload(base) if add else device.allocate(4 * rows * stride)
     device.launch(kernel, (rows,), spec.block, [
         y, i32(stride), device.upload(x), i32(stride), device.upload(w), i32(n), np.float32(1e-5),
-        *([device.upload(b)] if kind == "layer" else []), *([y, i32(stride)] if add else [])])  # fmt: skip
+        *([device.upload(b)] if kind == "layer" else []),
+        *([y, i32(stride)] if add else [])])  # fmt: skip
     got = [device.read(y + 4 * r * stride, (n,), np.float32) for r in range(rows)]
     exact = x[:, :n].astype(np.float64)
     if kind == "layer":
@@ -270,7 +273,8 @@ def fill(device: EmulatedDevice, spec: KvSpec, heads: int, count: int, seed: int
 
 
 CASES = [("f16", 4, 2, 8, 0, 0.0), ("f16", 9, 3, 64, 0, 0.0), ("int8", 2, 1, 20, 0, 5.0),
-         ("int4", 2, 2, 48, 50, 0.0), ("f16", 4, 4, 80, 100, 0.0), ("f16", 2, 1, 256, 0, 0.0)]  # fmt: skip
+         ("int4", 2, 2, 48, 50, 0.0), ("f16", 4, 4, 80, 100, 0.0),
+         ("f16", 2, 1, 256, 0, 0.0)]  # fmt: skip
 POLICIES = itertools.cycle(("fair", "random", "priority"))
 
 
