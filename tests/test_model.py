@@ -218,8 +218,8 @@ def test_quantize() -> None:
     assert tensor.pack().dtype == np.uint8
     importlib.import_module("qigen.quantize.rtn")  # puts the module in the place of the name
     assert qigen.quantize(weight.tolist(), "s8g32", method="rtn").shape == (20, 128)
-    with pytest.raises(qigen.Unsupported, match="gptq"):
-        qigen.quantize(weight, "s8g32", method="gptq")
+    with pytest.raises(qigen.Unsupported, match="gtpq"):
+        qigen.quantize(weight, "s8g32", method="gtpq")
     with pytest.raises(qigen.Unsupported, match="s9g32"):
         qigen.quantize(weight, "s9g32")
     for bad in (weight[0], [["a"]], weight * np.nan):

@@ -578,6 +578,25 @@ def expanded(fmt: Format, codes: Array, places: Array) -> Array:
     return out
 
 
+def group_values(fmt: Format, fields: Mapping[str, Array]
+                 ) -> tuple[Float32Array, Float32Array, Float32Array]:
+    """(scale, zero, least), each float32 [N or 1, nblocks or 1, groups of a block or 1].
+
+    A code c stands for ``scale * (V(c) - Z - zero) + least``, with V(c) - Z of ``fmt.levels`` (or
+    of the table in the field 'lut'); ``fields`` may leave the codes out.
+    """
+    none = np.zeros((1, 1, 1), np.float32)
+    zero, least = none, none
+    if fmt.has("z"):
+        zero = _zeros(fmt, fields)
+    if fmt.has("m"):
+        least = np.float32(fmt.min_sign) * _field_float32(fmt, fields, "m")
+    elif fmt.has("dmin"):
+        minima = _field_float32(fmt, fields, "dmin") * fields["submin"].astype(np.float32)
+        least = np.float32(fmt.min_sign) * minima
+    return _scales(fmt, fields), zero, least
+
+
 def _zeros(fmt: Format, fields: Mapping[str, Array]) -> Float32Array:
     """float32 [N, nblocks, groups]: the zero points that are data."""
     zero = _field_float32(fmt, fields, "z")

@@ -7,7 +7,7 @@ are the nearest ones to what the stored scale really says.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -28,7 +28,28 @@ from qigen.formats.algebra import (
 _CHUNK_WEIGHTS = 1 << 16
 
 
-def quantize_rtn(w: Float32Array, fmt: Format) -> QuantizedTensor:
+CLIP_FACTORS = tuple(1 - 0.04 * i for i in range(16))
+"""The parts of a group's range that a clipping search tries."""
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A search for the scales: of a group's range the part that leaves the least squared error.
+
+    ``importance`` (float32 [K], not negative) is the weight of every column in that error; None:
+    all alike.
+    """
+
+    importance: Float32Array | None = None
+    factors: tuple[float, ...] = CLIP_FACTORS
+
+    def columns(self, start: int, stop: int) -> Clip:
+        """The same search for columns ``[start, stop)`` alone."""
+        h = self.importance
+        return self if h is None else replace(self, importance=h[start:stop])
+
+
+def quantize_rtn(w: Float32Array, fmt: Format, clip: Clip | None = None) -> QuantizedTensor:
     """Quantize ``w`` (float32 [N, K]) to any format but those with two levels of integer scales.
 
     Rows with a minimum 'm' or a zero point 'z' spread 2^b codes from the least to the greatest
@@ -36,8 +57,9 @@ def quantize_rtn(w: Float32Array, fmt: Format) -> QuantizedTensor:
     group by group, the best of a few scales in squared error: the weight of greatest magnitude on
     the outermost level (the scale may be negative), its magnitude on the greatest, and the mean
     magnitude on the levels' own; power-of-two scales the exponent that OCP names and the next one.
-    Tables that are data are found by Lloyd's iteration. If K is no multiple of a block, the codes
-    past K stand for nothing: they are the zero (symmetric) or 0.
+    Tables that are data are found by Lloyd's iteration. With ``clip`` a group's range may be cut
+    where that lessens its squared error (symmetric rows always take the best scale). If K is no
+    multiple of a block, the codes past K stand for nothing: they are the zero (symmetric) or 0.
 
     Raises BadInput if a weight is NaN, infinite or too large for the format's scale, Unsupported if
     there is no rule for the format.
@@ -56,14 +78,14 @@ def quantize_rtn(w: Float32Array, fmt: Format) -> QuantizedTensor:
             row = a + int(np.argmin(np.isfinite(chunk).all(axis=1)))
             raise BadInput(f"row {row} of the weight has a NaN or an infinity; repair the model "
                            "first", fmt.name)
-    table = _tensor_table(w, fmt) if fmt.has("lut") and n else None
+    table = tensor_table(w, fmt, clip) if fmt.has("lut") and n else None
     if fmt.vector:
         return QuantizedTensor(fmt, (n, k), _by_codebook(w, fmt) if n else fields)
     if fmt.has("qc"):
-        return _with_columns(w, fmt)
+        return _with_columns(w, fmt, clip)
     for a in range(0, n, step):
         chunk = np.ascontiguousarray(w[a : a + step])
-        part = _dense(chunk, fmt) if fmt.float_kind else _coded(chunk, fmt, table)
+        part = _dense(chunk, fmt) if fmt.float_kind else coded(chunk, fmt, table, clip)
         for name, array in part.items():
             target = fields[name] if array.shape[0] == 1 == fields[name].shape[0] else (
                 fields[name][a : a + step])
@@ -134,29 +156,82 @@ def _nearest_level(x: Float32Array, levels: Float32Array, top: float = np.inf) -
     return found
 
 
-def _coded(chunk: Float32Array, fmt: Format, table: Float32Array | None) -> dict[str, Array]:
+def coded(chunk: Float32Array, fmt: Format, table: Float32Array | None = None,
+          clip: Clip | None = None) -> dict[str, Array]:
     """The field arrays of rows ``chunk`` [n, K]; ``table`` is the table of the whole weight."""
     n, k = chunk.shape
     if fmt.has("oc"):
-        return _with_outliers(chunk, fmt)
+        return _with_outliers(chunk, fmt, clip)
     if fmt.mask is not None:
-        return _masked(chunk, fmt)
+        return _masked(chunk, fmt, clip)
     x = _groups(chunk, fmt)
+    search = _Search(x, fmt, clip)
     if fmt.has("lut"):
-        part = _by_table(x, fmt, table)
+        part = _by_table(x, fmt, table, search)
     elif fmt.has("subz"):
-        part = _quantized_scales(x, fmt)
+        part = _quantized_scales(x, fmt, search)
     elif fmt.has("z") and fmt.has("sub"):
         part = _two_levels(x, fmt)
     elif fmt.has("m") or fmt.has("z"):
-        part = _spread(x, fmt)
+        part = _spread(x, fmt, search)
     elif fmt.has("e"):
-        part = _powers_of_two(x, fmt)
+        part = _powers_of_two(x, fmt, search)
     elif fmt.has("sub"):
-        part = _small_float_scales(x, fmt)
+        part = _small_float_scales(x, fmt, search)
     else:
-        part = _scaled(x, fmt)
-    return {**part, "codes": _blocks_of_codes(part["codes"].reshape(n, -1), k, fmt)}
+        part = _scaled(x, fmt, search)
+    return {**part, "codes": blocks_of_codes(part["codes"].reshape(n, -1), k, fmt)}
+
+
+class _Search:
+    """A :class:`Clip` laid out as the groups of ``x`` [n, groups, size] are."""
+
+    def __init__(self, x: Float32Array, fmt: Format, clip: Clip | None) -> None:
+        self.factors = clip.factors if clip is not None else (1.0,)
+        self.importance: Float32Array | None = None
+        if clip is not None and clip.importance is not None:
+            h = np.zeros(x.shape[1] * x.shape[2], np.float32)
+            h[: len(clip.importance)] = clip.importance
+            self.importance = h.reshape(x.shape[1:])
+
+    def error(self, miss: Float32Array) -> Float32Array:
+        """float32 [n, groups, 1]: the squared error of every group."""
+        if self.importance is None:
+            error: Float32Array = np.einsum("nbk,nbk->nb", miss, miss)[..., None]
+        else:
+            error = np.einsum("nbk,nbk,bk->nb", miss, miss, self.importance)[..., None]
+        return error
+
+    def range(self, x: Float32Array, least: Float32Array, greatest: Float32Array, top: float,
+              whole: bool) -> tuple[Float32Array, Float32Array]:
+        """The part of [least, greatest] (each [n, groups, 1]) that ``top`` + 1 evenly spaced codes
+        cover with the least error; ``whole``: the zero is one of them."""
+        if len(self.factors) == 1:
+            return least, greatest
+        ends = [least, greatest]
+        best: Float32Array | None = None
+        # both ends together, and then each of them alone
+        for moved in ((0, 1), (0,), (1,)):
+            start = list(ends)
+            for factor in self.factors:
+                if best is not None and factor == 1:
+                    continue
+                tried = [end * np.float32(factor) if i in moved else end
+                         for i, end in enumerate(start)]
+                step = (tried[1] - tried[0]) / np.float32(top)
+                low = np.rint(_divided(tried[0], step)) * step if whole else tried[0]
+                codes = np.rint(_divided(x - low, step)).clip(0, top)
+                codes *= step
+                codes += low
+                codes -= x
+                error = self.error(codes)
+                if best is None:
+                    best = error
+                    continue
+                better = error < best
+                best = np.where(better, error, best)
+                ends = [np.where(better, t, end) for t, end in zip(tried, ends, strict=True)]
+        return ends[0], ends[1]
 
 
 def _padded(chunk: Float32Array, fmt: Format) -> Float32Array:
@@ -167,7 +242,7 @@ def _padded(chunk: Float32Array, fmt: Format) -> Float32Array:
     return blocks
 
 
-def _with_outliers(chunk: Float32Array, fmt: Format) -> dict[str, Array]:
+def _with_outliers(chunk: Float32Array, fmt: Format, clip: Clip | None) -> dict[str, Array]:
     """The greatest weights of every block apart: the base format rounds zeros in their place, and
     what it makes of them is made up for."""
     n, k = chunk.shape
@@ -180,7 +255,7 @@ def _with_outliers(chunk: Float32Array, fmt: Format) -> dict[str, Array]:
     rest = x.copy()
     np.put_along_axis(rest, places, np.float32(0), axis=2)
     rest_rows = np.ascontiguousarray(rest.reshape(n, -1)[:, :k])
-    part = _coded(rest_rows, base, None)
+    part = coded(rest_rows, base, None, clip)
     shaped = {f.name: part[f.name].reshape(f.shape(n, x.shape[1])) for f in fields}
     rounded = _padded(QuantizedTensor(base, (n, k), shaped).dequantize(), fmt)
     missing = np.take_along_axis(x - rounded, places, axis=2)
@@ -188,7 +263,7 @@ def _with_outliers(chunk: Float32Array, fmt: Format) -> dict[str, Array]:
     return {**shaped, "oc": places.astype(np.uint8), "ov": bits}
 
 
-def _with_columns(w: Float32Array, fmt: Format) -> QuantizedTensor:
+def _with_columns(w: Float32Array, fmt: Format, clip: Clip | None) -> QuantizedTensor:
     """The columns of greatest norm apart, zeros in the base format; if the weight has fewer columns
     than the format keeps, its last one comes again with zeros."""
     n, k = w.shape
@@ -198,7 +273,7 @@ def _with_columns(w: Float32Array, fmt: Format) -> QuantizedTensor:
     columns = np.sort(np.argsort(-np.square(w).sum(axis=0), kind="stable")[:taken])
     rest = w.copy()
     rest[:, columns] = 0
-    rounded = quantize_rtn(rest, base)
+    rounded = quantize_rtn(rest, base, clip)
     missing = np.zeros((n, 1, count), np.float32)
     missing[:, 0, :taken] = w[:, columns]
     if n:
@@ -209,7 +284,7 @@ def _with_columns(w: Float32Array, fmt: Format) -> QuantizedTensor:
     return QuantizedTensor(fmt, (n, k), {**rounded.fields, "qc": places, "qv": bits})
 
 
-def _masked(chunk: Float32Array, fmt: Format) -> dict[str, Array]:
+def _masked(chunk: Float32Array, fmt: Format, clip: Clip | None) -> dict[str, Array]:
     """The N greatest of every M weights."""
     assert fmt.mask is not None
     keep, of = fmt.mask
@@ -221,20 +296,22 @@ def _masked(chunk: Float32Array, fmt: Format) -> dict[str, Array]:
     places = np.sort(np.argpartition(-np.abs(x), keep - 1, axis=2)[..., :keep], axis=2)
     rest = np.zeros_like(x)
     np.put_along_axis(rest, places, np.take_along_axis(x, places, axis=2), axis=2)
-    part = _coded(np.ascontiguousarray(rest.reshape(n, -1)[:, :k]), base, None)
+    part = coded(np.ascontiguousarray(rest.reshape(n, -1)[:, :k]), base, None, clip)
     codes = np.take_along_axis(part["codes"].reshape(n, -1, of), places, axis=2)
     count = fmt.field("codes").count
     return {**part, "codes": codes.reshape(n, -1, count),
             "ix": places.astype(np.uint8).reshape(n, -1, count)}
 
 
-def _quantized_scales(x: Float32Array, fmt: Format) -> dict[str, Array]:
+def _quantized_scales(x: Float32Array, fmt: Format, search: _Search) -> dict[str, Array]:
     """SpQR: groups with scales and zero points that are themselves quantized, one step a block."""
     n, _, size = x.shape
     groups = fmt.block // fmt.group
     blocks = x.reshape(n, -1, groups, size)
     top = np.float32((1 << fmt.code_bits) - 1)
-    least, greatest = np.minimum(blocks.min(axis=3), 0), np.maximum(blocks.max(axis=3), 0)
+    low, high = search.range(x, np.minimum(x.min(axis=2, keepdims=True), 0),
+                             np.maximum(x.max(axis=2, keepdims=True), 0), float(top), False)
+    least, greatest = low.reshape(n, -1, groups), high.reshape(n, -1, groups)
 
     def fit(values: Float32Array, bits: int) -> tuple[Array, Float32Array, Float32Array]:
         """(codes, step, zero) of values [n, nblocks, groups]: values = step (code - zero)."""
@@ -325,7 +402,7 @@ def _by_codebook(w: Float32Array, fmt: Format) -> dict[str, Array]:
             "book": np.concatenate(entries).reshape(1, 1, -1)}
 
 
-def _blocks_of_codes(codes: Array, k: int, fmt: Format) -> Array:
+def blocks_of_codes(codes: Array, k: int, fmt: Format) -> Array:
     """The codes [n, at least k] as blocks, the places past ``k`` filled."""
     n = len(codes)
     fill = int(fmt.zero) if fmt.zero == int(fmt.zero) else 0
@@ -348,11 +425,12 @@ def _base3(codes: Array) -> Array:
     return out
 
 
-def _spread(x: Float32Array, fmt: Format) -> dict[str, Array]:
+def _spread(x: Float32Array, fmt: Format, search: _Search) -> dict[str, Array]:
     """Codes from the least to the greatest weight: W = d c + m or d (c - z)."""
     top = np.float32((1 << fmt.code_bits) - 1)
     least, greatest = x.min(axis=2, keepdims=True), x.max(axis=2, keepdims=True)
     if fmt.has("m"):
+        least, greatest = search.range(x, least, greatest, float(top), False)
         m_bits, m = _stored(least, fmt, "m")
         # Each end is divided by itself: the difference of two finite floats may be infinite.
         d_bits, d = _stored(greatest / top - least / top, fmt)
@@ -365,6 +443,7 @@ def _spread(x: Float32Array, fmt: Format) -> dict[str, Array]:
         same = least == greatest
         least = np.where(same, np.minimum(least, 0), least)
         greatest = np.where(same, np.maximum(greatest, 0), greatest)
+    least, greatest = search.range(x, least, greatest, float(top), whole)
     d_bits, d = _stored(greatest / top - least / top, fmt)
     exact = _divided(-least, d)
     if whole:
@@ -389,7 +468,8 @@ def _two_levels(x: Float32Array, fmt: Format) -> dict[str, Array]:
     return {"codes": codes, "d": d_bits, "sub": sub.astype(np.uint8), "z": z.astype(np.uint8)}
 
 
-def _codes(x: Float32Array, scale: Float32Array, fmt: Format) -> tuple[Array, Array]:
+def _codes(x: Float32Array, scale: Float32Array, fmt: Format,
+           search: _Search) -> tuple[Array, Array]:
     """(the codes nearest to x / scale, the squared error of every group)."""
     levels = fmt.levels
     target = _divided(x, scale)
@@ -401,16 +481,15 @@ def _codes(x: Float32Array, scale: Float32Array, fmt: Format) -> tuple[Array, Ar
         codes = _nearest_level(target, levels, limit).astype(np.uint8)
     miss = levels[codes] * scale
     miss -= x
-    error: Array = np.einsum("nbk,nbk->nb", miss, miss)[..., None]
-    return codes, error
+    return codes, search.error(miss)
 
 
-def _best(x: Float32Array, fmt: Format, name: str,
+def _best(x: Float32Array, fmt: Format, name: str, search: _Search,
           scales: Iterable[tuple[Array, Float32Array]]) -> dict[str, Array]:
     """Codes and the field ``name`` of the scale (bits, value) that has the least error."""
     best: tuple[Array, Array, Array] | None = None
     for bits, value in scales:
-        codes, error = _codes(x, value, fmt)
+        codes, error = _codes(x, value, fmt, search)
         if best is None:
             best = codes, bits, error
         else:
@@ -429,7 +508,7 @@ def _outermost(fmt: Format) -> tuple[float, float]:
     return float(levels[np.argmax(np.abs(levels))]), float(levels.max())
 
 
-def _scaled(x: Float32Array, fmt: Format) -> dict[str, Array]:
+def _scaled(x: Float32Array, fmt: Format, search: _Search) -> dict[str, Array]:
     """Codes of groups with a scale of their own: W = d V(c)."""
     factor = np.float32(fmt.scale_factor)
     far, top = _outermost(fmt)
@@ -439,11 +518,12 @@ def _scaled(x: Float32Array, fmt: Format) -> dict[str, Array]:
     if fmt.level_count <= 3 or fmt.name.startswith("bipolar"):
         mean = np.abs(x).mean(axis=2, keepdims=True)
         scales.append(mean / np.abs(fmt.levels).mean() if fmt.level_count < 3 else mean)
+    scales += [scale * np.float32(f) for f in search.factors[1:] for scale in scales[:2]]
     stored = (_stored(scale / factor, fmt) for scale in scales)
-    return _best(x, fmt, "d", ((bits, d * factor) for bits, d in stored))
+    return _best(x, fmt, "d", search, ((bits, d * factor) for bits, d in stored))
 
 
-def _powers_of_two(x: Float32Array, fmt: Format) -> dict[str, Array]:
+def _powers_of_two(x: Float32Array, fmt: Format, search: _Search) -> dict[str, Array]:
     """Codes of groups with an e8m0 scale."""
     factor = np.float32(fmt.scale_factor)
     _, top = _outermost(fmt)
@@ -456,72 +536,123 @@ def _powers_of_two(x: Float32Array, fmt: Format) -> dict[str, Array]:
         e = np.clip(first + add, 0, 254)
         return e.astype(np.uint8), np.ldexp(factor, e - 127).astype(np.float32)
 
-    return _best(x, fmt, "e", (scale(add) for add in (0, 1)))
+    adds = (0, 1) if len(search.factors) == 1 else (0, 1, -1)
+    return _best(x, fmt, "e", search, (scale(add) for add in adds))
 
 
-def _small_float_scales(x: Float32Array, fmt: Format) -> dict[str, Array]:
+def _small_float_scales(x: Float32Array, fmt: Format, search: _Search) -> dict[str, Array]:
     """Codes of groups whose scales are small floats times an f32 scale of the row (nvfp4)."""
     small = MINIFLOATS[fmt.field("sub").number]
     factor = np.float32(fmt.scale_factor)
     _, top = _outermost(fmt)
     wanted = np.abs(x).max(axis=2, keepdims=True) / np.float32(top * factor)
     d_bits, d = _stored(wanted.max(axis=1, keepdims=True) / np.float32(small.top), fmt)
-    sub_bits, sub = _stored(_divided(wanted, np.broadcast_to(d, wanted.shape)), fmt, "sub")
-    codes, _ = _codes(x, sub * d * factor, fmt)
-    return {"codes": codes, "d": d_bits, "sub": sub_bits}
+    exact = _divided(wanted, np.broadcast_to(d, wanted.shape))
+    stored = (_stored(exact * np.float32(f), fmt, "sub") for f in search.factors)
+    best = _best(x, fmt, "sub", search, ((bits, sub * d * factor) for bits, sub in stored))
+    return {**best, "d": d_bits}
 
 
 _LLOYD_STEPS = 8
+_SEARCH_STEPS = 40
 _SAMPLE = 1 << 16
 
 
-def _lloyd(x: Float32Array, count: int) -> Float32Array:
-    """float32 [groups, count]: the centres of the values [groups, size], sorted."""
-    ordered = np.sort(x, axis=1)
-    size = ordered.shape[1]
+def lloyd(x: Float32Array, count: int, importance: Float32Array | None = None,
+          steps: int = _LLOYD_STEPS) -> Float32Array:
+    """float32 [groups, count]: the centres of the values [groups, size], sorted.
+
+    ``importance`` [groups, size], if given, weighs every value (Lloyd 1982, Max 1960; weighted as
+    SqueezeLLM does). The first centres are the quantiles.
+    """
+    groups, size = x.shape
+    order = np.argsort(x, axis=1, kind="stable")
+    ordered = np.take_along_axis(x, order, axis=1)
+    h = np.ones_like(ordered, np.float64)
+    if importance is not None:
+        h = np.take_along_axis(importance, order, axis=1).astype(np.float64)
+        h += 1e-6 * h.mean(axis=1, keepdims=True) + 1e-30
+    rows = np.arange(groups)[:, None]
+    zeros = np.zeros((groups, 1))
+    mass = np.concatenate([zeros, np.cumsum(h, axis=1)], 1)
+    sums = np.concatenate([zeros, np.cumsum(h * ordered, axis=1)], 1)
     quantiles = ((np.arange(count) + 0.5) * size / count).astype(np.int64)
     centres = ordered[:, quantiles.clip(0, size - 1)]
-    rows = np.arange(len(x))[:, None]
-    sums = np.concatenate([np.zeros((len(x), 1)), np.cumsum(ordered, axis=1, dtype=np.float64)], 1)
-    for _ in range(_LLOYD_STEPS):
+    for _ in range(steps):
         middles = (centres[:, 1:] + centres[:, :-1]) / np.float32(2)
-        ends = (ordered[:, None, :] < middles[:, :, None]).sum(axis=2)
+        if size <= 256:
+            ends = (ordered[:, None, :] < middles[:, :, None]).sum(axis=2)
+        else:
+            ends = np.stack([np.searchsorted(o, m) for o, m in zip(ordered, middles, strict=True)])
         edges = np.concatenate([np.zeros_like(rows), ends, np.full_like(rows, size)], 1)
         number = np.diff(edges, axis=1)
+        part = mass[rows, edges[:, 1:]] - mass[rows, edges[:, :-1]]
         total = sums[rows, edges[:, 1:]] - sums[rows, edges[:, :-1]]
-        centres = np.where(number > 0, total / np.maximum(number, 1), centres).astype(np.float32)
+        mean = total / np.where(part > 0, part, 1)
+        moved = np.where((number > 0) & (part > 0), mean, centres).astype(np.float32)
+        moved.sort(axis=1)
+        if np.array_equal(moved, centres):
+            break
+        centres = moved
     return np.sort(centres, axis=1)
 
 
-def _tensor_table(w: Float32Array, fmt: Format) -> Float32Array | None:
+def tensor_table(w: Float32Array, fmt: Format, clip: Clip | None = None) -> Float32Array | None:
     """float32 [2^bits]: the table that a whole weight shares, of weights divided by their group's
     magnitude; None if the table is not the weight's."""
-    if fmt.field("lut").scope != "tensor":
+    if not fmt.has("lut") or fmt.field("lut").scope != "tensor":
         return None
     step = max(1, w.size // _SAMPLE)
     x = _groups(np.ascontiguousarray(w[:: max(1, min(step, len(w)))][:1024]), fmt)
-    scaled = _divided(x, np.broadcast_to(np.abs(x).max(axis=2, keepdims=True), x.shape))
-    table: Float32Array = _lloyd(scaled.reshape(1, -1), fmt.field("lut").count)[0]
+    magnitude = np.abs(x).max(axis=2, keepdims=True)
+    scaled = _divided(x, np.broadcast_to(magnitude, x.shape)).reshape(1, -1)
+    search = _Search(x, fmt, clip)
+    importance = None
+    if clip is not None:
+        h = np.ones(x.shape[1:], np.float32) if search.importance is None else search.importance
+        # an error of the table counts as much as the scale that it is multiplied by
+        importance = (h * np.square(magnitude)).reshape(1, -1)
+    steps = _LLOYD_STEPS if clip is None else _SEARCH_STEPS
+    table: Float32Array = lloyd(scaled, fmt.field("lut").count, importance, steps)[0]
     return table
 
 
-def _by_table(x: Float32Array, fmt: Format, table: Float32Array | None) -> dict[str, Array]:
+def _by_table(x: Float32Array, fmt: Format, table: Float32Array | None,
+              search: _Search) -> dict[str, Array]:
     """Codes with tables that are data: of the weight (``table``), of rows or of groups."""
-    part = {}
-    if table is not None:
-        part["d"], d = _stored(np.abs(x).max(axis=2, keepdims=True), fmt)
-        x = _divided(x, np.broadcast_to(d, x.shape))
-        tables = table.reshape(1, 1, -1)
-    else:
+    if table is None:
         n, groups, size = x.shape
-        tables = _lloyd(x.reshape(n * groups, size), fmt.field("lut").count).reshape(n, groups, -1)
-    bits, values = _stored(np.ascontiguousarray(tables), fmt, "lut")
-    part["lut"] = bits
+        h = search.importance
+        if h is not None:
+            h = np.broadcast_to(h, x.shape).reshape(n * groups, size)
+        steps = _LLOYD_STEPS if len(search.factors) == 1 else _SEARCH_STEPS
+        tables = lloyd(x.reshape(n * groups, size), fmt.field("lut").count, h, steps)
+        bits, values = _stored(tables.reshape(n, groups, -1), fmt, "lut")
+        return {"lut": bits, "codes": _nearest_entry(x, values)}
+    bits, values = _stored(np.ascontiguousarray(table.reshape(1, 1, -1)), fmt, "lut")
+    magnitude = np.abs(x).max(axis=2, keepdims=True)
+    best: tuple[Array, Array, Array] | None = None
+    for factor in search.factors:
+        d_bits, d = _stored(magnitude * np.float32(factor), fmt)
+        codes = _nearest_entry(_divided(x, np.broadcast_to(d, x.shape)), values)
+        error = search.error(values[0, 0][codes] * d - x)
+        if best is None:
+            best = codes, d_bits, error
+        else:
+            better = error < best[2]
+            best = (np.where(better, codes, best[0]), np.where(better, d_bits, best[1]),
+                    np.where(better, error, best[2]))
+    assert best is not None
+    return {"lut": bits, "d": best[1], "codes": best[0]}
+
+
+def _nearest_entry(x: Float32Array, values: Float32Array) -> Array:
+    """The nearest of ascending ``values`` [.., .., count] to every number of its group."""
     middles = (values[..., 1:] + values[..., :-1]) / np.float32(2)
     codes = np.zeros(x.shape, np.uint8)
     for i in range(middles.shape[2]):
         codes += x > middles[..., i : i + 1]
-    return {**part, "codes": codes}
+    return codes
 
 
 def _dense(chunk: Float32Array, fmt: Format) -> dict[str, Array]:

@@ -1,0 +1,187 @@
+"""The table of quantization methods: one row each, the work in a file of its own.
+
+A method brings one matrix to one format. What changes a matrix and its neighbours first (scales
+that are folded, rotations) is in :mod:`qigen.quantize.prepare`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qigen.errors import BadInput, Unsupported, UsageError
+from qigen.formats.algebra import Float32Array, Format, QuantizedTensor
+from qigen.quantize.gptq import gptq
+from qigen.quantize.hessian import Statistics, check_hessian, importance, output_error
+from qigen.quantize.rtn import Clip, quantize_rtn
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of one matrix.
+
+    ``error`` is the squared error of an output, ``relative`` its share of the output's square (of
+    the weights, where there is no Hessian). ``damping`` is what the Hessian took (None: no Hessian
+    was factored), ``dead`` the columns that never had an input.
+    """
+
+    format: str
+    method: str
+    error: float
+    relative: float
+    damping: float | None = None
+    dead: int = 0
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Result:
+    """A quantized weight and what the method has to say of it."""
+
+    tensor: QuantizedTensor
+    damping: float | None = None
+    dead: int = 0
+    notes: tuple[str, ...] = ()
+
+
+Quantizer = Callable[..., Result]
+
+
+@dataclass(frozen=True)
+class Method:
+    """``function(w, format, hessian, **options)``; ``hessian`` float32 [K, K], or None where the
+    method does not need one. ``fits`` says what is wrong with a format, '' if nothing is."""
+
+    name: str
+    source: str
+    about: str
+    function: Quantizer
+    needs_hessian: bool
+    fits: Callable[[Format], str] = lambda fmt: ""
+
+    @property
+    def options(self) -> dict[str, inspect.Parameter]:
+        """The options by name."""
+        parameters = inspect.signature(self.function).parameters
+        return {name: p for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
+
+
+def _rtn(w: Float32Array, fmt: Format, hessian: Float32Array | None) -> Result:
+    return Result(quantize_rtn(w, fmt))
+
+
+def _clip(w: Float32Array, fmt: Format, hessian: Float32Array | None) -> Result:
+    return Result(quantize_rtn(w, fmt, Clip(importance(hessian))))
+
+
+def _gptq(w: Float32Array, fmt: Format, hessian: Float32Array | None, *, damping: float = 0.01,
+          order: str = "group", clip: bool = True) -> Result:
+    assert hessian is not None
+    tensor, factor = gptq(w, fmt, hessian, damping=damping, order=order, clip=clip)
+    return Result(tensor, factor.damping, int(factor.dead.sum()))
+
+
+def _of_codes(fmt: Format) -> str:
+    if fmt.float_kind or fmt.vector:
+        return "it has no codes of single weights"
+    if (fmt.has("sub") and not (fmt.field("sub").number or fmt.has("z"))) or fmt.has("dmin"):
+        return "there is no rule yet for its scales, which are quantized themselves"
+    return ""
+
+
+def _having(field: str, wanted: str) -> Callable[[Format], str]:
+    return lambda fmt: _of_codes(fmt) or ("" if fmt.has(field) else f"it has no {wanted}")
+
+
+METHODS: dict[str, Method] = {row.name: row for row in (
+    Method("rtn", "", "round to nearest", _rtn, False),
+    Method("clip", "AWQ, OmniQuant (clipping)", "round to nearest, each group's range searched",
+           _clip, False),
+    Method("gptq", "Frantar et al. 2023, arXiv:2210.17323",
+           "rounding with feedback by the inverse Hessian", _gptq, True, _of_codes),
+    Method("spqr", "Dettmers et al. 2023, arXiv:2306.03078",
+           "gptq with the most sensitive weights apart", _gptq, True,
+           _having("oc", "outliers; take spqr3, or a format that ends in _o3")),
+    Method("quik", "Ashkboos et al. 2023, arXiv:2310.09259",
+           "gptq with the columns of the greatest inputs apart", _gptq, True,
+           _having("qc", "columns apart; take a format that ends in _c32")),
+    Method("sparsegpt", "Frantar and Alistarh 2023, arXiv:2301.00774",
+           "N:M pruning and rounding with feedback", _gptq, True,
+           lambda fmt: _of_codes(fmt) or ("" if fmt.mask else
+                                          "it has no mask; take a format such as s4g128_2of4")),
+)}
+"""The methods by name."""
+
+
+def by_name(name: str) -> Method:
+    """The method called ``name``; Unsupported, naming the nearest, if there is none."""
+    if name not in METHODS:
+        near = difflib.get_close_matches(name, METHODS, n=2)
+        about = f"did you mean {' or '.join(near)}? " if near else ""
+        raise Unsupported(f"quantization method '{name}' is not known; {about}there is "
+                          f"{', '.join(METHODS)}")
+    return METHODS[name]
+
+
+def check_options(method: Method, options: dict[str, Any]) -> None:
+    """UsageError if the method does not know one of the options."""
+    for name in options:
+        if name not in method.options:
+            known = ", ".join(method.options) or "none"
+            raise UsageError(f"method {method.name} has no option '{name}'; it has {known}")
+
+
+def quantize_matrix(
+    weight: npt.ArrayLike,
+    fmt: Format,
+    method: str = "rtn",
+    hessian: npt.ArrayLike | Statistics | None = None,
+    **options: Any,
+) -> tuple[QuantizedTensor, Report]:
+    """Quantize a matrix ``[N, K]``, and say how well that went; see :func:`qigen.quantize`."""
+    row = by_name(method)
+    check_options(row, options)
+    wrong = row.fits(fmt)
+    if wrong:
+        raise Unsupported(f"method {method} cannot bring a weight to this format: {wrong}",
+                          fmt.name)
+    try:
+        w = np.ascontiguousarray(weight, np.float32)
+    except (TypeError, ValueError):
+        raise BadInput("the weight is not a matrix of numbers", "weight") from None
+    if w.ndim != 2:
+        raise BadInput(f"the weight is {list(w.shape)}; give a matrix [N, K]", "weight")
+    notes: list[str] = []
+    h: Float32Array | None = None
+    if isinstance(hessian, Statistics):
+        if not hessian.tokens:
+            raise BadInput("there are no calibration data; give some", "calibration")
+        if hessian.tokens < w.shape[1] and row.needs_hessian:
+            notes.append(f"{hessian.tokens} tokens of calibration are few for {w.shape[1]} columns")
+        hessian = hessian.hessian
+    if hessian is not None:
+        h = check_hessian(hessian, w.shape[1])
+    elif row.needs_hessian:
+        raise UsageError(f"method {method} needs the Hessian of the weight's inputs; calibrate, or "
+                         "take method clip or rtn")
+    if not np.isfinite(w).all():
+        bad = int(np.argmin(np.isfinite(w).all(axis=1)))
+        raise BadInput(f"row {bad} of the weight has a NaN or an infinity; repair the model first",
+                       fmt.name)
+    result = row.function(w, fmt, h, **options)
+    error, relative = output_error(w, result.tensor.dequantize(), h)
+    wanted = options.get("damping", 0.01)
+    if result.damping is not None and result.damping > wanted:
+        notes.append(f"the Hessian was not positive definite and took a damping of "
+                     f"{result.damping:g} instead of {wanted:g}")
+    if result.dead:
+        notes.append(f"{result.dead} of {w.shape[1]} columns never had an input in the calibration "
+                     "data; they are rounded to nearest")
+    return result.tensor, Report(fmt.name, method, error, relative, result.damping, result.dead,
+                                 (*notes, *result.notes))
