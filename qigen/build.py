@@ -165,6 +165,7 @@ def link(
     staging: Path,
     system: str = "linux",
     form: str = "library",
+    libraries: Sequence[str] = (),
 ) -> None:
     """Make what the form asks for. The runtime's objects come first: what both define is taken from
     the one without ISA flags."""
@@ -177,7 +178,7 @@ def link(
         toolchain.link_static(compiler, paths, staging / STATIC_LIBRARY)
         return
     library = staging / toolchain.LIBRARY_NAMES[system]
-    toolchain.link_shared(compiler, paths, script, library, system)
+    toolchain.link_shared(compiler, paths, script, library, system, libraries)
     for left in staging.glob("*.pdb"):  # for debuggers
         left.unlink()
     for left in staging.glob("*.lib"):  # what programs link with; zig names it by the first object

@@ -47,6 +47,8 @@ from qigen.build import (
 )
 from qigen.codegen.lower import Lowering, PackedTensor, Program, lower_program
 from qigen.codegen.render import render
+from qigen.cuda_compiler import GpuOptions, compile_gpu, gpu_targets
+from qigen.cuda_compiler import check_options as check_gpu_options
 from qigen.errors import QigenError, Unsupported, UsageError
 from qigen.formats import catalog
 from qigen.frontends import build_graph, load_model
@@ -110,7 +112,8 @@ def compile(
     ``model`` is a GGUF file, a Hugging Face folder or an ONNX file.
 
     ``target`` is "native" or a name from :mod:`qigen.targets`; several, separated by commas, make
-    one artifact that takes the fastest of them that the machine has. ``isa`` forces an ISA row.
+    one artifact that takes the fastest of them that the machine has. GPU architectures ("sm_80")
+    make an artifact that opens the CUDA driver at load. ``isa`` forces an ISA row.
     ``weights`` is "keep" (the file's own codes) or a format name that every matrix is rounded to.
     ``activations``: "f32", "int8" (a scale for 32 values), "int8-token"; None lets the planner
     choose. ``kv`` is "f16" or "int8". ``max_seq`` bounds the positions of a session (default: the
@@ -125,6 +128,7 @@ def compile(
     Raises BadInput (damaged model), Unsupported, UsageError, ToolchainError. An artifact that
     exists at ``output`` is replaced when all is done; on failure nothing is left behind.
     """
+    gpus = gpu_targets(target)
     _check_options(activations, kv, max_batch, tune, weights, target)
     if emit not in FORMS:
         raise UsageError(f"cannot emit {emit}: choose one of {', '.join(FORMS)}")
@@ -133,7 +137,11 @@ def compile(
     report = progress or (lambda stage, done, total: None)
     out = Path(output).resolve()  # of a link, the target is replaced
     check_output(out)
-    pairs = _pairs(target, isa)
+    if gpus:
+        check_gpu_options(activations, tune, isa, max_batch)
+        if is_onnx(Path(model)):
+            raise Unsupported("ONNX models have no GPU kernels yet; take a processor as the target")
+    pairs = _pairs("native" if gpus else target, isa)
     machine, row = pairs[0]
     compiler = find_compiler(machine, emit)
 
@@ -180,6 +188,13 @@ def compile(
         graph = requantized(graph, catalog.by_name(SHORT_FORMATS.get(weights, weights)))
     tokenizer = _tokenizer(source)
     report("read", 1, 1)
+    if gpus:
+        options = GpuOptions(
+            gpus, kv, max_seq, max_batch, jobs or os.cpu_count() or 1,
+            Path(keep_sources) if keep_sources else None, emit,
+        )  # fmt: skip
+        compile_gpu(graph, source, tokenizer, out, options, report)
+        return Artifact(out)
 
     measured: Measured | None = None
     if tune == "measure":
@@ -283,7 +298,7 @@ def _check_options(
         raise UsageError(f"activations {activations}: choose one of {', '.join(ACTIVATIONS)}")
     if kv not in KV_FORMATS:
         raise UsageError(f"KV cache {kv}: choose one of {', '.join(KV_FORMATS)}")
-    if kv == "int4":
+    if kv == "int4" and not target.startswith("sm_"):
         raise Unsupported("an int4 KV cache has no kernels yet; choose f16 or int8")
     if max_batch < 1:
         raise UsageError("max_batch must be at least 1")

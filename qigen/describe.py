@@ -140,7 +140,13 @@ def variants(manifest: dict[str, Any]) -> list[dict[str, Any]]:
         platform = (
             target.get("architecture", here.architecture), target.get("system", here.system)
         )  # fmt: skip
-        if platform != (here.architecture, here.system):
+        gpu = target.get("gpu")
+        if gpu is not None:
+            why = (
+                f"machine code for {', '.join(gpu['machine_code'])}, PTX of {gpu['ptx']} for later "
+                f"GPUs (CUDA {gpu['cuda']}); the driver is opened at load"
+            )
+        elif platform != (here.architecture, here.system):
             why = f"is for {' '.join(platform)}"
         elif lacks:
             why = f"this machine lacks {', '.join(lacks)}"

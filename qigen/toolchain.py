@@ -312,9 +312,10 @@ def link_shared(
     version_script: Path,
     output: Path,
     system: str = "linux",
+    libraries: Sequence[str] = (),
 ) -> None:
     """Link the library of an artifact: only the C interface is exported, unused sections are
-    dropped."""
+    dropped. ``libraries`` are options that come behind the objects."""
     options = {
         "linux": [
             f"-Wl,-soname,{output.name}",  # programs that link it ask for it by this name
@@ -333,5 +334,5 @@ def link_shared(
         options.append("-Wl,-z,nodelete")
     objects_ = map(str, objects)
     compiler.run(
-        ["-shared", "-pthread", *options, *objects_, "-o", str(output)], output.name
+        ["-shared", "-pthread", *options, *objects_, *libraries, "-o", str(output)], output.name
     )

@@ -25,7 +25,16 @@ from typing import Any
 from qigen.errors import ToolchainError, UsageError
 from qigen.toolchain import cache_folder
 
-ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
+EXAMPLES = {
+    "sm_80": "Ampere: A100, A30",
+    "sm_86": "Ampere: A40, A10, RTX 3090",
+    "sm_89": "Ada: L40S, L4, RTX 4090",
+    "sm_90": "Hopper: H100, H200",
+    "sm_120": "Blackwell: RTX 5090, RTX PRO 6000",
+}
+"""GPUs of each architecture (developer.nvidia.com/cuda-gpus)."""
+
+ARCHS = tuple(EXAMPLES)
 """Targets that kernels are compiled and gated for."""
 
 _OPTIONS = ("--std=c++17", "--device-as-default-execution-space", "--extra-device-vectorization")
@@ -63,16 +72,17 @@ class Nvrtc:
     library: ctypes.CDLL
     version: tuple[int, int]
 
-    def compile(self, text: str, name: str, arch: str, kind: str) -> bytes:
-        """``text`` as 'PTX' (of the virtual architecture) or 'CUBIN' of ``arch``.
+    def compile(self, text: str, name: str, arch: str, kind: str, lines: bool) -> bytes:
+        """``text`` as 'PTX' (of the virtual architecture) or 'CUBIN' of ``arch``; ``lines``: it
+        says which line of the text an instruction comes from.
 
         Raises ToolchainError with the first lines of the compiler's complaint.
         """
         library = self.library
         virtual = arch if kind == "CUBIN" else arch.replace("sm_", "compute_")
         options = [o.encode() for o in (f"--gpu-architecture={virtual}", *_OPTIONS)]
-        if kind == "PTX":
-            options.append(b"--generate-line-info")  # findings name lines of the source
+        if lines:
+            options.append(b"--generate-line-info")
         program = ctypes.c_void_p()
         self._check(
             library.nvrtcCreateProgram(
@@ -85,8 +95,8 @@ class Nvrtc:
             code = library.nvrtcCompileProgram(program, len(options), array)
             if code:
                 log = self._fetch(program, "ProgramLog", name).decode(errors="replace")
-                lines = [line for line in log.splitlines() if "error" in line.lower()]
-                shown = " | ".join((lines or log.splitlines())[:3])
+                said = [line for line in log.splitlines() if "error" in line.lower()]
+                shown = " | ".join((said or log.splitlines())[:3])
                 raise ToolchainError(f"NVRTC failed for {arch}: {shown}", name)
             return self._fetch(program, kind, name)
         finally:
@@ -136,17 +146,17 @@ def available() -> bool:
     return bool(_libraries())
 
 
-def _cached(text: str, name: str, arch: str, kind: str) -> bytes:
+def _cached(text: str, name: str, arch: str, kind: str, lines: bool = False) -> bytes:
     check_arch(arch)
     nvrtc = find_nvrtc()
     digest = hashlib.blake2b(digest_size=20)
-    for part in (str(nvrtc.version), arch, kind, *_OPTIONS, text):
+    for part in (str(nvrtc.version), arch, kind, str(lines), *_OPTIONS, text):
         digest.update(part.encode() + b"\0")
     target = cache_folder() / "cuda" / f"{name[:80]}-{arch}-{digest.hexdigest()}.{kind.lower()}"
     if target.exists():
         os.utime(target)
         return target.read_bytes()
-    made = nvrtc.compile(text, name, arch, kind)
+    made = nvrtc.compile(text, name, arch, kind, lines)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as stream:
         stream.write(made)
@@ -154,9 +164,12 @@ def _cached(text: str, name: str, arch: str, kind: str) -> bytes:
     return made
 
 
-def compile_ptx(name: str, text: str, arch: str = "sm_80") -> str:
-    """The PTX of CUDA ``text``: what the emulator runs and what later devices compile at load."""
-    return _cached(text, name, arch, "PTX").decode()
+def compile_ptx(name: str, text: str, arch: str = "sm_80", lines: bool = True) -> str:
+    """The PTX of CUDA ``text``: what the emulator runs and what later devices compile at load.
+
+    ``lines``: with the lines of the text, which the emulator's findings name.
+    """
+    return _cached(text, name, arch, "PTX", lines).decode()
 
 
 def compile_cubin(name: str, text: str, arch: str) -> bytes:

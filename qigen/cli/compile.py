@@ -212,6 +212,12 @@ def _print_explanation(kernels: list[dict[str, Any]]) -> None:
     """What was chosen for every matrix, and how the runners-up differ."""
     for kernel in kernels:
         schedule = kernel["schedule"]
+        if "predicted_us" not in kernel:  # of a GPU
+            click.echo(
+                f"\n{kernel['format']} {kernel['n']}x{kernel['k']}, M = {kernel['m_bucket']}: "
+                f"{size_text(kernel['bytes'])}\n  {kernel['name']}: {kernel['reason']}"
+            )
+            continue
         measured = f", measured {kernel['measured_us']:.1f} us" if kernel["measured_us"] else ""
         click.echo(
             f"\n{kernel['format']} {kernel['n']}x{kernel['k']}, M = {kernel['m_bucket']}: "

@@ -154,6 +154,7 @@ def targets(calibrate: bool, as_json: bool) -> None:
 
     from qigen import targets
     from qigen.backends.cpu.isa import ISAS
+    from qigen.cuda_compiler import gpu_rows
 
     if calibrate:
         from qigen.targets.calibrate import calibrate as measure
@@ -179,6 +180,9 @@ def targets(calibrate: bool, as_json: bool) -> None:
                     for isa in ISAS.values()
                 ],
                 "targets": [dataclasses.asdict(row) for row in targets.rows().values()],
+                "gpus": [
+                    {"name": name, "description": text} for name, text in gpu_rows().items()
+                ],
             }
         )
         return
@@ -205,6 +209,7 @@ def targets(calibrate: bool, as_json: bool) -> None:
             for name, row in machines.items()
         ),
     )
+    print_table(("GPU target", "description"), list(gpu_rows().items()))
     _print_machine(here)
 
 

@@ -7,13 +7,14 @@ steps are equal but for the places of their weights share one function and a tab
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 from qigen.backends.cpu.matmul import ActivationRecord, MatmulSpec, activation_needs
 from qigen.errors import Unsupported
-from qigen.formats.layout import packed_shape, row_block_bytes
+from qigen.formats.algebra import Format
+from qigen.formats.layout import Layout, packed_shape, row_block_bytes
 from qigen.ir.dims import whole
 from qigen.ir.graph import Graph, Node, constant_shape
 from qigen.ir.ops.fused import attention_parts, group_parts
@@ -39,13 +40,23 @@ class Buffer:
     stride: int
 
 
+class Packing(Protocol):
+    """How a matrix lies in weights.bin: what kernels of every backend say of it."""
+
+    @property
+    def format(self) -> Format: ...
+
+    @property
+    def layout(self) -> Layout: ...
+
+
 @dataclass(frozen=True)
 class PackedTensor:
     """A constant of weights.bin: ``parts`` are interleaved by row-block (gate, up)."""
 
     name: str
     parts: tuple[str, ...]
-    spec: MatmulSpec | None  # None: an f32 vector, padded to whole vectors of 16
+    spec: Packing | None  # None: an f32 vector, padded to whole vectors of 16
     raw: bool = False  # the array as it is
 
 
@@ -193,6 +204,24 @@ def attention_chunk(max_seq: int) -> tuple[int, int]:
     """(positions of a partial result, partial results at most) for contexts of ``max_seq``."""
     chunk = max(MIN_CHUNK, align(-(-max_seq // MAX_CHUNKS), KV_BLOCK))
     return chunk, -(-max_seq // chunk) + 1
+
+
+def rope_table(name: str, a: Mapping[str, Any], divisors: Any, offset: int) -> RopeTable:
+    """The table of a rotation with the attributes ``a`` of its node; ``divisors`` of the
+    frequencies, an array, or None."""
+    pairs = a["rotary_dim"] // 2
+    frequencies = [float(a["base"]) ** (-2.0 * i / a["rotary_dim"]) for i in range(pairs)]
+    if divisors is not None:
+        frequencies = [f / float(d) for f, d in zip(frequencies, divisors, strict=True)]
+    return RopeTable(
+        name,
+        float(a["base"]),
+        pairs,
+        tuple(frequencies),
+        float(a["position_scale"]),
+        float(a["attn_factor"]),
+        offset,
+    )
 
 
 class Lowering:
@@ -461,23 +490,13 @@ class Lowering:
         return [Step("attention", comment, fields)]
 
     def _rope(self, a: dict[str, Any], factors: str | None) -> RopeTable:
-        pairs = a["rotary_dim"] // 2
         key = (a["base"], a["rotary_dim"], a["position_scale"], a["attn_factor"], factors)
         if key not in self.rope:
-            frequencies = [float(a["base"]) ** (-2.0 * i / a["rotary_dim"]) for i in range(pairs)]
-            if factors is not None:
-                divisors = self.graph.constants[factors]
-                frequencies = [f / float(d) for f, d in zip(frequencies, divisors, strict=True)]  # type: ignore[arg-type]
-            self.rope[key] = RopeTable(
-                f"kRope{len(self.rope)}",
-                float(a["base"]),
-                pairs,
-                tuple(frequencies),
-                float(a["position_scale"]),
-                float(a["attn_factor"]),
-                align(self.memory.arena_bytes) + self.rope_bytes,
-            )
-            self.rope_bytes += align(8 * pairs * self.memory.max_tokens)
+            divisors = None if factors is None else self.graph.constants[factors]
+            offset = align(self.memory.arena_bytes) + self.rope_bytes
+            table = rope_table(f"kRope{len(self.rope)}", a, divisors, offset)
+            self.rope[key] = table
+            self.rope_bytes += align(8 * table.pairs * self.memory.max_tokens)
         return self.rope[key]
 
     def _norm_add(self, node: Node) -> list[Any]:

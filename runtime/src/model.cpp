@@ -50,6 +50,12 @@ int thread_count(int32_t asked) {
   return asked > 0 ? asked : std::min(usable_cores(), kMaxThreads);
 }
 
+// A model with a device needs the calling thread alone.
+int pool_threads(const ModelDescription& description, int32_t asked) {
+  const int threads = thread_count(asked);
+  return description.open_device ? 1 : threads;
+}
+
 int spin_time(int32_t asked) {
   if (asked == 0) return ThreadPool::kDefaultSpinUs;
   return std::max(asked, 0);
@@ -61,10 +67,15 @@ Model::Model(const std::string& folder, const qigen_load_options& options)
     : description_(checked_description()),
       weights_(open_weights(folder + "/weights.bin", description_)),
       vocabulary_(open_vocabulary(folder + "/vocab.bin", description_.vocab)),
-      pool_(thread_count(options.threads), options.pin != 0, spin_time(options.spin_us)),
-      arena_(description_.arena_bytes + pool_.threads() * description_.arena_bytes_per_thread,
+      pool_(pool_threads(description_, options.threads), options.pin != 0,
+            spin_time(options.spin_us)),
+      arena_(description_.open_device
+                 ? 0
+                 : description_.arena_bytes + pool_.threads() * description_.arena_bytes_per_thread,
              "arena", description_.graph ? Pages::kHuge : Pages::kSmall),
-      graph_(description_.graph ? std::make_unique<Graph>(*description_.graph) : nullptr) {}
+      graph_(description_.graph ? std::make_unique<Graph>(*description_.graph) : nullptr),
+      device_(description_.open_device ? description_.open_device(description_, weights_.data())
+                                       : nullptr) {}
 
 void Model::check_tokens(const int32_t* tokens, int32_t n) const {
   for (int32_t i = 0; i < n; ++i) {
@@ -77,9 +88,10 @@ void Model::check_tokens(const int32_t* tokens, int32_t n) const {
 }
 
 void Model::run(Step step) {
+  step.logits_stride = description_.vocab;
+  if (device_) return device_->run(step);
   step.weights = weights_.data();
   step.arena = arena_.data();
-  step.logits_stride = description_.vocab;
   pool_.run(description_.step, step);
 }
 
@@ -109,7 +121,7 @@ void Model::get_info(qigen_model_info* info) const {
   full.n_eos = vocabulary_.eos_count();
   full.eos = vocabulary_.eos();
   full.weights_bytes = description_.weights_bytes;
-  full.arena_bytes = arena_.size();
+  full.arena_bytes = device_ ? description_.arena_bytes : arena_.size();
   full.kv_bytes_per_position = description_.kv_bytes_per_position;
   std::memcpy(info, &full, std::min(info->struct_size, sizeof full));
 }

@@ -5,6 +5,7 @@
 #include <memory>
 #include <string>
 
+#include "device.h"
 #include "graph.h"
 #include "memory.h"
 #include "qigen.h"
@@ -23,7 +24,6 @@ class Model {
   const ModelDescription& description() const { return description_; }
   const Vocabulary& vocabulary() const { return vocabulary_; }
   int threads() const { return pool_.threads(); }
-  uint64_t arena_bytes() const { return arena_.size(); }
 
   // Throws QIGEN_BAD_INPUT if a token id is outside the vocabulary.
   void check_tokens(const int32_t* tokens, int32_t n) const;
@@ -33,6 +33,9 @@ class Model {
 
   // A graph model's run with everything but weights: `arena` is the caller's.
   void run(const GraphStep& graph, uint8_t* arena);
+
+  // Where the steps run if not on the threads of the pool; null for the pool.
+  Device* device() const { return device_.get(); }
 
   // The graph of a graph model; null for a language model.
   Graph* graph() const { return graph_.get(); }
@@ -48,6 +51,7 @@ class Model {
   ThreadPool pool_;
   LazyMemory arena_;
   std::unique_ptr<Graph> graph_;
+  std::unique_ptr<Device> device_;
 };
 
 class Session {
@@ -82,7 +86,8 @@ class Session {
 
   std::shared_ptr<Model> model_;
   int32_t max_seq_;
-  LazyMemory memory_;
+  LazyMemory memory_;          // of the host; empty if the model has a device
+  DeviceCache device_memory_;  // of the device, if there is one
   KvCache kv_;
   std::atomic<int32_t> position_{0};
   std::atomic_flag busy_ = ATOMIC_FLAG_INIT;

@@ -36,8 +36,13 @@ int32_t checked_max_seq(const Model& model, int32_t asked) {
 Session::Session(std::shared_ptr<Model> model, int32_t max_seq)
     : model_(std::move(model)),
       max_seq_(checked_max_seq(*model_, max_seq)),
-      memory_(kv_capacity(max_seq_) * model_->description().kv_bytes_per_position, "KV cache"),
-      kv_{memory_.data(), kv_capacity(max_seq_)} {}
+      memory_(model_->device()
+                  ? 0
+                  : kv_capacity(max_seq_) * model_->description().kv_bytes_per_position,
+              "KV cache"),
+      device_memory_(model_->device(), kv_capacity(max_seq_)),
+      kv_(model_->device() ? device_memory_.cache()
+                           : KvCache{memory_.data(), kv_capacity(max_seq_)}) {}
 
 Session::Use::Use(Session& session) : session_(session) {
   if (session.busy_.test_and_set(std::memory_order_acquire)) {

@@ -23,7 +23,7 @@ from qigen.errors import QigenError, ToolchainError, UsageError
 from qigen.toolchain import ObjectCache, Unit, cache_folder, find_compiler
 
 _FLAGS = ("-std=c++17", "-O2", "-fPIC", "-fno-strict-aliasing", "-ffp-contract=off")
-_SOURCES = ("api", "collective", "execute", "memory", "parser", "scheduler")
+_SOURCES = ("api", "collective", "driver", "execute", "memory", "parser", "scheduler")
 POLICIES = ("fair", "random", "priority")
 
 Array = npt.NDArray[Any]
@@ -36,7 +36,12 @@ class Finding(QigenError):
 
 
 @functools.lru_cache(maxsize=1)
-def _library() -> ctypes.CDLL:
+def driver_library() -> Path:
+    """The emulator as a shared library, compiled if it is not cached.
+
+    It has the functions of the CUDA driver that artifacts call: QIGEN_CUDA_DRIVER may name it, and
+    QIGEN_EMULATED_GPU then says what device it is (backends/cuda/emulator/driver.cpp).
+    """
     folder = Path(__file__).parent
     compiler = find_compiler()
     headers = {p.name: p.read_text() for p in sorted(folder.glob("*.h"))}
@@ -54,7 +59,12 @@ def _library() -> ctypes.CDLL:
         temporary = target.with_suffix(f".{os.getpid()}")
         compiler.run(["-shared", *map(str, objects), "-o", str(temporary)], name)
         temporary.replace(target)
-    library = ctypes.CDLL(str(target))
+    return target
+
+
+@functools.lru_cache(maxsize=1)
+def _library() -> ctypes.CDLL:
+    library = ctypes.CDLL(str(driver_library()))
     handle, address = ctypes.c_void_p, ctypes.c_uint64
     library.ptxLastError.restype = ctypes.c_char_p
     library.ptxCreateDevice.restype = handle

