@@ -673,8 +673,8 @@ void Launch::atomic(Warp& w, const Instruction& i, uint32_t lanes) {
         }
       }
     } else {
-      global(w, i, address, each, false, false);
-      bytes = global(w, i, address, each, true, false);
+      global(w, i, address, each, each, false, false);
+      bytes = global(w, i, address, each, each, true, false);
     }
     uint64_t old = 0, result = 0;
     std::memcpy(&old, bytes, each);

@@ -123,8 +123,8 @@ class Launch {
   [[noreturn]] void deadlock(const std::vector<std::unique_ptr<Block>>& active);
 
   // memory.cpp
-  uint8_t* global(Warp&, const Instruction&, uint64_t address, uint32_t bytes, bool write,
-                  bool plain);
+  uint8_t* global(Warp&, const Instruction&, uint64_t address, uint32_t bytes, uint32_t alignment,
+                  bool write, bool plain);
   uint8_t* access(Warp&, const Instruction&, Space, uint64_t address, uint32_t bytes, bool write,
                   int lane);
   void readShared(Warp&, const Instruction&, uint64_t address, uint32_t bytes);

@@ -52,15 +52,15 @@ uint64_t DeviceMemory::distance(uint64_t address, uint64_t size) const {
   return best;
 }
 
-uint8_t* Launch::global(Warp& w, const Instruction& i, uint64_t address, uint32_t bytes, bool write,
-                        bool plain) {
+uint8_t* Launch::global(Warp& w, const Instruction& i, uint64_t address, uint32_t bytes,
+                        uint32_t alignment, bool write, bool plain) {
   Allocation* a = memory_.find(address, bytes);
   if (!a) {
     fail(w, i,
          "access outside of every allocation, " + std::to_string(memory_.distance(address, bytes)) +
              " bytes past the nearest");
   }
-  if (address % bytes) fail(w, i, "misaligned access to device memory");
+  if (address % alignment) fail(w, i, "misaligned access to device memory");
   const uint64_t at = address - a->base;
   if (!write) {
     for (uint32_t b = 0; b < bytes; ++b) {
@@ -127,7 +127,7 @@ uint8_t* Launch::access(Warp& w, const Instruction& i, Space space, uint64_t add
             : window == kLocalWindow ? Space::local
                                      : Space::global;
   }
-  if (space == Space::global) return global(w, i, address, bytes, write, !i.synchronizes);
+  if (space == Space::global) return global(w, i, address, bytes, bytes, write, !i.synchronizes);
   if (space == Space::shared) {
     address = window == kSharedWindow ? address - kSharedWindow : uint32_t(address);
     write ? writeShared(w, i, address, bytes) : readShared(w, i, address, bytes);
@@ -145,7 +145,8 @@ uint8_t* Launch::access(Warp& w, const Instruction& i, Space space, uint64_t add
 
 void Launch::startCopy(Warp& w, const Instruction& i, const Copy& copy) {
   if (copy.sourceBytes > copy.bytes) fail(w, i, "cp.async reads more than it writes");
-  if (copy.sourceBytes) global(w, i, copy.from, copy.bytes, false, true);
+  if (copy.from % copy.bytes) fail(w, i, "misaligned access to device memory");
+  if (copy.sourceBytes) global(w, i, copy.from, copy.sourceBytes, 1, false, true);
   writeShared(w, i, copy.to, copy.bytes);
   for (uint32_t b = 0; b < copy.bytes; ++b) w.block->bytes[copy.to + b].inFlight = true;
   std::memset(&w.block->shared[copy.to], 0xff, copy.bytes);  // NaN until it lands
@@ -158,7 +159,7 @@ void Launch::finishCopies(Warp& w, const Instruction& i, const std::vector<Copy>
     uint8_t* to = &w.block->shared[copy.to];
     std::memset(to, 0, copy.bytes);
     if (copy.sourceBytes) {
-      std::memcpy(to, global(w, i, copy.from, copy.bytes, false, true), copy.sourceBytes);
+      std::memcpy(to, global(w, i, copy.from, copy.sourceBytes, 1, false, true), copy.sourceBytes);
     }
   }
 }

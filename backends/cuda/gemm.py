@@ -1,0 +1,406 @@
+"""GEMM on tensor cores for 1 to 128 rows of activations: formats, fragment order, schedules.
+
+One template (cuda/gemm.cu.j2) takes every row whose codes are affine of 4 or 8 bits (magic-number
+decoding after MARLIN), or have a table of at most 16 values for the whole weight (pairs of codes look
+up pairs of halves, after FLUTE), with f16 activations; codes of 4 and 8 bits also with int8
+activations (W8A8; two levels of scales after QServe). Scales are applied to the sums of a group in
+float32, so codes enter the tensor cores exactly. Zero points and minima need the sum of the
+activations of a group, which one more mma by ones gives.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qigen.codegen.render import render
+from qigen.errors import BadInput, Unsupported
+from qigen.formats.algebra import Array, Format, QuantizedTensor, as_float32
+
+COLUMNS = 64
+"""Rows of W (columns of y) that a warp takes: the unit of the packed form along N."""
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How codes lie in a lane's words and what decodes them (cuda/decode.cuh.j2).
+
+    A step is the K of one mma. ``words`` 32-bit words of a lane hold the codes of a step of 64
+    columns, ``high`` more the top bits.
+    """
+
+    name: str
+    bits: int
+    step: int
+    words: int
+    high: int = 0
+
+    @property
+    def integer(self) -> bool:
+        """Whether it feeds the int8 tensor cores."""
+        return self.step == 32
+
+
+DECODINGS: Mapping[str, Decoding] = {
+    d.name: d
+    for d in (
+        Decoding("affine4", 4, 16, 4),
+        Decoding("affine8", 8, 16, 8),
+        Decoding("table2", 2, 16, 2),
+        Decoding("table3", 3, 16, 2, 1),
+        Decoding("table4", 4, 16, 4),
+        Decoding("signed4", 4, 32, 8),
+        Decoding("signed8", 8, 32, 16),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The shape of a block: tiles of 16 rows, warps along N and K, K of a warp's part of a stage,
+    stages of the pipeline, copies of a table (of one bank each)."""
+
+    m_tiles: int = 1
+    warps_n: int = 2
+    warps_k: int = 2
+    depth: int = 64
+    stages: int = 4
+    duplicates: int = 8
+
+
+def _affine(format: Format) -> bool:
+    return (format.table is None and format.values is None and format.minifloat is None
+            and not format.has("lut") and format.zero == int(format.zero))
+
+
+def decoding(format: Format, activations: str = "f16") -> Decoding:
+    """How the GEMM decodes a row of the catalog; Unsupported, with a way out, if it does not."""
+    fields = {f.name for f in format.fields}
+    known = (
+        fields <= {"codes", "d", "m", "z", "e", "sub", "lut"}
+        and not (format.float_kind or format.base3 or format.vector or format.mask)
+        and (not format.has("lut") or format.field("lut").scope == "tensor")
+        # two levels: a whole number or small float of the group times a float of the row
+        and (not format.has("sub") or format.field("d").scope == "row")
+        and (format.has("d") or format.has("e"))
+    )
+    bits = format.code_bits
+    name = ""
+    if known and activations == "s8":
+        name = f"signed{bits}" if _affine(format) and bits in (4, 8) else ""
+        if not format.has("z") and not format.has("m") and format.zero != 1 << bits - 1:
+            name = ""
+    elif known and activations == "f16":
+        if _affine(format) and bits in (4, 8):
+            name = f"affine{bits}"
+        elif bits <= 4 and bits >= 2:
+            name = f"table{bits}"
+    if not name:
+        raise Unsupported(
+            f"the format has no tensor-core kernel for {activations} activations; take GEMV, or "
+            "requantize to a row such as s4g128 or nf4g64", format.name)
+    return DECODINGS[name]
+
+
+def supports(format: Format, activations: str = "f16") -> bool:
+    """Whether :func:`decoding` has an answer."""
+    try:
+        decoding(format, activations)
+    except Unsupported:
+        return False
+    return True
+
+
+@dataclass(frozen=True)
+class GemmSpec:
+    """One kernel: format of the weight, kind of activations ('f16' or 's8') and of y, schedule."""
+
+    format: Format
+    activations: str = "f16"
+    out: str = "f32"
+    schedule: Schedule = Schedule()
+
+    @functools.cached_property
+    def decoding(self) -> Decoding:
+        """How the codes are decoded."""
+        return decoding(self.format, self.activations)
+
+    @property
+    def name(self) -> str:
+        """Name of the kernel and of its module."""
+        s = self.schedule
+        return (f"gemm_{self.format.name}_{self.activations}_{self.out}_m{16 * s.m_tiles}"
+                f"n{s.warps_n}k{s.warps_k}x{s.depth}s{s.stages}"
+                + (f"d{s.duplicates}" if self.table_entries else ""))
+
+    @property
+    def rows(self) -> int:
+        """Rows of x that a block takes."""
+        return 16 * self.schedule.m_tiles
+
+    @property
+    def block_depth(self) -> int:
+        """K of a stage."""
+        return self.schedule.warps_k * self.schedule.depth
+
+    @property
+    def group(self) -> int:
+        """Weights that share a scale; 0 for a whole row."""
+        grouped = any(f.name in ("d", "e", "sub") and f.scope == "block"
+                      for f in self.format.fields)
+        return self.format.group if grouped else 0
+
+    @property
+    def unit(self) -> int:
+        """K of the sums that a scale is applied to: a group, or as many as a warp has at a time."""
+        s = self.schedule
+        most = 32 if s.m_tiles > 2 else s.depth
+        return max(min(self.group or most, most, s.depth), self.decoding.step)
+
+    @property
+    def padding(self) -> int:
+        """K is padded to a multiple of this many weights."""
+        return max(64, self.group)
+
+    @property
+    def scale_bytes(self) -> int:
+        """Bytes of a packed scale: of a group, or of the row if there are no groups."""
+        if self.format.has("e"):
+            return 1
+        if self.format.has("sub"):
+            return 2
+        return 2 if self.format.field("d").number == "f16" else 4
+
+    @property
+    def zero_bytes(self) -> int:
+        """Bytes of a packed zero point or minimum, 0 without."""
+        if self.format.has("m"):
+            return 2 if self.format.field("m").number == "f16" else 4
+        if self.format.has("z"):
+            return 4 if self.format.field("z").number else 2
+        return 0
+
+    @property
+    def table_entries(self) -> int:
+        """Entries of the table of pairs in shared memory (fours of 2-bit codes)."""
+        return {"table2": 256, "table3": 64, "table4": 256}.get(self.decoding.name, 0)
+
+    @property
+    def block(self) -> tuple[int, int, int]:
+        """Threads of a block."""
+        return 32 * self.schedule.warps_n * self.schedule.warps_k, 1, 1
+
+    def steps(self, k: int) -> int:
+        """Stages along K."""
+        return -(-_up(k, self.padding) // self.block_depth)
+
+    def tiles(self, m: int, n: int) -> int:
+        """Blocks of y."""
+        return -(-m // self.rows) * -(-_up(n, COLUMNS) // (COLUMNS * self.schedule.warps_n))
+
+    def grid(self, m: int, n: int, k: int, blocks: int = 0) -> tuple[int, int, int]:
+        """Blocks of a launch: one a tile, or ``blocks`` that share the tiles along K (Stream-K)."""
+        return min(blocks or self.tiles(m, n), self.tiles(m, n) * self.steps(k)), 1, 1
+
+    @property
+    def table_bytes(self) -> int:
+        """Shared memory of the table."""
+        entry = 8 if self.decoding.name == "table2" else 4
+        return self.table_entries * entry * self.schedule.duplicates
+
+    @property
+    def stage_bytes(self) -> int:
+        """Shared memory of a stage: x, codes, scales, zeros."""
+        d, depth = self.decoding, self.block_depth
+        x = self.rows * depth * (1 if d.integer else 2)
+        words = (d.words + d.high) * depth // d.step * 128
+        groups = max(depth // self.group, 1) if self.group else 0
+        side = groups * COLUMNS * (self.scale_bytes + self.zero_bytes)
+        return x + self.schedule.warps_n * (words + side)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory of a launch."""
+        s = self.schedule
+        partial = (s.warps_k - 1) * s.warps_n * s.m_tiles * 8 * 512
+        return self.table_bytes + max(s.stages * self.stage_bytes, partial, 16)
+
+    def workspace(self, m: int, n: int, blocks: int) -> tuple[int, int]:
+        """Bytes of the parts of shared tiles, and number of int32 counters, zero before a launch
+        (and after it)."""
+        part = self.schedule.warps_n * self.schedule.m_tiles * 8 * 512
+        return 2 * blocks * part, self.tiles(m, n)
+
+
+def _up(value: int, to: int) -> int:
+    return -(-value // to) * to
+
+
+def half_pair(value: float) -> str:
+    """The C literal of two halves ``value``; it must be exact."""
+    half = np.float16(value)
+    assert float(half) == value, value
+    return f"0x{int(half.view(np.uint16)) * 0x10001:08x}u"
+
+
+def check_schedule(spec: GemmSpec) -> None:
+    """Unsupported if the template cannot take the schedule with the format."""
+    s, d = spec.schedule, spec.decoding
+    if spec.out not in ("f16", "f32"):
+        raise Unsupported(f"y may be f16 or f32, not {spec.out}", spec.format.name)
+    if s.depth % d.step or spec.unit % d.step or spec.block_depth < 64:
+        raise Unsupported(f"a stage of {s.warps_k} x {s.depth} is no whole number of steps of "
+                          f"{d.step} and at least 64", spec.format.name)
+    if spec.shared_bytes > 99 * 1024:
+        raise Unsupported(f"the schedule takes {spec.shared_bytes} bytes of shared memory; all "
+                          "targets have 99 KiB", spec.format.name)
+
+
+def render_gemm(spec: GemmSpec) -> str:
+    """CUDA text of ``spec.name``; its parameters, in order:
+
+    y [m, n] f32 or f16; x [m, ldx] f16, or int8 followed by its float32 scales [m]; the packed
+    weight (:func:`pack_gemm`); float32 parts and int32 counters (:meth:`GemmSpec.workspace`); m, n,
+    k and ldx (all int32). x lies at a multiple of 16 bytes and so do its rows: ldx is a multiple of
+    8 (f16) or 16 (int8).
+    Raises Unsupported for formats and schedules that the template does not take.
+    """
+    check_schedule(spec)
+    fmt, s, d = spec.format, spec.schedule, spec.decoding
+    factor = (0.0625 if d.name == "signed4" else 1.0)
+    if not spec.table_entries:
+        factor *= fmt.scale_factor
+    return render(
+        "cuda/gemm.cu.j2", name=spec.name, name_of_format=fmt.name, m_tiles=s.m_tiles,
+        warps_n=s.warps_n, warps_k=s.warps_k, depth=s.depth, stages=s.stages, unit=spec.unit,
+        step=d.step, decode=d.name, integer=d.integer, words=d.words, high_words=d.high,
+        group=spec.group, padding=spec.padding, scale_bytes=spec.scale_bytes,
+        zero_bytes=spec.zero_bytes, minimum=fmt.has("m"), sum_rows=spec.zero_bytes > 0,
+        row_scale=fmt.has("sub"), duplicates=s.duplicates, out=spec.out,
+        code_zero=0 if fmt.has("z") else fmt.zero, factor=factor,
+        offset=(1 << fmt.code_bits - 1) if d.integer else 0,
+        ones={"signed4": "0x10101010u", "signed8": "0x01010101u"}.get(d.name, "0x3c003c00u"),
+        half_pair=half_pair)  # fmt: skip
+
+
+# -- the packed form ------------------------------------------------------------------------------
+
+
+def _fragments(codes: Array, step: int) -> Array:
+    """[blocks of 64 columns, steps, lanes, tiles of 8 columns, codes of a lane]: the operand B of
+    mma.m16n8k16 (PTX ISA, "Matrix Fragments for mma.m16n8k16") or k32."""
+    n, k = codes.shape
+    lane = np.arange(32)
+    each = step // 8  # codes a register: 2 halves or 4 bytes
+    index = np.arange(step // 4)
+    column = lane[:, None] % 4 * each + index % each + index // each * 4 * each
+    blocked = codes.reshape(n // COLUMNS, 8, 8, k // step, step)
+    picked = blocked[:, :, lane[:, None] // 4, :, column]  # [32, codes, blocks, tiles, steps]
+    return np.ascontiguousarray(picked.transpose(2, 4, 0, 3, 1))
+
+
+def _words(parts: Array, bits: int) -> Array:
+    """uint32: the last axis of ``parts`` as bit fields of one word, lowest first."""
+    shifts = np.arange(parts.shape[-1], dtype=np.uint32) * np.uint32(bits)
+    words: Array = np.bitwise_or.reduce(parts.astype(np.uint32) << shifts, axis=-1)
+    return words
+
+
+def _plane(words: Array) -> Array:
+    """uint8: words [blocks, steps, lanes, words of a step] as vectors of four words a lane."""
+    blocks, steps, lanes, each = words.shape
+    lined = words.transpose(0, 2, 1, 3).reshape(blocks, lanes, steps * each // 4, 4)
+    return np.ascontiguousarray(lined.transpose(0, 2, 1, 3)).view(np.uint8).reshape(-1)
+
+
+def _code_planes(codes: Array, d: Decoding) -> list[Array]:
+    parts = _fragments(codes, d.step)  # [blocks, steps, lanes, 8 tiles, codes]
+    blocks, steps, lanes = parts.shape[:3]
+    if d.name == "affine4":
+        # nibbles 0 and 4, 1 and 5 of a word are the pairs of the even tile, 2, 6, 3, 7 of the odd
+        two = parts.reshape(blocks, steps, lanes, 4, 8)
+        return [_plane(_words(two[..., [0, 2, 4, 6, 1, 3, 5, 7]], 4))]
+    if d.name == "affine8":
+        return [_plane(_words(parts, 8))]
+    if d.name == "table4":
+        return [_plane(_words(parts.reshape(blocks, steps, lanes, 4, 8), 4))]
+    if d.name in ("table2", "table3"):
+        low = _words((parts & 3).reshape(blocks, steps, lanes, 2, 16), 2)
+        if d.name == "table2":
+            return [_plane(low)]
+        top = _words((parts >> 2).reshape(blocks, steps, lanes, 1, 32), 1)
+        return [_plane(low), _plane(top)]
+    if d.name == "signed8":
+        return [_plane(_words(parts.reshape(blocks, steps, lanes, 16, 4) ^ 0x80, 8))]
+    # signed4: the high nibbles of the bytes are the first register, the low ones the second
+    signed = parts ^ 8
+    pairs = np.stack([signed[..., 4:], signed[..., :4]], -1).reshape(blocks, steps, lanes, 8, 8)
+    return [_plane(_words(pairs, 4))]
+
+
+def _by_quads(values: Array) -> Array:
+    """uint8: values [N, groups] as [blocks of 64, groups, quads, tiles, 2 columns of a lane]."""
+    n, groups = values.shape
+    split = values.reshape(n // COLUMNS, 8, 4, 2, groups)
+    return np.ascontiguousarray(split.transpose(0, 4, 2, 1, 3)).view(np.uint8).reshape(-1)
+
+
+def _padded(array: Array, rows: int, columns: int) -> Array:
+    return np.pad(array, ((0, rows - array.shape[0]), (0, columns - array.shape[1])))
+
+
+def _side(spec: GemmSpec, weight: QuantizedTensor, name: str) -> Array:
+    """[N, groups] or [N, 1]: a field of scales or zeros as its own numbers."""
+    raw = weight.fields[name].reshape(weight.shape[0], -1)
+    number = spec.format.field(name).number
+    return as_float32(number, raw) if number else raw
+
+
+def pack_gemm(spec: GemmSpec, weight: QuantizedTensor) -> npt.NDArray[np.uint8]:
+    """uint8: the weight in the order in which the kernel's lanes multiply.
+
+    Sections, each of whole vectors of 16 bytes: codes by blocks of 64 rows of W, steps along K,
+    lanes; their top bits (3 bits); scales and zeros by blocks and groups; a float factor of every
+    row (two levels); the table. Rows and columns past N and K are zero. Raises BadInput for a
+    weight of another format.
+    """
+    fmt, d = spec.format, spec.decoding
+    if weight.format != fmt:
+        raise BadInput(f"the weight is {weight.format.name}, the kernel takes {fmt.name}")
+    n, k = weight.shape
+    rows, columns = _up(n, COLUMNS), _up(k, spec.padding)
+    groups = columns // spec.group if spec.group else 1
+    codes = weight.fields["codes"].reshape(n, -1)[:, :k]
+    sections = _code_planes(_padded(codes, rows, columns), d)
+    scale = _side(spec, weight, "e" if fmt.has("e") else "sub" if fmt.has("sub") else "d")
+    kind: Any = {1: np.uint8, 2: np.float16, 4: np.float32}[spec.scale_bytes]
+    scale = scale.astype(kind)
+    sections.append(_by_quads(_padded(scale[:, :groups], rows, groups)))
+    if spec.zero_bytes:
+        zero = _side(spec, weight, "m" if fmt.has("m") else "z")
+        kind = np.float16 if spec.zero_bytes == 2 else np.float32
+        if d.integer and not fmt.has("m"):
+            zero = zero.astype(np.float32) - np.float32(1 << fmt.code_bits - 1)
+        zero = zero.astype(kind) * kind(1 if fmt.has("z") else fmt.min_sign)
+        sections.append(_by_quads(_padded(zero[:, :groups], rows, groups)))
+    if fmt.has("sub"):
+        factor = _side(spec, weight, "d").astype(np.float32)
+        sections.append(_by_quads(_padded(factor, rows, 1)))
+    if spec.table_entries:
+        sections.append(_table(spec, weight).view(np.uint8))
+    return np.concatenate(sections)
+
+
+def _table(spec: GemmSpec, weight: QuantizedTensor) -> npt.NDArray[np.float16]:
+    """f16 [2^bits]: what the codes stand for, the constant factor of the scales included."""
+    fmt = spec.format
+    values: Array = (weight.fields["lut"].reshape(-1).view(np.float16).astype(np.float32)
+                     if fmt.has("lut") else fmt.levels)
+    table = np.zeros(max(1 << fmt.code_bits, 8), np.float16)
+    table[: len(values)] = (values * np.float32(fmt.scale_factor)).astype(np.float16)
+    return table

@@ -1,0 +1,172 @@
+"""Tensor-core GEMM of every kind of format, run in the emulator, against numpy in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from qigen.backends.cuda.emulator import EmulatedDevice, Kernel
+from qigen.backends.cuda.emulator import Schedule as Turns
+from qigen.backends.cuda.gemm import GemmSpec, Schedule, pack_gemm, render_gemm, supports
+from qigen.errors import BadInput, Unsupported
+from qigen.formats import CATALOG, by_name
+from tests.backends.cpu.test_matmul import random_tensor
+
+Array = npt.NDArray[Any]
+
+
+class Launch:
+    """One GEMM on an emulated device, its inputs and what it should give."""
+
+    def __init__(self, spec: GemmSpec, m: int, n: int, k: int, seed: int = 5) -> None:
+        self.spec, self.shape = spec, (m, n, k)
+        rng = np.random.default_rng(seed)
+        self.weight = random_tensor(spec.format, n, k)
+        dense = self.weight.dequantize().astype(np.float64)
+        every = 16 if spec.activations == "s8" else 8
+        self.ldx = -(-k // every) * every
+        self.scales = np.ones(m, np.float32)
+        if spec.activations == "s8":
+            self.x: Array = rng.integers(-127, 128, (m, self.ldx)).astype(np.int8)
+            self.scales = rng.uniform(0.01, 0.1, m).astype(np.float32)
+        else:
+            self.x = rng.standard_normal((m, self.ldx)).astype(np.float16)
+        x = self.x[:, :k].astype(np.float64) * self.scales[:, None].astype(np.float64)
+        self.want = x @ dense.T
+        # what cancels where a zero point or minimum is taken off is as large as the codes
+        self.bound = np.abs(x) @ np.abs(dense).T + np.abs(x).sum(1)[:, None] * np.abs(dense).max(1)
+
+    def run(self, blocks: int = 0, turns: Turns | None = None, ptx: str = "",
+            launches: int = 1) -> Array:
+        spec, (m, n, k) = self.spec, self.shape
+        device = self.device = EmulatedDevice(turns or Turns())
+        loaded = (device.load_ptx(ptx) if ptx else device.load(spec.name, render_gemm(spec)))
+        self.kernel: Kernel = loaded[spec.name]
+        grid = spec.grid(m, n, k, blocks)
+        parts, counters = spec.workspace(m, n, grid[0])
+        self.y = device.allocate(m * n * (2 if spec.out == "f16" else 4))
+        self.w = device.upload(pack_gemm(spec, self.weight))
+        self.parts, self.counters = device.allocate(parts), device.upload(
+            np.zeros(counters, np.int32))
+        self.px = device.upload(self.x)
+        arguments: list[Any] = [self.y, self.px]
+        if spec.activations == "s8":
+            arguments.append(device.upload(self.scales))
+        arguments += [self.w, self.parts, self.counters]
+        arguments += [np.int32(v) for v in (m, n, k, self.ldx)]
+        for _ in range(launches):
+            device.launch(self.kernel, grid, spec.block, arguments, spec.shared_bytes)
+        assert not device.read(self.counters, (counters,), np.int32).any()
+        return device.read(self.y, (m, n), np.float16 if spec.out == "f16" else np.float32)
+
+    def check(self, got: Array, tolerance: float) -> None:
+        error = np.abs(got.astype(np.float64) - self.want)
+        assert (error <= tolerance * self.bound).all(), float((error / self.bound).max())
+
+
+def tolerance(spec: GemmSpec) -> float:
+    """Relative to sums of magnitudes: float32 sums; f16 values of float tables; f16 results."""
+    fmt = spec.format
+    halves = fmt.values is not None or spec.out == "f16"
+    return 6e-4 if halves else 4e-6
+
+
+FAST: list[tuple[str, str, int]] = [
+    ("s4g128", "f16", 16), ("z4g64", "f16", 7), ("q4_1", "f16", 1), ("s8g64", "f16", 17),
+    ("u4gchannel", "f16", 1), ("nf4g64", "f16", 16), ("nf3g64", "f16", 1), ("nf2g64", "f16", 7),
+    ("mxfp4", "f16", 1), ("nvfp4", "f16", 1), ("s8g128", "s8", 16), ("w4a8", "s8", 1),
+    ("u4g32", "s8", 7), ("s8gchannel", "s8", 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "activations", "m"), FAST)
+def test_gemm(name: str, activations: str, m: int) -> None:
+    spec = GemmSpec(by_name(name), activations)
+    launch = Launch(spec, m, 130, 264 if spec.format.ggml_type is None else 288)
+    launch.check(launch.run(), tolerance(spec))
+
+
+SHAPES: list[tuple[str, str, Schedule, int, int, int]] = [
+    ("s4g128", "f32", Schedule(4, 1, 2, 64, 3), 128, 64, 384),
+    ("s4g128", "f16", Schedule(2, 2, 2, 64, 4), 17, 71, 205),
+    ("z4g64", "f32", Schedule(1, 4, 1, 64, 2), 7, 1, 72),
+    ("z8g128", "f32", Schedule(3, 1, 4, 16, 5), 40, 128, 130),
+    ("u3g32", "f32", Schedule(2, 1, 1, 64, 3, 32), 17, 65, 320),
+    ("iq4_nl", "f32", Schedule(4, 2, 1, 64, 2, 16), 65, 72, 256),
+    ("nf4g64", "f32", Schedule(1, 1, 8, 32, 4, 1), 16, 64, 640),
+    ("s4g16", "f32", Schedule(1, 1, 2, 64, 4), 1, 64, 208),
+    ("z4g64", "f32", Schedule(4, 1, 2, 64, 3), 128, 64, 200),
+    ("s4g256", "f32", Schedule(1, 2, 2, 32, 4), 16, 128, 512),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SHAPES, ids=lambda c: f"{c[0]}-m{c[3]}n{c[4]}k{c[5]}")
+def test_shapes_and_schedules(case: tuple[str, str, Schedule, int, int, int]) -> None:
+    name, out, schedule, m, n, k = case
+    spec = GemmSpec(by_name(name), "f16", out, schedule)
+    launch = Launch(spec, m, n, k)
+    launch.check(launch.run(), tolerance(spec))
+
+
+@pytest.mark.parametrize("name", ["s4g128", "nf4g64"])
+def test_shared_tiles_are_added_in_the_order_of_k(name: str) -> None:
+    """Any number of blocks in any order gives the same bits, launch after launch."""
+    spec = GemmSpec(by_name(name), schedule=Schedule(1, 1, 2, 32, 3))
+    launch = Launch(spec, 7, 128, 640)
+    assert spec.grid(7, 128, 640, 99)[0] == 20
+    for blocks in (5, 7, 20):
+        results = []
+        for policy, seed in (("fair", 1), ("priority", 2), ("priority", 3)):
+            got = launch.run(blocks, Turns(policy, seed, quantum=32), launches=2)
+            launch.check(got, tolerance(spec))
+            results.append(got.view(np.uint32))
+        assert all((r == results[0]).all() for r in results)
+
+
+@pytest.mark.parametrize("activations", ["f16", "s8"])
+def test_nan_and_infinity_pass_through(activations: str) -> None:
+    spec = GemmSpec(by_name("s4g128"), activations)
+    launch = Launch(spec, 3, 64, 256)
+    launch.weight.fields["d"].view(np.float16)[5] = np.nan
+    if activations == "s8":
+        launch.scales[1] = np.inf
+    else:
+        launch.x[1, 17] = np.nan
+    got = launch.run()
+    assert np.isnan(got[:, 5]).all()
+    assert not np.isfinite(got[1]).any()
+    rest = np.delete(np.delete(got, 5, 1), 1, 0)
+    assert np.isfinite(rest).all()
+
+
+CASES = [(name, a) for name, row in CATALOG.items() for a in ("f16", "s8") if supports(row, a)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "activations"), CASES)
+def test_gemm_of_every_row(name: str, activations: str) -> None:
+    """Each row x {tail of K, M = 1, 7, 16, 17, 128, odd split} x {fair, two seeds of priority}."""
+    row = by_name(name)
+    for m, blocks, policy in ((1, 3, "priority"), (7, 0, "fair"), (16, 5, "priority"),
+                              (17, 0, "fair"), (128, 3, "fair")):
+        spec = GemmSpec(row, activations, schedule=Schedule(
+            min(-(-m // 16), 4), 1, 2, 64 if activations == "f16" else 32, 3))
+        launch = Launch(spec, m, 70, 272 if row.ggml_type is None else 288)
+        for seed in ((1, 2) if policy == "priority" else (1,)):
+            launch.check(launch.run(blocks, Turns(policy, seed)), tolerance(spec))
+
+
+def test_what_the_kernel_cannot_take_is_refused() -> None:
+    with pytest.raises(Unsupported, match=r"q6_k: .*no tensor-core kernel for f16"):
+        render_gemm(GemmSpec(by_name("q6_k")))
+    with pytest.raises(Unsupported, match="no tensor-core kernel for s8"):
+        render_gemm(GemmSpec(by_name("nf4g64"), "s8"))
+    with pytest.raises(Unsupported, match="bytes of shared memory"):
+        render_gemm(GemmSpec(by_name("s8g64"), schedule=Schedule(4, 4, 2, 64, 6)))
+    with pytest.raises(BadInput, match="the kernel takes s4g64"):
+        pack_gemm(GemmSpec(by_name("s4g64")), random_tensor(by_name("s4g128"), 64, 128))
+    refused = {name for name, row in CATALOG.items() if not supports(row)}
+    assert {"q6_k", "tq1_0", "lut4_channel", "aqlm_2x8", "spqr3", "s4g128_2of4"} <= refused
