@@ -163,6 +163,13 @@ class GemmSpec:
         return max(min(self.group or most, most, s.depth), self.decoding.step)
 
     @property
+    def most_tiles(self) -> int:
+        """Tiles of 16 rows of x that the registers of a warp have room for."""
+        if not self.group:
+            return 4
+        return 2 + self.decoding.integer + (not self.zero_bytes)
+
+    @property
     def padding(self) -> int:
         """K is padded to a multiple of this many weights."""
         return max(64, self.group)
@@ -256,6 +263,12 @@ def check_schedule(spec: GemmSpec) -> None:
     if s.depth % d.step or spec.unit % d.step or spec.block_depth < 64:
         raise Unsupported(f"a stage of {s.warps_k} x {s.depth} is no whole number of steps of "
                           f"{d.step} and at least 64", spec.format.name)
+    if not 1 <= s.m_tiles <= spec.most_tiles:
+        raise Unsupported(f"{s.m_tiles} tiles of 16 rows: the registers have room for 1 to "
+                          f"{spec.most_tiles}", spec.format.name)
+    if spec.block_depth * (1 if d.integer else 2) > 16 * spec.block[0]:
+        raise Unsupported(f"a stage is deeper ({spec.block_depth}) than its {spec.block[0]} threads "
+                          "copy at once", spec.format.name)
     if spec.shared_bytes > 99 * 1024:
         raise Unsupported(f"the schedule takes {spec.shared_bytes} bytes of shared memory; all "
                           "targets have 99 KiB", spec.format.name)
@@ -277,6 +290,7 @@ def render_gemm(spec: GemmSpec) -> str:
         factor *= fmt.scale_factor
     return render(
         "cuda/gemm.cu.j2", name=spec.name, name_of_format=fmt.name, m_tiles=s.m_tiles,
+        most_tiles=spec.most_tiles,
         warps_n=s.warps_n, warps_k=s.warps_k, depth=s.depth, stages=s.stages, unit=spec.unit,
         step=d.step, decode=d.name, integer=d.integer, words=d.words, high_words=d.high,
         group=spec.group, padding=spec.padding, scale_bytes=spec.scale_bytes,
