@@ -1,8 +1,8 @@
 """GEMM on tensor cores for 1 to 128 rows of activations: formats, fragment order, schedules.
 
 One template (cuda/gemm.cu.j2) takes every row whose codes are affine of 4 or 8 bits (magic-number
-decoding after MARLIN), or have a table of at most 16 values for the whole weight (pairs of codes look
-up pairs of halves, after FLUTE), with f16 activations; codes of 4 and 8 bits also with int8
+decoding after MARLIN), or have a table of at most 16 values for the whole weight (pairs of codes
+look up pairs of halves, after FLUTE), with f16 activations; codes of 4 and 8 bits also with int8
 activations (W8A8; two levels of scales after QServe). Scales are applied to the sums of a group in
 float32, so codes enter the tensor cores exactly. Zero points and minima need the sum of the
 activations of a group, which one more mma by ones gives.
@@ -267,8 +267,8 @@ def check_schedule(spec: GemmSpec) -> None:
         raise Unsupported(f"{s.m_tiles} tiles of 16 rows: the registers have room for 1 to "
                           f"{spec.most_tiles}", spec.format.name)
     if spec.block_depth * (1 if d.integer else 2) > 16 * spec.block[0]:
-        raise Unsupported(f"a stage is deeper ({spec.block_depth}) than its {spec.block[0]} threads "
-                          "copy at once", spec.format.name)
+        raise Unsupported(f"a stage is deeper ({spec.block_depth}) than its {spec.block[0]} "
+                          "threads copy at once", spec.format.name)
     if spec.shared_bytes > 99 * 1024:
         raise Unsupported(f"the schedule takes {spec.shared_bytes} bytes of shared memory; all "
                           "targets have 99 KiB", spec.format.name)

@@ -152,8 +152,9 @@ def test_gemm_of_every_row(name: str, activations: str) -> None:
     row = by_name(name)
     for m, blocks, policy in ((1, 3, "priority"), (7, 0, "fair"), (16, 5, "priority"),
                               (17, 0, "fair"), (128, 3, "fair")):
-        spec = GemmSpec(row, activations, schedule=Schedule(
-            min(-(-m // 16), GemmSpec(row, activations).most_tiles), 1, 2, 64 if activations == "f16" else 32, 3))
+        tiles = min(-(-m // 16), GemmSpec(row, activations).most_tiles)
+        depth = 64 if activations == "f16" else 32
+        spec = GemmSpec(row, activations, schedule=Schedule(tiles, 1, 2, depth, 3))
         launch = Launch(spec, m, 70, 272 if row.ggml_type is None else 288)
         for seed in ((1, 2) if policy == "priority" else (1,)):
             launch.check(launch.run(blocks, Turns(policy, seed)), tolerance(spec))
