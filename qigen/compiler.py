@@ -74,7 +74,7 @@ from qigen.planner import (
     shared_layouts,
     spec_for,
 )
-from qigen.quantize.weights import requantized
+from qigen.quantize.weights import requantized, with_byte_tables
 from qigen.tune import tune_model, tune_products
 
 DEFAULT_MAX_SEQ = 4096
@@ -195,6 +195,9 @@ def compile(
         )  # fmt: skip
         compile_gpu(graph, source, tokenizer, out, options, report)
         return Artifact(out)
+    graph, notes = with_byte_tables(graph, activations)
+    about = dataclasses.replace(source.metadata, notes=(*source.metadata.notes, *notes))
+    source = dataclasses.replace(source, metadata=about)
 
     measured: Measured | None = None
     if tune == "measure":

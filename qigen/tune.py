@@ -300,13 +300,15 @@ def shapes_to_products(shapes: Iterable[str], formats: Iterable[str]) -> list[Pr
     return found
 
 
-def model_products(path: Path, weights: str = "keep") -> list[Product]:
-    """The matrices of a model file or of an artifact."""
+def model_products(
+    path: Path, weights: str = "keep", activations: str | None = None
+) -> list[Product]:
+    """The matrices of a model file or of an artifact, as they are for ``activations``."""
     from qigen.frontends import build_graph, load_model
     from qigen.graph_compiler import SHORT_FORMATS, is_onnx
     from qigen.passes.pipeline import optimize
     from qigen.planner import products
-    from qigen.quantize.weights import requantized
+    from qigen.quantize.weights import requantized, with_byte_tables
 
     if (path / "manifest.json").is_file():
         artifact = Artifact(path)
@@ -327,7 +329,7 @@ def model_products(path: Path, weights: str = "keep") -> list[Product]:
     graph = optimize(build_graph(source, min(source.config.max_position, 4096)))
     if weights != "keep":
         graph = requantized(graph, by_name(SHORT_FORMATS.get(weights, weights)))
-    return products(graph)
+    return products(with_byte_tables(graph, activations)[0])
 
 
 def native_machine(isa: str | None = None) -> tuple[Machine, Isa]:

@@ -146,7 +146,7 @@ class DecodePlan:
                     continue
                 for i, read in enumerate(step.reads):
                     count += (read.right != 0) + (read.masked or i > 0)
-                count += self.format.table is not None
+                count += self.format.byte_table is not None
                 count += 5 * len(step.kept)
         return count
 

@@ -73,7 +73,7 @@ def accumulator_bound(plan: DecodePlan, isa: Isa) -> Bound:
     if top > isa.code_max or (limit is not None and 2 * top * ACTIVATION_MAX > limit):
         # code - centre instead, as a signed byte
         signed = True
-        centre = 0 if f.table else 1 << (f.code_bits - 1)
+        centre = 0 if f.byte_table else 1 << (f.code_bits - 1)
         table_zero, zero = 0, fixed - centre
         top = max(abs(low - centre), abs(high - centre))
     if limit is not None:
@@ -150,6 +150,8 @@ def render_matmul(
         "head_bytes": head_bytes(f, spec.layout),
         "shared_bytes": shared_bytes(f),
         "minifloats": MINIFLOATS,
+        "byte_table": f.byte_table if spec.integer else f.table,
+        "scale_factor": f.scale_factor * (f.byte_step if spec.integer else 1),
         "columns": f.field("qc").count if f.has("qc") else 0,
         "column_values": row_offsets(f, spec.layout).get(("qv", 0), 0),
         "vector_shift": f.vector.bit_length() if f.vector else 0,  # bytes of f16 entries

@@ -48,8 +48,8 @@ if TYPE_CHECKING:
 @click.option(
     "--activations",
     type=click.Choice(["f32", "bf16", "int8", "int8-token"]),
-    help="Arithmetic of the quantized matmuls; int8 has a scale a group, int8-token one a token. "
-    "[default: the planner's choice]",
+    help="Arithmetic of the quantized matmuls; int8 has a scale a group, int8-token one a token; "
+    "both round tables of floats (nf4) to bytes. [default: the planner's choice]",
 )
 @click.option(
     "--kv",

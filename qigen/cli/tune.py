@@ -89,7 +89,7 @@ def tune(
         formats = ["q4_0"] if weights == "keep" else [w.strip() for w in weights.split(",")]
         products = shapes_to_products(shapes, formats)
     else:
-        products = model_products(path, weights)
+        products = model_products(path, weights, activations)
     start = time.perf_counter()
     with progress_bars(as_json) as progress:
         _, rows = tune_products(

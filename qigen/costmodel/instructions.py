@@ -31,7 +31,7 @@ _INTRINSICS: tuple[tuple[str, str | None], ...] = (
     (r"fn?madd|(mul|add|sub|div|max|min)_ps|round|reduce|sqrt|scalef|mul_ep|mullo", "fma"),
     (r"cvt|packu?s", "convert"),
     (r"s[rl]l|sra|avg", "shift"),
-    (r"shuffle|permute|unpack|extract|(mask_)?blend", "shuffle"),
+    (r"(mask_)?shuffle|permute|unpack|extract|(mask_)?blend", "shuffle"),
     (r"and|or|xor|ternarylogic|cmp|test|mov|mask_(mov|and|sub)|kor", "logic"),
     (r"add_epi|sub|abs|sign|min_ep|max_ep", "logic"),
     (r"prefetch", "load"),

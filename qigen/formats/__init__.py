@@ -12,6 +12,7 @@ from qigen.formats.catalog import (
     codebook_row,
     int_row,
     masked,
+    with_byte_table,
     with_columns,
     with_outliers,
 )
@@ -59,6 +60,7 @@ __all__ = [
     "to_blocks",
     "unpack",
     "validate",
+    "with_byte_table",
     "with_columns",
     "with_outliers",
 ]

@@ -104,6 +104,11 @@ class Minifloat:
         last = {"e4m3": 0x7E, "e5m2": 0x7B}.get(name, last)
         return float(self.values(np.array([last], np.uint8))[0])
 
+    @property
+    def step(self) -> float:
+        """The least positive number, which every number is a multiple of."""
+        return float(self.values(np.array([1], np.uint8))[0])
+
     def values(self, codes: Array) -> Float32Array:
         """float32: the numbers that ``codes`` stand for (NaN or infinity as any other)."""
         bits = codes.astype(np.uint32)
@@ -226,9 +231,29 @@ class Format:
 
     @property
     def integer(self) -> bool:
-        """Whether the values of the codes are integers of a byte, so that integer kernels exist."""
-        return not (self.float_kind or self.values or self.minifloat or self.has("lut")
-                    or self.has("book"))
+        """Whether the values of the codes are integers of a byte times a constant
+        (:attr:`byte_step`), so that integer kernels exist."""
+        if self.minifloat is not None:
+            return self.byte_table is not None
+        return not (self.float_kind or self.values or self.has("lut") or self.has("book"))
+
+    @cached_property
+    def byte_table(self) -> tuple[int, ...] | None:
+        """The integers of a byte that integer kernels look up for codes; None if the codes are
+        such integers themselves, or stand for others. V(c) is ``byte_step`` times the entry.
+
+        Small floats are multiples of their least one: e2m3 has up to 60 of them, e3m2 448.
+        """
+        small = self.minifloat
+        if small is None or small.bits > 6:
+            return self.table
+        entries = small.values(np.arange(1 << small.bits)) / np.float32(small.step)
+        return tuple(int(v) for v in entries) if np.abs(entries).max() <= 127 else None
+
+    @property
+    def byte_step(self) -> float:
+        """What the integers of integer kernels are multiplied by to give V(c)."""
+        return self.minifloat.step if self.minifloat is not None else 1.0
 
     @property
     def level_count(self) -> int:
@@ -272,8 +297,8 @@ class Format:
         if not self.integer:
             raise Unsupported("the codes of this format stand for floats, not for integers; take "
                               "f32 or bf16 activations, or an integer format", self.name)
-        if self.table is not None:
-            return min(self.table), max(self.table)
+        if self.byte_table is not None:
+            return min(self.byte_table), max(self.byte_table)
         return 0, 2 if self.base3 else (1 << self.code_bits) - 1
 
     @property

@@ -210,6 +210,28 @@ def table_row(name: str, group: int, scale: str = "f16") -> Format:
                       name, "quantiles as for nf4; FLUTE"))
 
 
+def with_byte_table(row: Format) -> Format:
+    """``row``, which has a table of floats, with its entries rounded to integers of a byte.
+
+    Codes and scales keep their places, so that a weight changes its row without being packed anew,
+    and integer kernels take it. The greatest entry becomes the integer of 64 to 127 that makes the
+    largest error of an entry least; no error is above 1/128 of the greatest entry.
+    """
+    if row.values is None:
+        raise Unsupported("only a table of floats can be rounded to bytes", row.name)
+    top = max(abs(v) for v in row.values)
+
+    def rounded(most: int) -> tuple[float, int, tuple[int, ...]]:
+        table = tuple(round(v * most / top) for v in row.values or ())
+        worst = max(abs(v - t * top / most)
+                    for v, t in zip(row.values or (), table, strict=True))
+        return worst, -most, table
+
+    _, most, table = min(rounded(most) for most in range(64, 128))
+    return replace(row, name=f"{row.name}_t8", values=None, table=table, scale_factor=top / -most,
+                   source=f"{row.source}; its table rounded to bytes")
+
+
 def lut_row(bits: int, scope: str, group: int | None = None) -> Format:
     """A row whose table of 2^bits f16 values is data: one a tensor, a row ("channel") or a block.
 
@@ -352,6 +374,7 @@ _ROWS = (
     *(_bipolar(bits) for bits in range(1, 9)),
     *(table_row(name, 64) for name in _VALUES),
     *(table_row(name, 64, "f32") for name in ("nf4", "fp4")),
+    *(with_byte_table(table_row(name, 64)) for name in _VALUES),
     *(lut_row(bits, scope, 64 if scope != "channel" else None)
       for scope in ("tensor", "channel", "group") for bits in (2, 3, 4)),
 )
@@ -376,8 +399,9 @@ REPRESENTATIVE: tuple[str, ...] = (
     "s2g32", "s3g64", "s5g64", "s8g64", "u2g64", "u3g32", "u4g128", "u6g32", "u8g32",
     "s4g16", "u3g16", "s7g32", "s4gchannel", "u5gchannel", "s4g256",
     "z2g32", "z4g64", "z8g128", "h4g64", "h3g64", "s4g128_f32", "z4g128_f32", "z4g128_bf16",
-    *(row.name for row in _ROWS if not row.name.startswith(("bipolar", "lut2", "lut4"))),
-    "bipolar1", "bipolar3", "bipolar8", "lut4_channel",
+    *(row.name for row in _ROWS if not row.name.startswith(("bipolar", "lut2", "lut4"))
+      and not row.name.endswith("_t8")),
+    "nf4g64_t8", "bipolar1", "bipolar3", "bipolar8", "lut4_channel",
 )
 
 _BY_GGML_TYPE = {row.ggml_type: row for row in _GGUF_ROWS}
@@ -408,6 +432,9 @@ def _of_family(name: str) -> Format | None:
             apart = with_outliers if combined["kind"] == "o" else with_columns
             return apart(row, int(combined["count"]))
         return masked(row, int(combined["keep"]), int(combined["of"]))
+    if name.endswith("_t8"):
+        row = CATALOG.get(name[:-3]) or _of_family(name[:-3])
+        return with_byte_table(row) if row is not None else None
     books = re.fullmatch(r"aqlm_(\d)x(\d+)(v\d+)?", name)
     if books is not None:
         vector = int((books[3] or "v8")[1:])

@@ -20,7 +20,7 @@ from qigen.formats.algebra import QuantizedTensor
 from qigen.frontends import LanguageModel, build_graph, load_model
 from qigen.ir.graph import Graph, load_constant
 from qigen.ir.interpreter import Interpreter, round_to_int8
-from qigen.quantize.weights import requantized
+from qigen.quantize.weights import requantized, with_byte_tables
 from tests.frontends.tiny import write_tiny_gguf, write_tiny_hf
 
 Logits = NDArray[np.float32]
@@ -89,7 +89,8 @@ class Compiled:
         """The flat graph, with the weights that were compiled."""
         graph = build_graph(self.source, self.artifact.manifest["limits"]["max_seq"])
         name = self.options.weights
-        return graph if name == "keep" else requantized(graph, catalog.by_name(name))
+        graph = graph if name == "keep" else requantized(graph, catalog.by_name(name))
+        return with_byte_tables(graph, self.options.activations)[0]
 
     def model(self, threads: int = 2) -> Model:
         if threads not in self._models:

@@ -15,8 +15,10 @@ from qigen.artifact import Artifact
 from qigen.compiler import compile
 from qigen.errors import BadInput, Unsupported, UsageError
 from qigen.formats import catalog
+from qigen.frontends import build_graph
 from qigen.planner import isa_candidates
 from qigen.quantize.rtn import quantize_rtn
+from qigen.quantize.weights import requantized, with_byte_tables
 from tests.e2e.harness import Compiled
 from tests.e2e.test_families import TOKENS, check
 from tests.frontends.tiny import write_tiny_hf
@@ -160,6 +162,22 @@ def test_rounded_weights(compiled: Build, weights: str, activations: str) -> Non
         for field, codes in wanted.fields.items():
             assert np.array_equal(kept.fields[field], codes), (name, field)
     check(model)
+
+
+def test_tables_are_rounded_to_bytes_if_int8_is_asked_for(compiled: Build) -> None:
+    """Codes stay; the row of the catalog, whose table is one of bytes, and a note say it."""
+    weights = "nf4g64_f32"
+    model = compiled(container="hf", weights=weights, activations="int8", overrides=TAILS)
+    assert {t["format"] for t in model.artifact.tensors.values()} == {f"{weights}_t8", "vector"}
+    (note,) = model.artifact.manifest["source"]["notes"]
+    assert "--activations int8" in note and f"{weights}_t8" in note and "0.35%" in note
+    name, fmt = "blk.1.ffn_up.weight", catalog.by_name(weights)
+    kept = model.artifact.unpack(name)
+    wanted = quantize_rtn(model.source.tensors[name].load().dequantize(), fmt)
+    assert all(np.array_equal(kept.fields[field], a) for field, a in wanted.fields.items())
+    check(model)
+    graph = requantized(build_graph(model.source, 64), fmt)
+    assert with_byte_tables(graph, None) == (graph, ()), "nobody asked for it"
 
 
 def test_rounding_quantized_weights_again(compiled: Build) -> None:

@@ -29,6 +29,8 @@ KINDS: dict[str, tuple[str, int]] = {
     "half*": ("uint16", LANES),
     "int8*": ("int8", LANES),
     "uint8*": ("uint8", LANES),
+    "table32*": ("uint8", 32),
+    "table64*": ("uint8", 64),
     "uint16*": ("uint16", LANES),
     "int32*": ("int32", LANES),
     "x4": ("int8", 4),
@@ -265,6 +267,11 @@ PRIMITIVES: tuple[Primitive, ...] = (
     Primitive("vb_lookup", (Operand("uint8*"), _CODE), "vb",
               lambda t, c: np.take_along_axis(t, c.astype(np.intp), axis=1),
               "vb_lookup(vb_table({0}), {1})"),
+    # wider tables are of a type of their own: seen through their entries
+    *(Primitive(f"{name}{n}", (Operand(f"table{n}*"), Operand("vb", 0, n - 1)), "vb",
+                lambda t, c: np.take_along_axis(t, c.astype(np.intp), axis=1),
+                f"vb_lookup{n}(vb_table{n}({{0}}), {{1}})")
+      for n in (32, 64) for name in ("vb_table", "vb_lookup")),
     Primitive("vb_digit3", (_VB,), "vb", lambda r: (r.astype(np.int32) * 3 >> 8).astype(np.uint8)),
     Primitive("vb_next3", (_VB,), "vb", lambda r: r * np.uint8(3)),
     Primitive("vb_max", (_VB, _VB), "vb", np.maximum),

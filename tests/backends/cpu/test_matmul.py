@@ -445,6 +445,9 @@ def default_specs() -> list[tuple[MatmulSpec, tuple[str, ...]]]:
         for isa in (AVX2, AVX512VNNI):
             specs.append((MatmulSpec(CATALOG[name], Layout(16, 2), isa, kinds[i % 4], (2, 1)),
                           ("store", "silu")))
+    for name, kind in (("fp6_e2m3", "int8"), ("fp5_e2m2", "int8-token"), ("nf4g64_t8", "int8")):
+        specs += [(MatmulSpec(CATALOG[name], Layout(), isa, kind, (2, 1)), ("store",))
+                  for isa in (AVX2, AVX512VNNI)]  # tables of 64, 32 and 16 bytes
     return specs
 
 
@@ -595,8 +598,8 @@ def extreme_case(spec: MatmulSpec) -> Case:
     f = spec.format
     k = 2 * spec.layout.blocks * f.block
     tensor = random_tensor(f, ROWS, k)
-    order = np.argsort(f.table) if f.table is not None else np.arange(1 << f.code_bits)
-    one = {"sub": f.sub_zero + 1, "e": 127 if f.scale_factor == 1 else 128}
+    order = np.argsort(f.byte_table) if f.byte_table is not None else np.arange(1 << f.code_bits)
+    one = {"sub": f.sub_zero + 1, "e": 128 if f.scale_factor == 0.5 else 127}
     fields = {}
     for field in f.fields:
         value = ONE[field.number] if field.name in ("d", "sub") and field.number else 0
