@@ -7,7 +7,6 @@ memory is measured too, so that shares and ratios are of one and the same state 
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -22,9 +21,9 @@ from qigen import toolchain
 from qigen.backends.base import Isa
 from qigen.backends.cpu.matmul import MatmulSpec
 from qigen.bench import Worker, stream_read_gb_s
-from qigen.bench_kernel_worker import PEERS, SETTINGS
 from qigen.costmodel import Prediction, predict, schedules
 from qigen.errors import QigenError, Unsupported, UsageError
+from qigen.kernel_peers import PEERS
 from qigen.planner import Product, activations_for, packed_bytes
 from qigen.targets import Machine
 from qigen.tune import BYTES_AT_MOST, TIMES_CACHE, Tuner, home
@@ -33,7 +32,6 @@ from qigen.tuning.measure import Bench
 
 Progress = Callable[[str, int, int], None]
 
-PACKAGES = {"onnxruntime": "onnxruntime", "openvino": "openvino", "torch": "torch"}
 ROUNDS = 5
 """Calls of a side in a turn."""
 
@@ -71,8 +69,7 @@ def bench_kernel(
     """
     if repeat < 1:
         raise UsageError("a benchmark needs at least one repeat")
-    for name in peers:
-        check_peer(name)
+    check_peers(peers)
     report = progress or (lambda stage, done, total: None)
     points = [(p, m, t) for p in products for m in tokens for t in threads]
     rows = []
@@ -85,17 +82,16 @@ def bench_kernel(
     return rows
 
 
-def check_peer(name: str) -> None:
+def check_peers(names: Sequence[str]) -> None:
     """Unsupported if a peer is unknown or not installed."""
-    if name not in PEERS:
-        raise Unsupported(f"peer '{name}' is not known; there is {', '.join(PEERS)}")
-    if importlib.util.find_spec(PACKAGES[name]) is None:
-        raise Unsupported(f"{name} is not installed; install it with pip install {PACKAGES[name]}")
-
-
-def versions(peers: Sequence[str]) -> dict[str, str]:
-    """The exact versions of peers."""
-    return {name: importlib.metadata.version(PACKAGES[name]) for name in peers}
+    for name in names:
+        if name not in PEERS:
+            raise Unsupported(f"peer '{name}' is not known; there is {', '.join(PEERS)}")
+    for name in names:
+        if importlib.util.find_spec(PEERS[name].module) is None:
+            raise Unsupported(
+                f"{name} is not installed; install it with pip install {PEERS[name].package}"
+            )
 
 
 def machine_state(machine: Machine) -> dict[str, Any]:
@@ -235,7 +231,7 @@ class _Point:
         }  # fmt: skip
         best: tuple[float, dict[str, Any]] | None = None
         failures: list[str] = []
-        for setting in SETTINGS[name]:
+        for setting in PEERS[name].settings:
             try:
                 with KernelWorker(name, **options, **setting) as worker:
                     error = worker.ask(

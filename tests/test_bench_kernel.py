@@ -12,9 +12,10 @@ import pytest
 from qigen import bench_kernel as benchmark
 from qigen import targets, toolchain
 from qigen.backends.cpu.isa import ISAS
-from qigen.bench_kernel_worker import PEERS, SETTINGS, copies, serve, shared_codes, weight
+from qigen.bench_kernel_worker import serve
 from qigen.errors import ToolchainError, Unsupported, UsageError
 from qigen.formats.catalog import by_name
+from qigen.kernel_peers import PEERS, copies, shared_codes, weight
 from qigen.planner import Product
 from qigen.tuning.problem import random_rows, random_x
 
@@ -84,7 +85,7 @@ def test_table_and_plots(rows: Any, tmp_path: Path) -> None:
 
 def test_usage() -> None:
     with pytest.raises(Unsupported, match="not known"):
-        benchmark.check_peer("abacus")
+        benchmark.check_peers(["openvino", "abacus"])
     with pytest.raises(UsageError):
         benchmark.bench_kernel([], isa=ISAS["scalar"], machine=targets.native(), repeat=0)
 
@@ -114,23 +115,30 @@ def test_how_many_weights_a_run_reads() -> None:
     assert copies(1 << 20, 1 << 30, 512) == 8
 
 
+@pytest.mark.parametrize("format", ["s4g128", "q4_0", "q8_0", "q4_k"])
 @pytest.mark.parametrize("peer", PEERS)
-@pytest.mark.parametrize("format", ["s4g128", "q8_0"])
 def test_peers_are_right(peer: str, format: str) -> None:
     """Every setting of an installed peer, without a process of its own."""
-    if importlib.util.find_spec(peer) is None:
+    row = PEERS[peer]
+    if importlib.util.find_spec(row.module) is None:
         pytest.skip(f"{peer} is not installed")
-    for setting in SETTINGS[peer]:
+    measured = 0
+    for setting in row.settings:
         try:
-            side = PEERS[peer](format, 64, 256, 3, 1, 0, **setting)
-        except Unsupported:
-            assert (peer, format) == ("torch", "q8_0")
-            return
+            side = row.make(format, 64, 256, 3, 1, 0, **setting)
+        except Unsupported as error:
+            assert format in str(error) or "groups of" in str(error)
+            continue
+        except ToolchainError as error:  # a type that llama.cpp does not rearrange
+            assert setting == {"repack": True} and "rearranged" in str(error)
+            continue
         asked = {"format": format, "n": 64, "k": 256, "m": 3}
         assert serve(side, {"do": "check", **asked})["largest"] < 0.02
         times = serve(side, {"do": "run", "rounds": 2})["us"]
         assert len(times) == 2 and min(times) > 0
         assert side.about["version"] and side.about["setting"]
+        measured += 1
+    assert measured or (peer, format) not in {("llama.cpp", "q4_0"), ("onnxruntime", "q8_0")}
 
 
 def test_a_wrong_peer_is_found() -> None:
