@@ -1,4 +1,4 @@
-"""The peers of ``qigen bench-kernel``: a row of :data:`PEERS` each, their libraries imported late."""
+"""The peers of ``qigen bench-kernel``: a row of :data:`PEERS` each, libraries imported late."""
 
 from __future__ import annotations
 
@@ -32,9 +32,7 @@ PEERS = {
     "llama.cpp": PeerRow(
         LlamaCpp, "llama_cpp", "llama-cpp-python", ({"repack": True}, {"repack": False})
     ),
-    "onnxruntime": PeerRow(
-        OnnxRuntime, "onnxruntime", "onnxruntime", ({"level": 4}, {"level": 0})
-    ),
+    "onnxruntime": PeerRow(OnnxRuntime, "onnxruntime", "onnxruntime", ({"level": 4}, {"level": 0})),
     "openvino": PeerRow(
         OpenVino,
         "openvino",

@@ -1,6 +1,7 @@
-"""llama.cpp as a peer of ``qigen bench-kernel``: ``ggml_mul_mat`` of the library in llama-cpp-python.
+"""llama.cpp as a peer of ``qigen bench-kernel``: ``ggml_mul_mat`` of llama-cpp-python.
 
-Called through ctypes as ``ggml.h``, ``ggml-alloc.h`` and ``ggml-backend.h`` declare it.
+The library of that package is called through ctypes as
+``ggml.h``, ``ggml-alloc.h`` and ``ggml-backend.h`` declare it.
 """
 
 from __future__ import annotations
@@ -115,7 +116,8 @@ class LlamaCpp:
         find = self._of_backend(
             device, "ggml_backend_dev_get_extra_bufts", ctypes.POINTER(_pointer), (_pointer,)
         )
-        found, kinds = find(device), []
+        found = find(device)
+        kinds: list[int] = []
         while found and (kind := found[len(kinds)]):
             kinds.append(kind)
         return kinds

@@ -34,7 +34,8 @@ class Torch:
         self.count = copies(packed.nbytes + scale.nbytes, total, m)
         self.weights = [(packed.clone(), scale.clone()) for _ in range(self.count)]
         self.x = torch.from_numpy(random_x(m, k)).to(kind)
-        self.torch, self.y = torch, None
+        self.torch = torch
+        self.y: Any = None
         self.threads, self.load_s = threads, time.perf_counter() - start
         self.about = {"version": torch.__version__, "setting": f"activations={precision}"}
 
