@@ -13,14 +13,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from qigen.codegen.render import render
 from qigen.errors import BadInput, Unsupported
-from qigen.formats.algebra import Array, Format, QuantizedTensor, as_float32
+from qigen.formats.algebra import Array, Format, QuantizedTensor, as_float32, float_bits
 
 COLUMNS = 64
 """Rows of W (columns of y) that a warp takes: the unit of the packed form along N."""
@@ -175,22 +174,34 @@ class GemmSpec:
         return max(64, self.group)
 
     @property
-    def scale_bytes(self) -> int:
-        """Bytes of a packed scale: of a group, or of the row if there are no groups."""
+    def scale_kind(self) -> str:
+        """Kind of the packed scales, of a group or of the row if there are no groups. A power of
+        two (e8m0) is a bf16 as it is, its 2^-127 and NaN too."""
         if self.format.has("e"):
-            return 1
+            return "bf16"
         if self.format.has("sub"):
-            return 2
-        return 2 if self.format.field("d").number == "f16" else 4
+            return "f16"  # integers of a byte, and e4m3, are exact
+        return self.format.field("d").number
+
+    @property
+    def zero_kind(self) -> str:
+        """Kind of the packed zero points or minima, '' without."""
+        if self.format.has("m"):
+            return self.format.field("m").number
+        if not self.format.has("z"):
+            return ""
+        # int8 kernels count from the middle of the codes: exact for integers only
+        return "f32" if self.format.field("z").number else "f16"
+
+    @property
+    def scale_bytes(self) -> int:
+        """Bytes of a packed scale."""
+        return 4 if self.scale_kind == "f32" else 2
 
     @property
     def zero_bytes(self) -> int:
         """Bytes of a packed zero point or minimum, 0 without."""
-        if self.format.has("m"):
-            return 2 if self.format.field("m").number == "f16" else 4
-        if self.format.has("z"):
-            return 4 if self.format.field("z").number else 2
-        return 0
+        return {"": 0, "f32": 4}.get(self.zero_kind, 2)
 
     @property
     def table_entries(self) -> int:
@@ -260,9 +271,10 @@ def check_schedule(spec: GemmSpec) -> None:
     s, d = spec.schedule, spec.decoding
     if spec.out not in ("f16", "f32"):
         raise Unsupported(f"y may be f16 or f32, not {spec.out}", spec.format.name)
-    if s.depth % d.step or spec.unit % d.step or spec.block_depth < 64:
+    least = 128 if d.integer else 64  # rows of x of 128 bytes: eight parts to swizzle
+    if s.depth % d.step or spec.unit % d.step or spec.block_depth < least:
         raise Unsupported(f"a stage of {s.warps_k} x {s.depth} is no whole number of steps of "
-                          f"{d.step} and at least 64", spec.format.name)
+                          f"{d.step} and at least {least}", spec.format.name)
     if not 1 <= s.m_tiles <= spec.most_tiles:
         raise Unsupported(f"{s.m_tiles} tiles of 16 rows: the registers have room for 1 to "
                           f"{spec.most_tiles}", spec.format.name)
@@ -293,8 +305,8 @@ def render_gemm(spec: GemmSpec) -> str:
         most_tiles=spec.most_tiles,
         warps_n=s.warps_n, warps_k=s.warps_k, depth=s.depth, stages=s.stages, unit=spec.unit,
         step=d.step, decode=d.name, integer=d.integer, words=d.words, high_words=d.high,
-        group=spec.group, padding=spec.padding, scale_bytes=spec.scale_bytes,
-        zero_bytes=spec.zero_bytes, minimum=fmt.has("m"), sum_rows=spec.zero_bytes > 0,
+        group=spec.group, padding=spec.padding, scale_kind=spec.scale_kind,
+        zero_kind=spec.zero_kind, minimum=fmt.has("m"), sum_rows=spec.zero_bytes > 0,
         row_scale=fmt.has("sub"), duplicates=s.duplicates, out=spec.out,
         code_zero=0 if fmt.has("z") else fmt.zero, factor=factor,
         offset=(1 << fmt.code_bits - 1) if d.integer else 0,
@@ -368,11 +380,14 @@ def _padded(array: Array, rows: int, columns: int) -> Array:
     return np.pad(array, ((0, rows - array.shape[0]), (0, columns - array.shape[1])))
 
 
-def _side(spec: GemmSpec, weight: QuantizedTensor, name: str) -> Array:
-    """[N, groups] or [N, 1]: a field of scales or zeros as its own numbers."""
+def _side(spec: GemmSpec, weight: QuantizedTensor, name: str, kind: str, below: int = 0,
+          sign: int = 1) -> Array:
+    """[N, groups] or [N, 1]: ``sign * value - below`` of a field of scales or zeros, as bits of
+    floats of a kind that holds it exactly."""
     raw = weight.fields[name].reshape(weight.shape[0], -1)
     number = spec.format.field(name).number
-    return as_float32(number, raw) if number else raw
+    values = as_float32(number, raw) if number else raw.astype(np.float32)
+    return float_bits(np.float32(sign) * values - np.float32(below), kind)
 
 
 def pack_gemm(spec: GemmSpec, weight: QuantizedTensor) -> npt.NDArray[np.uint8]:
@@ -391,19 +406,19 @@ def pack_gemm(spec: GemmSpec, weight: QuantizedTensor) -> npt.NDArray[np.uint8]:
     groups = columns // spec.group if spec.group else 1
     codes = weight.fields["codes"].reshape(n, -1)[:, :k]
     sections = _code_planes(_padded(codes, rows, columns), d)
-    scale = _side(spec, weight, "e" if fmt.has("e") else "sub" if fmt.has("sub") else "d")
-    kind: Any = {1: np.uint8, 2: np.float16, 4: np.float32}[spec.scale_bytes]
-    scale = scale.astype(kind)
+    if fmt.has("e"):
+        e = weight.fields["e"].reshape(n, -1).astype(np.uint16)
+        scale = np.where(e == 255, 0x7FC0, np.where(e, e << 7, 0x40)).astype(np.uint16)
+    else:
+        scale = _side(spec, weight, "sub" if fmt.has("sub") else "d", spec.scale_kind)
     sections.append(_by_quads(_padded(scale[:, :groups], rows, groups)))
-    if spec.zero_bytes:
-        zero = _side(spec, weight, "m" if fmt.has("m") else "z")
-        kind = np.float16 if spec.zero_bytes == 2 else np.float32
-        if d.integer and not fmt.has("m"):
-            zero = zero.astype(np.float32) - np.float32(1 << fmt.code_bits - 1)
-        zero = zero.astype(kind) * kind(1 if fmt.has("z") else fmt.min_sign)
+    if spec.zero_kind:
+        below = (1 << fmt.code_bits - 1) if d.integer and fmt.has("z") else 0
+        zero = _side(spec, weight, "m" if fmt.has("m") else "z", spec.zero_kind, below,
+                     fmt.min_sign if fmt.has("m") else 1)
         sections.append(_by_quads(_padded(zero[:, :groups], rows, groups)))
     if fmt.has("sub"):
-        factor = _side(spec, weight, "d").astype(np.float32)
+        factor = _side(spec, weight, "d", "f32")
         sections.append(_by_quads(_padded(factor, rows, 1)))
     if spec.table_entries:
         sections.append(_table(spec, weight).view(np.uint8))

@@ -153,9 +153,9 @@ def test_gemm_of_every_row(name: str, activations: str) -> None:
     for m, blocks, policy in ((1, 3, "priority"), (7, 0, "fair"), (16, 5, "priority"),
                               (17, 0, "fair"), (128, 3, "fair")):
         tiles = min(-(-m // 16), GemmSpec(row, activations).most_tiles)
-        depth = 64 if activations == "f16" else 32
-        spec = GemmSpec(row, activations, schedule=Schedule(tiles, 1, 2, depth, 3))
-        launch = Launch(spec, m, 70, 272 if row.ggml_type is None else 288)
+        spec = GemmSpec(row, activations, schedule=Schedule(tiles, 1, 2, 64, 3))
+        whole = row.block * (1 + 280 // row.block)
+        launch = Launch(spec, m, 70, 272 if row.ggml_type is None else whole)
         for seed in ((1, 2) if policy == "priority" else (1,)):
             launch.check(launch.run(blocks, Turns(policy, seed)), tolerance(spec))
 
@@ -169,5 +169,7 @@ def test_what_the_kernel_cannot_take_is_refused() -> None:
         render_gemm(GemmSpec(by_name("s8g64"), schedule=Schedule(3, 4, 2, 64, 6)))
     with pytest.raises(BadInput, match="the kernel takes s4g64"):
         pack_gemm(GemmSpec(by_name("s4g64")), random_tensor(by_name("s4g128"), 64, 128))
+    with pytest.raises(Unsupported, match="at least 128"):
+        render_gemm(GemmSpec(by_name("s8g64"), "s8", schedule=Schedule(1, 1, 1, 64)))
     refused = {name for name, row in CATALOG.items() if not supports(row)}
     assert {"q6_k", "tq1_0", "lut4_channel", "aqlm_2x8", "spqr3", "s4g128_2of4"} <= refused

@@ -1,0 +1,234 @@
+"""Gates on machine code: what ptxas may make of a template, and golden numbers of what it made.
+
+A row of :func:`gated` names a kernel and its bounds; :func:`check` reads the cubin of every target
+against them. Golden numbers of each (kernel, target) lie in ``templates/cuda/gates.toml`` and
+change only on purpose::
+
+    python -m qigen.backends.cuda.gates          # prints what is measured and what fails
+    python -m qigen.backends.cuda.gates --write  # and makes it the golden numbers
+
+Numbers of another version of the compiler are not compared, the bounds hold all the same.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from qigen.backends.cuda import toolchain
+from qigen.backends.cuda.gemm import GemmSpec, Schedule, render_gemm
+from qigen.formats import by_name
+from qigen.paths import resource_folder
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # type: ignore[import-not-found,unused-ignore]
+
+ARCHS = ("sm_80", "sm_90")
+"""Targets that have golden numbers."""
+
+_MMA = ("HMMA", "IMMA")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the machine code of a kernel has: registers a thread, bytes of stack and local memory,
+    spills; and in its main loop issue slots, mma, asynchronous copies (and narrow ones, in all of
+    the kernel), ldmatrix, loads from shared memory of 128 bits and narrower."""
+
+    registers: int
+    stack: int
+    spills: int
+    slots: int
+    mma: int
+    copies: int
+    narrow_copies: int
+    ldmatrix: int
+    loads128: int
+    loads: int
+
+    @property
+    def slots_per_mma(self) -> float:
+        """Issue slots of the main loop for every mma."""
+        return self.slots / self.mma
+
+
+def _main_loop(code: Sequence[toolchain.Instruction]) -> Sequence[toolchain.Instruction]:
+    """The innermost loop with an mma in it: from the target of a branch back to the branch."""
+    best: Sequence[toolchain.Instruction] = ()
+    for i, instruction in enumerate(code):
+        found = re.search(r"0x([0-9a-f]+)\s*$", instruction.operands)
+        if not instruction.opcode.startswith("BRA") or not found:
+            continue
+        first = int(found[1], 16) // 16  # an instruction has 16 bytes
+        body = code[first : i + 1]
+        if first < i and any(c.opcode.startswith(_MMA) for c in body) and (
+                not best or len(body) < len(best)):
+            best = body
+    return best
+
+
+def _filler(i: toolchain.Instruction) -> bool:
+    """What never executes: alignment, and the loads under a false guard that ptxas puts behind
+    asynchronous copies on sm_80."""
+    return i.opcode.startswith("NOP") or (i.opcode.startswith("LDS") and i.guard == "@!PT")
+
+
+def measure(name: str, text: str, arch: str) -> Measured:
+    """Compile a kernel and read its machine code; ToolchainError if that fails."""
+    cubin = toolchain.compile_cubin(name, text, arch)
+    resources = toolchain.read_resources(cubin)[name]
+    code = toolchain.read_sass(cubin)[name]
+    loop = [i for i in _main_loop(code) if not _filler(i)]
+
+    def count(where: Sequence[toolchain.Instruction], *starts: str, having: str = "") -> int:
+        return sum(i.opcode.startswith(starts) and having in i.opcode for i in where)
+
+    loads = count(loop, "LDS") - count(loop, "LDSM")
+    wide = count(loop, "LDS", having=".128")
+    return Measured(
+        resources.registers, resources.stack, count(code, "LDL", "STL"), len(loop),
+        count(loop, *_MMA), count(loop, "LDGSTS", having=".128"),
+        count(code, "LDGSTS") - count(code, "LDGSTS", having=".128"), count(loop, "LDSM"), wide,
+        loads - wide)
+
+
+@dataclass(frozen=True)
+class Gated:
+    """A kernel with its bounds: issue slots for every mma, and the loop as the template counts it
+    (mma, copies of 128 bits, loads of 128 bits)."""
+
+    name: str
+    text: Callable[[], str]
+    slots_per_mma: float
+    mma: int
+    copies: int
+    loads128: int
+    loads: int = 0
+
+
+def _gemm(format: str, slots: float, activations: str = "f16",
+          schedule: Schedule | None = None) -> Gated:
+    spec = GemmSpec(by_name(format), activations, schedule=schedule or Schedule())
+    s, d = spec.schedule, spec.decoding
+    units = s.depth // spec.unit if s.m_tiles <= 2 else 1  # more are not unrolled
+    steps = spec.unit // d.step
+    codes = units * steps * d.words // 4 + units * steps * d.high // 4
+    side = units * (spec.scale_bytes + spec.zero_bytes) if spec.group else 0
+    gathers = {"table2": 1, "table3": 2, "table4": 2}.get(d.name, 0)
+    threads = spec.block[0]
+    x = spec.rows * spec.block_depth * (1 if d.integer else 2) // 16
+    weights = s.warps_n * spec.block_depth // d.step * 8
+    groups = max(spec.block_depth // spec.group, 1) if spec.group else 0
+    sections = [x, weights * d.words, weights * d.high,
+                s.warps_n * groups * 4 * spec.scale_bytes, s.warps_n * groups * 4 * spec.zero_bytes]
+    copies = sum(-(-vectors // threads) for vectors in sections) if s.m_tiles <= 2 else 0
+    return Gated(spec.name, lambda: render_gemm(spec), slots,
+                 units * steps * s.m_tiles * (8 + (spec.zero_bytes > 0)), copies, codes + side,
+                 units * steps * 8 * gathers)
+
+
+def gated() -> tuple[Gated, ...]:
+    """The kernels that are gated. Bounds come from what decoding takes, not from what is measured:
+    int4 at most 12 issue slots for an mma of 16 rows, tables of 4 bits 16."""
+    wide = Schedule(2, 2, 2, 64, 3)
+    return (
+        _gemm("s4g128", 12),
+        _gemm("z4g64", 12),
+        _gemm("q4_0", 12),
+        _gemm("s8g128", 12),
+        _gemm("nf4g64", 16),
+        _gemm("mxfp4", 16),
+        _gemm("nf2g64", 12),
+        _gemm("nf3g64", 20),
+        _gemm("s4g128", 8, schedule=wide),
+        _gemm("nf4g64", 10, schedule=wide),
+        _gemm("s4g128", 8, schedule=Schedule(3, 2, 2, 64, 3)),
+        _gemm("s4gchannel", 4, schedule=Schedule(4, 2, 2, 64, 3)),
+        _gemm("s8g128", 16, "s8"),
+        _gemm("w4a8", 20, "s8"),
+    )
+
+
+def golden_file() -> Path:
+    """The table of golden numbers."""
+    return resource_folder("templates") / "cuda" / "gates.toml"
+
+
+def read_golden() -> tuple[str, Mapping[str, Mapping[str, int]]]:
+    """The version of the compiler, and the numbers by 'kernel target'."""
+    table: dict[str, Any] = tomllib.loads(golden_file().read_text())
+    return table["compiler"], table["kernels"]
+
+
+def compiler_version() -> str:
+    """The version that the numbers here come from."""
+    return ".".join(map(str, toolchain.find_nvrtc().version))
+
+
+def faults(gate: Gated, m: Measured) -> list[str]:
+    """What of a kernel breaks its gate."""
+    found = []
+    for what, value in (("stack", m.stack), ("spills", m.spills),
+                        ("copies of less than 128 bits", m.narrow_copies)):
+        if value:
+            found.append(f"{what}: {value}")
+    for what, got, want in (("mma", m.mma, gate.mma), ("copies of 128 bits", m.copies, gate.copies),
+                            ("loads of 128 bits", m.loads128, gate.loads128),
+                            ("narrow loads", m.loads, gate.loads)):
+        if got != want:
+            found.append(f"{what} in the main loop: {got}, the template has {want}")
+    if m.slots_per_mma > gate.slots_per_mma:
+        found.append(f"{m.slots_per_mma:.2f} issue slots an mma, at most {gate.slots_per_mma:g}")
+    return found
+
+
+def check(gates: Sequence[Gated], archs: Sequence[str] = ARCHS) -> tuple[dict[str, Measured],
+                                                                         list[str]]:
+    """Measure kernels: numbers by 'kernel target', and all that breaks a gate."""
+    numbers, broken = {}, []
+    for gate in gates:
+        text = gate.text()
+        for arch in archs:
+            m = numbers[f"{gate.name} {arch}"] = measure(gate.name, text, arch)
+            broken += [f"{gate.name} {arch}: {fault}" for fault in faults(gate, m)]
+    return numbers, broken
+
+
+def differences(numbers: Mapping[str, Measured]) -> list[str]:
+    """What differs from the golden numbers, if those are of this version of the compiler."""
+    version, golden = read_golden()
+    if version != compiler_version():
+        return []
+    return [f"{key}: {asdict(m)}, golden {dict(golden.get(key, {}))}; if it is meant: python -m "
+            "qigen.backends.cuda.gates --write"
+            for key, m in numbers.items() if asdict(m) != golden.get(key)]
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Print the numbers and what breaks a gate; ``--write`` makes them the golden ones."""
+    numbers, broken = check(gated())
+    for key, m in numbers.items():
+        print(f"{key}: {m.slots_per_mma:.2f} issue slots an mma, {m.registers} registers, "
+              f"{m.copies} copies, {m.loads128} + {m.loads} loads")
+    if "--write" in arguments:
+        lines = ["# Golden numbers of the machine code (backends/cuda/gates.py); written by",
+                 "# python -m qigen.backends.cuda.gates --write", "",
+                 f'compiler = "{compiler_version()}"', "", "[kernels]"]
+        for key, m in numbers.items():
+            values = ", ".join(f"{name} = {value}" for name, value in asdict(m).items())
+            lines.append(f'"{key}" = {{ {values} }}')
+        golden_file().write_text("\n".join(lines) + "\n")
+    else:
+        broken += differences(numbers)
+    print("\n".join(broken))
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
