@@ -94,6 +94,8 @@ def decoding(format: Format, activations: str = "f16") -> Decoding:
         name = f"signed{bits}" if _affine(format) and bits in (4, 8) else ""
         if not format.has("z") and not format.has("m") and format.zero != 1 << bits - 1:
             name = ""
+        if format.group < 32:
+            name = ""  # an mma adds up 32 products
     elif known and activations == "f16":
         if _affine(format) and bits in (4, 8):
             name = f"affine{bits}"

@@ -165,6 +165,8 @@ def test_what_the_kernel_cannot_take_is_refused() -> None:
         render_gemm(GemmSpec(by_name("q6_k")))
     with pytest.raises(Unsupported, match="no tensor-core kernel for s8"):
         render_gemm(GemmSpec(by_name("nf4g64"), "s8"))
+    with pytest.raises(Unsupported, match="no tensor-core kernel for s8"):
+        render_gemm(GemmSpec(by_name("s4g16"), "s8"))
     with pytest.raises(Unsupported, match="bytes of shared memory"):
         render_gemm(GemmSpec(by_name("s8g64"), schedule=Schedule(3, 4, 2, 64, 6)))
     with pytest.raises(BadInput, match="the kernel takes s4g64"):

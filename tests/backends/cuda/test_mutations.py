@@ -1,0 +1,185 @@
+"""Faults planted in kernels: each must be found, by a finding of the emulator or a wrong result.
+
+The faults that nothing here can show (the emulator is sequentially consistent and warps run in
+lock step) are named in docs/gpu.md: a missing fence on the side of the reader, a missing barrier
+between the parts of a block and the counter, which only the rarest of schedules would show.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from dataclasses import dataclass
+
+import pytest
+
+from qigen.backends.cuda import toolchain
+from qigen.backends.cuda.emulator import Finding
+from qigen.backends.cuda.emulator import Schedule as Turns
+from qigen.backends.cuda.gemm import GemmSpec, Schedule, render_gemm
+from qigen.formats import by_name
+from tests.backends.cuda.test_gemm import Launch, tolerance
+
+TURNS = (("fair", 1), ("random", 1), ("priority", 1), ("priority", 2), ("priority", 3))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel and a launch: tails of M, N and K, tiles that blocks share."""
+
+    format: str
+    activations: str = "f16"
+    m: int = 17
+    n: int = 70
+    k: int = 600
+    blocks: int = 5
+
+    @functools.cached_property
+    def spec(self) -> GemmSpec:
+        return GemmSpec(by_name(self.format), self.activations,
+                        schedule=Schedule(1, 1, 2, 64, 3))
+
+    @functools.cached_property
+    def launch(self) -> Launch:
+        return Launch(self.spec, self.m, self.n, self.k)
+
+
+INT4, ZERO4, TABLE, INT8 = Case("s4g128"), Case("z4g64"), Case("nf4g64"), Case("s4g64", "s8")
+TABLE3, ONE = Case("nf3g64", m=1), Case("s8g128", m=1, n=1)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """``pattern`` of the CUDA text (or of the PTX) becomes ``text``: at place ``nth``, or (-1) at
+    all places."""
+
+    name: str
+    case: Case
+    pattern: str
+    text: str
+    nth: int = -1
+    ptx: bool = False
+
+    def plant(self, source: str) -> str:
+        """The text with the fault in it."""
+        places = list(re.finditer(self.pattern, source))
+        assert places, f"{self.name}: nothing to change"
+        chosen = places if self.nth < 0 else [places[self.nth]]
+        for place in reversed(chosen):
+            source = source[: place.start()] + place.expand(self.text) + source[place.end() :]
+        return source
+
+
+LOOP_BARRIER = r"(wait_copies<1>\(\);\s*)__syncthreads\(\);"
+FAULTS = (
+    Fault("a wait for one group of copies too few", INT4, r"wait_copies<1>", "wait_copies<2>"),
+    Fault("no wait for the copies", INT4, r"wait_copies<1>\(\);", ""),
+    Fault("no barrier after the wait", INT4, LOOP_BARRIER, r"\1"),
+    Fault("no commit in the loop", INT4, r"(stage - 1\);\s*)commit_copies\(\);", r"\1"),
+    Fault("copies go to the stage that is read", INT4, r"stage == 0 \? 2 : stage - 1", "stage"),
+    Fault("a step too early", INT4, r"load\(s \+ 2, stage", "load(s + 1, stage"),
+    Fault("the ring of stages is one short", INT4, r"stage == 2 \? 0", "stage == 1 ? 0"),
+    Fault("no barrier before partial sums overwrite stages", INT4,
+          r"(wait_copies<0>\(\);\s*)__syncthreads\(\);", r"\1"),
+    Fault("no barrier before partial sums are read", INT4,
+          r"__syncthreads\(\);(\s*if \(warp_k == 0\) \{\s*for \(int p)", r"\1"),
+    Fault("partial sums one place on", INT4, r"\(warp_k - 1\) \* 1", "warp_k * 1"),
+    Fault("a warp's sums left out", TABLE, r"for \(int p = 0;", "for (int p = 1;"),
+    Fault("no fence before the counter", INT4, r"__threadfence\(\);(\s*__syncthreads)", r"\1"),
+    Fault("no barrier before the counter is looked at", INT4,
+          r"__syncthreads\(\);(\s*finishes = )", r"\1"),
+    Fault("a plain addition for an atomic", INT4, r"atomicAdd\(counters \+ tile, 1\)",
+          "counters[tile]++"),
+    Fault("a counter that is not set back", INT4, r"counters\[tile\] = 0;", ";"),
+    Fault("a part of a shared tile left out", INT4, r"for \(int b = first_block;",
+          "for (int b = first_block + 1;"),
+    Fault("head and tail of a block exchanged", INT4, r"\(first == 0\)", "(first != 0)"),
+    Fault("one block too many is waited for", INT4, r"== last_block - first_block",
+          "== last_block - first_block + 1"),
+    Fault("x without its swizzle", INT4, r"\(part \^ \(row & 7\)\)", "part"),
+    Fault("the tail of K not cut", INT4, r"min\(max\((k \* 2[^;]*), 0\), 16\)", "16"),
+    Fault("rows past M read", INT4, r"i < x_rows \? x_left : 0", "x_left"),
+    Fault("columns past N written", ONE, r"if \(column < n\)", "", 0),
+    Fault("columns past N written (second)", ONE, r"if \(column \+ 1 < n\)", ""),
+    Fault("rows past M written", INT4, r"if \(row < m\)", ""),
+    Fault("blocks past N read", Case("s4g128", n=70, blocks=0),
+          r"min\(block_n \+ b, blocks_n - 1\)", "(block_n + b + 1)"),
+    Fault("operands of the mma exchanged", INT4, r"a\[t\]\[i\], b\[0\], b\[1\]",
+          "a[t][i], b[1], b[0]"),
+    Fault("a magic number off by one", INT4, r"0x64006400u", "0x64006401u"),
+    Fault("a zero off by one", INT4, r"0x64086408u", "0x64076407u"),
+    Fault("the upper nibbles shifted wrongly", INT4, r">> 8", ">> 4"),
+    Fault("scales of other columns", INT4, r"lane % 4 \* 32", "lane % 4 * 16"),
+    Fault("scales of another group", ZERO4, r"group_row = \(", "group_row = 1 - ("),
+    Fault("sums of x without odd columns", ZERO4, r"0x3c003c00u", "0x00003c00u"),
+    Fault("zero points added", ZERO4, r"product - off \* total", "product + off * total"),
+    Fault("pairs of the table exchanged", TABLE, r"values\[e & 15\] \| values\[e >> 4\] << 16",
+          "values[e >> 4] | values[e & 15] << 16"),
+    Fault("copies of the table mixed up", TABLE, r"lane % 8 \*", "lane % 16 *"),
+    Fault("the table half filled", TABLE, r"i < 2048", "i < 1024"),
+    Fault("a byte of the table twice", TABLE, r"0x4443", "0x4442"),
+    Fault("top bits of another tile", TABLE3, r"tops\[0\] >> j \* 4", "tops[0] >> j * 2"),
+    Fault("signed nibbles without a mask", INT8, r"codes\[j\] & 0xf0f0f0f0u", "codes[j]"),
+    Fault("the scale of another row of x", INT8, r"x_scales\[row\]", "x_scales[0]"),
+    Fault("an accumulator that is not cleared", INT8,
+          r"(int whole\[1\]\[8\]\[4\]) = \{\};", r"\1; whole[0][0][0] = 1;"),
+    Fault("registers of A exchanged", INT4,
+          r"(mma\.sync\S+\s+\{[^}]*\}, \{ ?%\w+, )(%\w+), (%\w+)", r"\1\3, \2", ptx=True),
+    Fault("matrices transposed", INT4, r"m8n8\.x4\.shared", "m8n8.x4.trans.shared", ptx=True),
+    Fault("a fragment read 16 bytes on", INT4, r"(ld\.shared\.v4\.u32 \{[^}]*\}, \[%\w+)\]",
+          r"\1+16]", 0, ptx=True),
+    Fault("a fragment read 4 bytes on", INT4, r"(ld\.shared\.v4\.u32 \{[^}]*\}, \[%\w+)\]",
+          r"\1+4]", 0, ptx=True),
+    Fault("the last barrier of a tile left out", INT4, r"bar\.sync\s+0;", "", 4, ptx=True),
+    Fault("another table of lop3", INT4, r", 0xea;", ", 0xe8;", ptx=True),
+    Fault("a sum overwritten", INT4, r"fma\.rn\.f32 (\s*%\w+, %\w+, %\w+), (%\w+);",
+          r"fma.rn.f32 \1, 0f00000000;", 3, ptx=True),
+    Fault("a barrier in a branch", INT4, LOOP_BARRIER, r"\1if (lane < 16) __syncthreads();"),
+)
+
+FAST = {"no barrier after the wait", "a wait for one group of copies too few",
+        "a plain addition for an atomic", "rows past M read", "pairs of the table exchanged",
+        "registers of A exchanged", "no fence before the counter"}
+
+
+def how_found(fault: Fault) -> str:
+    """What finds the fault, or '' if nothing does."""
+    case = fault.case
+    text = render_gemm(case.spec)
+    if fault.ptx:
+        ptx = fault.plant(toolchain.compile_ptx(case.spec.name, text))
+    else:
+        ptx = toolchain.compile_ptx(case.spec.name, fault.plant(text))
+    for policy, seed in TURNS:
+        turns = Turns(policy, seed, resident=4, quantum=24, budget=3_000_000)
+        try:
+            got = case.launch.run(case.blocks, turns, ptx, launches=2)
+            case.launch.check(got, tolerance(case.spec))
+        except Finding as finding:
+            return f"{policy} {seed}: {str(finding).partition(' [')[0]}"
+        except AssertionError:
+            return f"{policy} {seed}: wrong result"
+    return ""
+
+
+@pytest.mark.parametrize("case", [INT4, ZERO4, TABLE, INT8, TABLE3, ONE], ids=lambda c: c.format)
+def test_without_a_fault_nothing_is_found(case: Case) -> None:
+    for policy, seed in TURNS:
+        turns = Turns(policy, seed, resident=4, quantum=24, budget=3_000_000)
+        case.launch.check(case.launch.run(case.blocks, turns, launches=2), tolerance(case.spec))
+
+
+@pytest.mark.parametrize("fault", [f for f in FAULTS if f.name in FAST], ids=lambda f: f.name)
+def test_fault_is_found(fault: Fault) -> None:
+    assert how_found(fault)
+
+
+@pytest.mark.slow
+def test_every_fault_is_found(capsys: pytest.CaptureFixture[str]) -> None:
+    assert len(FAULTS) >= 25
+    found = {fault.name: how_found(fault) for fault in FAULTS}
+    with capsys.disabled():
+        print(f"\n{len(FAULTS)} planted faults:")
+        for name, how in found.items():
+            print(f"  {name}: {how or 'NOT FOUND'}")
+    assert all(found.values())
