@@ -12,7 +12,7 @@ from types import ModuleType
 from qigen.errors import Unsupported
 from qigen.targets.features import architecture
 
-_BACKENDS = ("cpu",)
+_BACKENDS = ("cpu", "llvm")
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from qigen.artifact import (
     write_header,
     write_weights,
 )
+from qigen.backends import base
 from qigen.backends.base import Isa, KernelSource
 from qigen.backends.cpu.isa import ISAS
 from qigen.backends.cpu.isa import by_name as isa_by_name
@@ -105,6 +106,7 @@ def compile(
     shape: Mapping[str, Sequence[int | str]] | None = None,
     calibration: str | os.PathLike[str] | None = None,
     emit: str = "library",
+    backend: str = "cpu",
     progress: Progress | None = None,
 ) -> Artifact:
     """Compile a model into the artifact folder ``output``.
@@ -123,7 +125,8 @@ def compile(
     typical of what it will get. ``tune`` is "model" or "off" (the cost model chooses) or "measure":
     candidates are measured on this machine first, and threads and prefill block of the model after.
     ``emit`` says what the artifact's code is: a shared "library", a "static" one to link into a
-    program, or "source": C++ with a CMakeLists.txt that builds it.
+    program, or "source": C++ with a CMakeLists.txt that builds it. ``backend``: "cpu" compiles C++
+    with a compiler, "llvm" the same kernels with llvmlite and no compiler at all.
 
     Raises BadInput (damaged model), Unsupported, UsageError, ToolchainError. An artifact that
     exists at ``output`` is replaced when all is done; on failure nothing is left behind.
@@ -143,9 +146,16 @@ def compile(
             raise Unsupported("ONNX models have no GPU kernels yet; take a processor as the target")
     pairs = _pairs("native" if gpus else target, isa)
     machine, row = pairs[0]
-    compiler = find_compiler(machine, emit)
+    if backend == "llvm":
+        _check_llvm(emit, tune)
+        compiler = base.backend("llvm").find_compiler(machine)
+    else:
+        base.backend(backend)
+        compiler = find_compiler(machine, emit)
 
     if is_onnx(Path(model)):
+        if backend != "cpu":
+            raise Unsupported(f"ONNX models have no {backend} backend; leave --backend out")
         if tune == "measure":
             raise Unsupported("only language models can be tuned so far; leave --tune out")
         if len(pairs) > 1:
@@ -245,7 +255,7 @@ def compile(
         with staging_folder(out) as staging, open_cache(
             emit, compiler, jobs or os.cpu_count() or 1
         ) as cache:
-            _build(graph, source, variants, tokenizer, compiler, cache, staging, emit,
+            _build(graph, source, variants, tokenizer, compiler, cache, staging, emit, backend,
                    Path(keep_sources) if keep_sources else None, report)
         return variants[0].plan
 
@@ -313,6 +323,13 @@ def _check_options(
         raise Unsupported("choosing formats by budget is not built yet; name a format")
     if weights != "keep":
         catalog.by_name(SHORT_FORMATS.get(weights, weights))
+
+
+def _check_llvm(emit: str, tune: str) -> None:
+    if emit != "library":
+        raise Unsupported(f"the llvm backend makes shared libraries, not --emit {emit}")
+    if tune == "measure":
+        raise Unsupported("kernels of the llvm backend cannot be measured yet; leave --tune out")
 
 
 def _tokenizer(source: LanguageModel) -> Tokenizer | None:
@@ -439,6 +456,7 @@ def _build(
     cache: toolchain.ObjectCache | toolchain.SourceCollector,
     staging: Path,
     form: str,
+    backend: str,
     keep_sources: Path | None,
     report: Progress,
 ) -> None:
@@ -447,7 +465,7 @@ def _build(
     plan, memory, program, machine = first.plan, first.memory, first.program, first.machine
     tensors = variants[-1].program.tensors
     alone = len(variants) == 1
-    runtime = runtime_units()
+    runtime = [] if backend == "llvm" else runtime_units()
     parts = [_variant_units(variant, alone) for variant in variants]
     total = sum(len(units) + 1 for _, units, _ in parts) + len(runtime)
     compiled: list[str] = []
@@ -472,7 +490,10 @@ def _build(
             folder = keep_sources if alone else keep_sources / variant.isa.name
             write_sources(folder, dict(unit.headers), [*units, unit])
     report("link", 0, 1)
-    link(compiler, cache, futures, staging, machine.system, form)
+    if backend == "llvm":
+        base.backend("llvm").link(futures, staging / toolchain.LIBRARY_NAMES[machine.system])
+    else:
+        link(compiler, cache, futures, staging, machine.system, form)
     if tokenizer is not None:
         tokenizer.save(staging)
     write_interface(staging, program, program.name, machine.system, form)
@@ -515,6 +536,7 @@ def _build(
             "max_tokens": program.max_tokens,
         },
         "compiler": {
+            "backend": backend,
             "version": compiler.version,
             "flags": list(parts[0][2]),
             "objects_cached": cache.hits,

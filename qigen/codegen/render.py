@@ -67,4 +67,4 @@ def tidy(source: str) -> str:
 def render(template: str, **parameters: Any) -> str:
     """The text of ``template`` (a path under ``templates/``) for the parameters; C++ is tidied."""
     text = _environment().get_template(template).render(**parameters)
-    return text if template.endswith(".cmake.j2") else tidy(text)
+    return text if template.endswith((".cmake.j2", ".ll.j2")) else tidy(text)
