@@ -266,7 +266,7 @@ def _finish(
 ) -> bytes:  # fmt: skip
     """Append the segments, the relocations and the table of segments."""
     dynamic = next(s for s in segments if s[0] == _PT_DYNAMIC)
-    entries = {}
+    entries: dict[int, tuple[int, int]] = {}
     for at in range(dynamic[2], dynamic[2] + dynamic[5], 16):
         tag, value = struct.unpack_from("<QQ", out, at)
         entries.setdefault(tag, (at, value))
@@ -305,11 +305,11 @@ def _finish(
         length = len(image.bytes)
         rows.append([_PT_LOAD, flags, offset, image.address, image.address, length, length, _PAGE])
     # loaders want the segments in the order of their addresses, those that are loaded last are
-    for row in rows:
-        if row[0] == _PT_PHDR:
+    for segment in rows:
+        if segment[0] == _PT_PHDR:
             offset = data_offset + at_headers - data.address
-            row[2:7] = [offset, at_headers, at_headers, headers, headers]
-    text = b"".join(_SEGMENT.pack(*row) for row in rows)
+            segment[2:7] = [offset, at_headers, at_headers, headers, headers]
+    text = b"".join(_SEGMENT.pack(*segment) for segment in rows)
     where = at_headers - data.address
     data.bytes[where : where + headers] = text
     out += data.bytes

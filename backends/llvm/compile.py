@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -65,8 +66,7 @@ def to_ir(
 
 def emit(ir: str, isa: Isa, triple: str) -> bytes:
     """The object file of IR. LLVM aborts the process if it has no instruction for an intrinsic."""
-    import llvmlite.binding as llvm  # only where the extra is installed
-
+    llvm = importlib.import_module("llvmlite.binding")  # only where the extra is installed
     llvm.initialize_all_targets()
     llvm.initialize_all_asmprinters()
     module = llvm.parse_assembly(ir)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
@@ -62,10 +63,8 @@ class _Worker:
     def end(self) -> str:
         """How the process ended, in words."""
         assert self._process.stdin is not None and self._process.stdout is not None
-        try:
+        with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
-        except BrokenPipeError:
-            pass
         code = self._process.wait()
         self._process.stdout.close()
         self._errors.seek(0)
@@ -129,7 +128,7 @@ class LlvmCompiler(toolchain.Compiler):
         if found["kind"] == "OSError":
             raise OSError(int(found["number"]), found["message"])
         kind = _RAISED.get(found["kind"], ToolchainError)
-        raise kind(found["message"], found["where"] or what)  # type: ignore[call-arg]
+        raise kind(found["message"], found["where"] or what)
 
 
 def find_compiler(machine: Machine) -> LlvmCompiler:
@@ -139,8 +138,8 @@ def find_compiler(machine: Machine) -> LlvmCompiler:
     """
     if (machine.architecture, machine.system) != ("x86_64", "linux"):
         raise Unsupported(
-            f"the llvm backend makes no code for {machine.architecture} {machine.system} yet; leave "
-            "--backend out"
+            f"the llvm backend makes no code for {machine.architecture} {machine.system} yet; "
+            "leave --backend out"
         )
     if importlib.util.find_spec("llvmlite") is None:
         raise ToolchainError(

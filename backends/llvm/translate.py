@@ -195,7 +195,7 @@ class Unit:
 
     # ---- declarations ----
 
-    def _declarations(self, at: int, end: int, internal: bool) -> None:
+    def _declarations(self, at: int, end: int, internal: bool, plain: bool = False) -> None:
         text = self.text
         while at < end:
             token = text[at]
@@ -211,13 +211,13 @@ class Unit:
             elif token == "using":
                 if text[at + 2] == "=":
                     self.aliases[text[at + 1]] = at + 3
-                at = self._until(at, ";") + 1
+                at = self.until(at, ";") + 1
             elif token == "static_assert":
-                at = self._until(at, ";") + 1
+                at = self.until(at, ";") + 1
             else:
-                at = self._declaration(at, internal)
+                at = self._declaration(at, internal, plain)
 
-    def _until(self, at: int, *ends: str) -> int:
+    def until(self, at: int, *ends: str) -> int:
         """The first of some tokens from ``at`` on that is in no bracket."""
         while self.text[at] not in ends:
             at = self.match.get(at, at) + 1
@@ -240,23 +240,22 @@ class Unit:
                 first = at + 1
             at = self.match.get(at, at) + 1
 
-    def _declaration(self, at: int, internal: bool) -> int:
+    def _declaration(self, at: int, internal: bool, exported: bool) -> int:
         text = self.text
         template: list[tuple[str, str]] = []
         if text[at] == "template":
             at, template = self._template(at)
-        exported = False
         if text[at] == "extern" and text[at + 1].startswith('"'):
             at += 2
             exported = True
             if text[at] == "{":
                 close = self.match[at]
-                self._declarations(at + 1, close, internal)
+                self._declarations(at + 1, close, internal, True)
                 return close + 1
         if text[at] in ("struct", "class") and text[at + 2] in ("{", ";", ":"):
             if text[at + 2] == ";":
                 return at + 3
-            body = self._until(at, "{")
+            body = self.until(at, "{")
             self.structs[text[at + 1]] = StructDecl(text[at + 1], body, template)
             return self.match[body] + 2
         decl = self.function_at(at, template)
@@ -271,7 +270,7 @@ class Unit:
                     break
             else:
                 known.append(decl)
-            return (self.match[decl.body] if decl.body else self._until(at, ";")) + 1
+            return (self.match[decl.body] if decl.body else self.until(at, ";")) + 1
         # a variable: its name stands before the initial value or the dimensions
         stop = at
         while text[stop] not in ("=", ";", "{") and not (
@@ -279,10 +278,10 @@ class Unit:
         ):
             stop = self.match.get(stop, stop) + 1
         name = text[stop - 1]
-        value = text[self._until(stop, "=", ";", "{")] != ";"
+        value = text[self.until(stop, "=", ";", "{")] != ";"
         if value or name not in self.globals:
             self.globals[name] = (at, exported and value)
-        return self._until(stop, ";") + 1
+        return self.until(stop, ";") + 1
 
     def function_at(
         self, at: int, template: list[tuple[str, str]], owner: Struct | None = None
@@ -303,7 +302,7 @@ class Unit:
                 while text[tail] in ("const", "noexcept", "override"):
                     tail += 1
                 if text[tail] == ":":  # initialisers of members
-                    tail = self._until(tail, "{")
+                    tail = self.until(tail, "{")
                 body = tail if text[tail] == "{" else None
                 return FunctionDecl(
                     before, start, self.split(at), body, template, owner,
@@ -370,7 +369,7 @@ class Unit:
                 continue
             if text[at] == "using":
                 layout["types"][text[at + 1]] = at + 3
-                at = self._until(at, ";") + 1
+                at = self.until(at, ";") + 1
                 continue
             template: list[tuple[str, str]] = []
             if text[at] == "template":
@@ -382,10 +381,10 @@ class Unit:
                         layout["constructors"].append(method)
                 else:
                     layout["methods"].setdefault(method.name, []).append(method)
-                at = (self.match[method.body] if method.body else self._until(at, ";")) + 1
+                at = (self.match[method.body] if method.body else self.until(at, ";")) + 1
                 continue
-            if "operator" in text[at : self._until(at, ";", "{")]:
-                at = self._until(at, ";") + 1
+            if "operator" in text[at : self.until(at, ";", "{")]:
+                at = self.until(at, ";") + 1
                 continue
             emitter = Emitter(self, layout["env"], made)
             emitter.at = at
@@ -398,7 +397,7 @@ class Unit:
                 default = None
                 if text[emitter.at] in ("=", "{"):
                     default = emitter.at + (text[emitter.at] == "=")
-                    emitter.at = self._until(emitter.at, ",", ";")
+                    emitter.at = self.until(emitter.at, ",", ";")
                 if "static" in spec:
                     layout["statics"][name] = (start, base, default)
                 else:
@@ -443,7 +442,7 @@ class Unit:
         return self.values[name]
 
     def data(self, symbol: str, linkage: str, kind: Type, emitter: Emitter) -> Type:
-        """Emit constant data from the initial value at the emitter's place; gives its whole type."""
+        """Emit constant data from the initial value where the emitter is; gives its whole type."""
         if isinstance(kind, Array) and kind.count < 0:
             kind = Array(kind.of, emitter.count_elements())
         parts: list[tuple[int, str, str, int]] = []
@@ -849,7 +848,7 @@ class Emitter:
         elif "noinline" in words:
             attributes += " noinline"
         exported = not decl.internal and not (decl.template or decl.owner)
-        linkage = "hidden" if exported else "internal"
+        linkage = "internal" if not exported else "" if decl.plain else "hidden"
         head = f"define {linkage} {self.unit.signature(instance, True)} {attributes} {{"
         return "\n".join([head, "entry:", *self.entry, *self.lines, "}"])
 
@@ -889,8 +888,8 @@ class Emitter:
             self.at += 1
             self.jump(self.loops[-1][token == "break"])
             self.expect(";")
-        elif token == "static_assert":
-            self.at = self.unit._until(self.at, ";") + 1
+        elif token == "static_assert" or (token == "using" and text[self.at + 1] == "namespace"):
+            self.at = self.unit.until(self.at, ";") + 1
         elif self.is_type():
             self.declaration()
         else:
@@ -908,7 +907,7 @@ class Emitter:
             if token == "if" and self.accept("else"):
                 self.skip_statement()
         else:
-            self.at = self.unit._until(self.at, ";") + 1
+            self.at = self.unit.until(self.at, ";") + 1
 
     def if_statement(self) -> None:
         self.at += 1 + (self.text[self.at + 1] == "constexpr")
@@ -1090,13 +1089,12 @@ class Emitter:
             kind = value.type
             scope[name] = self.keep(value, kind, constant)
             return
-        if isinstance(kind, Array) and (constant or "static" in words) and assigned:
-            if "constexpr" in words or "static" in words:
-                symbol = f"{self.unit.prefix}data{len(self.unit.output)}_{self.count}"
-                self.alignment = alignment
-                whole = self.unit.data(symbol, "internal", kind, self)
-                scope[name] = Value(whole, f"@{symbol}", True)
-                return
+        if isinstance(kind, Array) and assigned and words & {"constexpr", "static"}:
+            symbol = f"{self.unit.prefix}data{len(self.unit.output)}_{self.count}"
+            self.alignment = alignment
+            whole = self.unit.data(symbol, "internal", kind, self)
+            scope[name] = Value(whole, f"@{symbol}", True)
+            return
         if isinstance(kind, Array) and kind.count < 0:
             kind = Array(kind.of, self.count_elements())
         if assigned and not kind.aggregate and self.text[self.at] != "{":

@@ -6,6 +6,7 @@ ends with its input, or when nothing was asked of it for a while.
 
 from __future__ import annotations
 
+import importlib
 import json
 import select
 import sys
@@ -49,8 +50,7 @@ def answer(job: Mapping[str, Any]) -> dict[str, str]:
 
 def main() -> None:
     """Answer jobs."""
-    import llvmlite.binding  # noqa: F401, so that the first job does not wait for it
-
+    importlib.import_module("llvmlite.binding")  # so that the first job does not wait for it
     while select.select([sys.stdin], [], [], IDLE_SECONDS)[0]:
         line = sys.stdin.readline()
         if not line:

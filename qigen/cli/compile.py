@@ -93,6 +93,13 @@ if TYPE_CHECKING:
     help="A shared library, a static one, or C++ with a CMakeLists.txt.",
 )
 @click.option("--static", is_flag=True, help="The same as --emit static.")
+@click.option(
+    "--backend",
+    type=click.Choice(["cpu", "llvm"]),
+    default="cpu",
+    show_default=True,
+    help="Kernels by a C++ compiler, or by llvmlite without one.",
+)
 @click.option("--explain", is_flag=True, help="Show what was chosen for every matrix, and why.")
 @click.option("--jobs", type=Count, help="Compilers at a time. [default: all cores]")
 @click.option(

@@ -36,9 +36,9 @@ namespace qigen {
 
 // The place of the model's description. The pointer keeps the imports from being dropped and makes
 // the section one that is relocated.
-extern "C" __attribute__((section(".qigen_model"), used)) const ModelDescription
-    qigen_model_description = {0,       "", imports[0].name, "", nullptr, 0, 0, 0, 0, 0,
-                               0,       0,  0,               0,  0,       0, nullptr,
-                               nullptr, nullptr};
+extern "C" __attribute__((section(".qigen_model"), used))
+const ModelDescription qigen_model_description = {
+    0, "", imports[0].name, "",      nullptr, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+    0, 0,  nullptr,         nullptr, nullptr};
 
 }  // namespace qigen
