@@ -141,6 +141,8 @@ def compile(
     out = Path(output).resolve()  # of a link, the target is replaced
     check_output(out)
     if gpus:
+        if backend != "cpu":
+            raise Unsupported(f"a GPU target has kernels of its own; leave --backend {backend} out")
         check_gpu_options(activations, tune, isa, max_batch)
         if is_onnx(Path(model)):
             raise Unsupported("ONNX models have no GPU kernels yet; take a processor as the target")

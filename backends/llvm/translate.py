@@ -48,7 +48,6 @@ from qigen.errors import Unsupported
 _SKIPPED = frozenset(("const", "volatile", "typename", "struct", "class", "explicit", "inline",
                       "static", "constexpr", "extern"))  # fmt: skip
 _INTERNAL = frozenset(("static", "inline"))
-_NAMESPACES = frozenset(("std", "qg", "qigen"))
 _LEVELS: tuple[tuple[str, ...], ...] = (
     ("||",), ("&&",), ("|",), ("^",), ("&",), ("==", "!="), ("<", ">", "<=", ">="), ("<<", ">>"),
     ("+", "-"), ("*", "/", "%"),
@@ -150,6 +149,9 @@ class Unit:
         self.place = tokens.place
         self.match = _matches(tokens.text)
         self.prefix = prefix
+        self.namespaces = {"std"}
+        self.opaque: set[str] = set()
+        """Structs that are only declared."""
         self.functions: dict[str, list[FunctionDecl]] = {}
         self.structs: dict[str, StructDecl] = {}
         self.aliases: dict[str, int] = {}
@@ -204,6 +206,7 @@ class Unit:
             elif token == "namespace":
                 open_ = at + 1
                 while text[open_] != "{":
+                    self.namespaces.add(text[open_])
                     open_ += 1
                 close = self.match[open_]
                 self._declarations(open_ + 1, close, internal or open_ == at + 1)
@@ -254,6 +257,7 @@ class Unit:
                 return close + 1
         if text[at] in ("struct", "class") and text[at + 2] in ("{", ";", ":"):
             if text[at + 2] == ";":
+                self.opaque.add(text[at + 1])
                 return at + 3
             body = self.until(at, "{")
             self.structs[text[at + 1]] = StructDecl(text[at + 1], body, template)
@@ -646,7 +650,7 @@ class Emitter:
             return self.type_at(self.unit.aliases[name])
         decl = self.unit.structs.get(name)
         if decl is None:
-            return None
+            return VOID if name in self.unit.opaque else None
         return decl if decl.template else self.unit.struct(decl, ())
 
     def type_at(self, at: int) -> Type:
@@ -664,7 +668,7 @@ class Emitter:
             return True
         if text[at] == "[" and text[at + 1] == "[":
             return True
-        while text[at + 1] == "::" and text[at] in _NAMESPACES:
+        while text[at + 1] == "::" and text[at] in self.unit.namespaces:
             at += 2
         if not text[at] or not (text[at][0].isalpha() or text[at][0] == "_"):
             return False
@@ -704,7 +708,7 @@ class Emitter:
         """A type with its stars, AUTO for ``auto``; and whether it is a reference."""
         self._specifiers()
         text = self.text
-        while text[self.at + 1] == "::" and text[self.at] in _NAMESPACES:
+        while text[self.at + 1] == "::" and text[self.at] in self.unit.namespaces:
             self.at += 2
         name = text[self.at]
         kind: Type
@@ -1706,7 +1710,7 @@ class Emitter:
 
     def identifier(self) -> Value:
         text = self.text
-        while text[self.at + 1] == "::" and text[self.at] in _NAMESPACES:
+        while text[self.at + 1] == "::" and text[self.at] in self.unit.namespaces:
             self.at += 2
         name = text[self.at]
         kind = self.named_type(name)
