@@ -543,6 +543,7 @@ def _vectors(primitives: str) -> dict[str, Vector]:
     return {
         "vf": Vector("vf", "<16 x float>", 64), "vi": Vector("vi", "<16 x i32>", 64),
         "vm": Vector("vm", "<16 x i1>", 64), "vq": Vector("vq", "%vq", wide),
+        "vb32": Vector("vb32", "%vb32", 128), "vb64": Vector("vb64", "%vb64", 256),
     }  # fmt: skip
 
 
