@@ -420,7 +420,7 @@ def _reason(
         + ", ".join(f"{level} {b / 1e6:.3g} MB" for level, b in prediction.traffic.items() if b)
     )
     tokens = next(t for t in spec.tiles if t <= m)
-    rows = spec.row_tile if tokens > 1 else 1
+    rows = spec.row_tile if tokens > 1 else spec.streams
     parts.append(
         f"tile of {tokens} tokens x {16 * rows} rows in {registers(spec, tokens, rows)} "
         f"of {spec.isa.registers} registers"
@@ -439,6 +439,7 @@ def schedule_of(spec: MatmulSpec) -> dict[str, ScheduleValue]:
         "blocks": spec.layout.blocks,
         "tiles": ",".join(map(str, spec.tiles)),
         "prefetch": spec.prefetch,
+        "streams": spec.streams,
     }
 
 
@@ -450,7 +451,7 @@ def spec_for(plan: Plan, format: str, n: int, k: int) -> MatmulSpec:
         tiles = tuple(int(t) for t in str(s["tiles"]).split(","))
         layout = Layout(int(s["rows"]), int(s["blocks"]))
         activations = str(s["activations"])
-        prefetch = int(s["prefetch"])
+        prefetch, streams = int(s["prefetch"]), int(s["streams"])
     except (KeyError, ValueError) as error:
         raise BadInput(f"the schedule has no usable {error}", f"kernel {choice.name}") from None
     ordered = sorted(set(tiles), reverse=True)
@@ -460,7 +461,7 @@ def spec_for(plan: Plan, format: str, n: int, k: int) -> MatmulSpec:
             f"kernel {choice.name}",
         )
     return MatmulSpec(
-        by_name(format), layout, isa_by_name(plan.isa), activations, tiles, prefetch
+        by_name(format), layout, isa_by_name(plan.isa), activations, tiles, prefetch, streams
     )
 
 

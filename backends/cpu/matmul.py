@@ -97,11 +97,14 @@ class MatmulSpec:
     activations: str  # "f32", "bf16", "int8" (a scale for each 32 values) or "int8-token"
     tiles: tuple[int, ...]
     prefetch: int = DEFAULT_PREFETCH  # 0: none
+    streams: int = 1  # row-blocks that a tile of one token reads side by side
 
     @property
     def name(self) -> str:
-        """E.g. ``matmul_q4_0_a8__avx512vnni_16x8_kb1``; another prefetch distance is named too."""
+        """E.g. ``matmul_q4_0_a8__avx512vnni_16x8_kb1``; another prefetch distance and number
+        of streams are named too."""
         ahead = f"_pf{self.prefetch}" if self.prefetch != DEFAULT_PREFETCH else ""
+        ahead += f"_s{self.streams}" if self.streams > 1 else ""
         return (
             f"matmul_{self.format.name}_{_ARITHMETIC[self.activations]}__{self.isa.name}"
             f"_{self.layout.rows * self.row_tile}x{self.tiles[0]}_kb{self.layout.blocks}{ahead}"
@@ -197,6 +200,7 @@ def render_matmul(
         row_tile=spec.row_tile,
         token_scale=spec.activations == "int8-token",
         prefetch=spec.prefetch,
+        streams=spec.streams,
         **common,
     )
     return KernelSource(spec.name, text, spec.isa.name, entries)

@@ -278,6 +278,7 @@ def predict(
     """
     # tiles are told apart below; the distance of a prefetch does not change the instructions
     alone = replace(spec, tiles=(1,), prefetch=DEFAULT_PREFETCH if spec.prefetch else 0)
+    side = spec.row_tile if m > 1 else spec.streams
     row_blocks, kblocks, size = packed_shape(spec.format, (n, k), spec.layout)
     per_thread = -(-row_blocks // threads)
     us = 1e-3 / _rates(machine, spec.isa).ghz  # of a cycle
@@ -290,17 +291,18 @@ def predict(
     limits[level] = weights / bandwidth
     late = _late(spec, machine, threads) if level == "memory" else 0.0
     time = 0.0
-    pairs = per_thread // spec.row_tile if m > 1 else 0
-    for rows, groups in ((spec.row_tile, pairs), (1, per_thread - pairs * spec.row_tile)):
+    pairs = per_thread // side if side > 1 else 0
+    for rows, groups in ((side, pairs), (1, per_thread - pairs * side)):
         arriving = limits[level] * groups * rows / per_thread
         for tokens, times in split(spec.tiles, m).items() if groups else ():
-            tile = _tile(alone, tokens, rows if tokens > 1 else 1, machine)
-            calls = groups * times * (rows if tokens == 1 else 1)
+            together = rows if tokens > 1 else min(rows, spec.streams)
+            tile = _tile(alone, tokens, together, machine)
+            calls = groups * times * (rows // together)
             one = (kblocks * tile.cycles + tile.around) * us
             for name, cycles in tile.resources.items():
                 limits[name] = limits.get(name, 0.0) + calls * kblocks * cycles * us
             # weights arrive while the first tile works; partly before, if nobody prefetches them
-            first = groups * one * (rows if tokens == 1 else 1) if arriving else 0.0
+            first = groups * one * (rows // together) if arriving else 0.0
             time += _together((arriving, first))
             time += _EXPOSED * min(arriving, first) * (late if tile.prefetches else 1.0)
             time += calls * one - first
@@ -322,7 +324,7 @@ def predict(
     moved[level] = moved.get(level, 0.0) + weights
     # a tile reads the row-blocks and the activations of its tokens
     passes = sum(split(spec.tiles, m).values())
-    moved["l1"] = weights * passes + row_blocks * x / (spec.row_tile if m > 1 else 1)
+    moved["l1"] = weights * passes + row_blocks * x / side
     roof = max(roofline(spec, n, k, m, threads, machine, working_set))
     return Prediction(
         time + limits["barrier"], weights + x, instructions, bound, limits, moved, roof
@@ -353,7 +355,7 @@ def _reload(
     reading: itself, for every tile of tokens but the first, if it does not stay in level 1; and the
     activations."""
     tiles = sum(split(spec.tiles, m).values())
-    rows = spec.row_tile if m > 1 else 1  # read together
+    rows = spec.row_tile if m > 1 else spec.streams  # read together
     near = _FULL * machine.l1d_bytes
     if not spec.integer:
         block = 64 * PANEL  # an unpacked panel takes the place of the row-block
@@ -413,8 +415,9 @@ def schedules(
     those with a given list of tiles; Unsupported if the codes overflow the ISA's accumulators."""
     lists = tile_lists(token_tiles(format, isa, activations)) if tiles is None else [tiles]
     prefetch = prefetch_distance(machine)
+    streams = min(isa.row_tile, machine.streams) if activations.startswith("int8") else 1
     return [
-        MatmulSpec(format, layout, isa, activations, chosen, prefetch)
+        MatmulSpec(format, layout, isa, activations, chosen, prefetch, streams)
         for layout in layouts(format, k)
         for chosen in lists
     ]
@@ -425,15 +428,18 @@ def space(
 ) -> list[MatmulSpec]:
     """Every schedule that can be rendered for a weight of ``k`` columns, the simplest first.
 
-    That is every layout, list of register tiles and prefetch distance. :func:`schedules` is the
-    part of it whose distance is the model's choice: in the model no other distance is faster.
+    That is every layout, list of register tiles, prefetch distance and number of streams.
+    :func:`schedules` is the part of it whose distance and streams are the model's choice: in the
+    model no others are faster.
     """
     if not activations.startswith("int8"):  # panels have a prefetch distance of their own
         return schedules(format, k, isa, activations, machine)
-    best = prefetch_distance(machine)
+    best, most = prefetch_distance(machine), min(isa.row_tile, machine.streams)
+    numbers = (most, *(n for n in range(1, isa.row_tile + 1) if n != most))
     distances = (best, *(d for d in (0, *PREFETCH) if d != best))
     return [
-        replace(spec, prefetch=distance)
+        replace(spec, prefetch=distance, streams=streams)
+        for streams in numbers
         for distance in distances
         for spec in schedules(format, k, isa, activations, machine)
     ]

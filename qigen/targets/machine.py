@@ -55,7 +55,7 @@ class Machine:
     run unless the target says otherwise; ``cpu`` is the architecture that a target names for a row
     without features. ``l1_gb_s`` is 0 until it is measured (the rate of loads bounds it).
     ``efficiency_cores`` are not among ``cores``; ``calibrated`` is the date of the measurement, if
-    there was one.
+    there was one. ``streams``: sequential streams that a thread reads at full speed.
     """
 
     name: str
@@ -82,6 +82,7 @@ class Machine:
     numa_nodes: int = 1
     calibrated: str = ""
     cpu: str = ""
+    streams: int = 2
 
     def has(self, features: Iterable[str]) -> bool:
         """Whether the machine has all the named features."""

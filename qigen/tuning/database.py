@@ -108,6 +108,7 @@ def spec_to_json(spec: MatmulSpec) -> dict[str, Any]:
         "activations": spec.activations,
         "tiles": list(spec.tiles),
         "prefetch": spec.prefetch,
+        "streams": spec.streams,
     }
 
 
@@ -120,6 +121,7 @@ def spec_from_json(data: Mapping[str, Any]) -> MatmulSpec:
         str(data["activations"]),
         tuple(int(t) for t in data["tiles"]),
         int(data["prefetch"]),
+        int(data["streams"]),
     )
 
 

@@ -440,7 +440,9 @@ def default_specs() -> list[tuple[MatmulSpec, tuple[str, ...]]]:
                 kind = "bf16"
             more = EPILOGUES[1 + (i // 3 + (isa is AVX2)) % 3]
             tiles = (1,) if isa is SCALAR else (2, 1)
-            specs.append((MatmulSpec(f, Layout(), isa, kind, tiles), ("store", more)))
+            streams = isa.row_tile if i % 2 else 1
+            specs.append((MatmulSpec(f, Layout(), isa, kind, tiles, streams=streams),
+                          ("store", more)))
     for i, name in enumerate(("q4_0", "s5g64", "u3g32", "iq4_nl", "mxfp4")):
         for isa in (AVX2, AVX512VNNI):
             specs.append((MatmulSpec(CATALOG[name], Layout(16, 2), isa, kinds[i % 4], (2, 1)),
@@ -453,7 +455,8 @@ def default_specs() -> list[tuple[MatmulSpec, tuple[str, ...]]]:
 
 def slow_specs() -> list[tuple[MatmulSpec, tuple[str, ...]]]:
     """The whole product, with the tiles of the planner."""
-    return [(MatmulSpec(f, Layout(16, blocks), isa, kind, planner_tiles(isa)), EPILOGUES)
+    return [(MatmulSpec(f, Layout(16, blocks), isa, kind, planner_tiles(isa),
+                        streams=isa.row_tile), EPILOGUES)
             for isa in ISAS.values() for f in CATALOG.values()
             for kind in (("f32", "bf16", "int8", "int8-token") if f.integer else ("f32", "bf16"))
             for blocks in ((1,) if f.float_kind else (1, 2))]
