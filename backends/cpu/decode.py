@@ -49,11 +49,29 @@ class Kept:
 
 
 @dataclass(frozen=True)
+class Stream:
+    """The codes of the M weights that a bitmap describes, taken one by one in each row.
+
+    ``bitmap`` and ``words`` are read at the ``first`` step of the M; ``bit`` is the bit of the
+    step's first weight. ``name`` is that of what is left of the words.
+    """
+
+    name: str
+    first: bool
+    last: bool
+    bit: int
+    bits: int
+    bitmap: tuple[PlaneRead, ...]
+    words: tuple[PlaneRead, ...]
+
+
+@dataclass(frozen=True)
 class Step:
     """Weights ``k .. k+3`` of the K-block for 16 rows; ``digit`` is the base-3 digit to take.
 
     Of a masked format, ``packed`` are the steps of kept codes that this step is the first to need
-    (their ``k`` counts kept codes), and ``kept`` the weights that may fall into it.
+    (their ``k`` counts kept codes), and ``kept`` the weights that may fall into it; ``stream``
+    takes their place where a bitmap says what is kept.
     """
 
     k: int
@@ -61,6 +79,7 @@ class Step:
     digit: int | None
     packed: tuple[Step, ...] = ()
     kept: tuple[Kept, ...] = ()
+    stream: Stream | None = None
 
 
 @dataclass(frozen=True)
@@ -148,6 +167,8 @@ class DecodePlan:
                     count += (read.right != 0) + (read.masked or i > 0)
                 count += self.format.byte_table is not None
                 count += 5 * len(step.kept)
+                if step.stream is not None:
+                    count += STEP * (5 + 4 * len(step.stream.words))
         return count
 
     @property
@@ -246,6 +267,8 @@ def _masked_step(
     """The step of weights ``k .. k+3`` of a block of which a mask keeps some."""
     assert format.mask is not None
     keep, of = format.mask
+    if format.has("bm"):
+        return _bitmap_step(format, block, k, offsets, seen)
     codes, places = format.field("codes"), format.field("ix")
     packed, kept = [], []
     first_code = block * codes.count
@@ -261,12 +284,44 @@ def _masked_step(
     return Step(block * format.block + k, (), None, tuple(packed), tuple(kept))
 
 
+def _bitmap_step(
+    format: Format,
+    block: int,
+    k: int,
+    offsets: dict[tuple[str, int, int], int],
+    seen: set[str],
+) -> Step:
+    """The step of weights ``k .. k+3`` of a block of which a bitmap keeps some."""
+    assert format.mask is not None
+    keep, of = format.mask
+    codes, group = format.field("codes"), k // of
+    count = keep * codes.bits // 32
+    at = offsets["codes", block, 0]
+    first = k % of == 0
+    stream = Stream(
+        f"{block}_{group}",
+        first,
+        k % of == of - STEP,
+        k % of,
+        codes.bits,
+        _lane_reads(format, format.field("bm"), block, group, offsets,
+                    seen if first else set()),
+        tuple(
+            PlaneRead(f"codes{block}_{group}_{i}", at + 64 * (group * count + i), 32, True, 0, 0,
+                      False)
+            for i in range(count)
+        ),
+    )  # fmt: skip
+    return Step(block * format.block + k, (), None, stream=stream)
+
+
 def decode_plan(format: Format, layout: Layout) -> DecodePlan:
     """The decode plan of a quantized format (``float_kind`` is None) in a layout."""
     assert format.float_kind is None, f"{format.name} holds floats: nothing to decode"
     offsets = field_offsets(format, layout)
     codes = next(f for f in format.fields if f.name == "codes")
-    others = [f for f in format.block_fields if f.name not in ("codes", "lut", "ix", "oc", "ov")]
+    apart = ("codes", "lut", "ix", "bm", "oc", "ov")
+    others = [f for f in format.block_fields if f.name not in apart]
     length = min(format.group, ACTIVATION_GROUP)
     seen: set[str] = set()
     segments = []
@@ -335,6 +390,7 @@ def decode_plan(format: Format, layout: Layout) -> DecodePlan:
     masks = sorted({r.mask for t in steps_ for r in t.reads if r.masked})
     lane_reads = [r for s in segments for f in s.fields if not f.signed for r in f.reads]
     lane_reads += [r for t in steps_ for kept in t.kept for r in kept.place]
+    lane_reads += [r for t in steps_ if t.stream for r in t.stream.bitmap]
     lane_reads += [r for o in outliers for r in o.place]
     lane_reads += [r for v in vectors for reads in v.codes for r in reads]
     lane_masks = sorted({r.mask for r in lane_reads if r.masked})

@@ -13,7 +13,8 @@ table of integers or floats, a small float, or an entry of a table that is data 
 Fields of scope 'row' are stored once a row, those of scope 'tensor' once a weight. A codebook
 (field 'book') has vectors of ``vector`` weights: their sum over the books, times S, are the
 weights.
-A mask N:M keeps N of every M weights, whose places are in the field 'ix'; the others are zero.
+A mask N:M keeps N of every M weights, whose places are in the field 'ix' (or set bits of 'bm', one
+of M bits for every M weights); the others are zero.
 Outliers (fields 'oc' and 'ov') add ov[j] to the weight oc[j] of the block; columns apart (tensor
 field 'qc', ascending, and row field 'qv') add qv[j] to the weight qc[j] of the row. A format is a
 value of this module, never a class of its own; the named ones are the rows of
@@ -223,6 +224,8 @@ class Format:
     def sparsity(self) -> str:
         """Mask and residual in words: '2:4', '3 outliers of 256', or ''."""
         words = [f"{self.mask[0]}:{self.mask[1]}"] if self.mask else []
+        if self.has("bm"):
+            words = [f"{words[0]} by bitmap"]
         if self.has("oc"):
             words.append(f"{self.field('oc').count} outliers of {self.block}")
         if self.has("qc"):
@@ -469,6 +472,14 @@ def _validate_mask(tensor: QuantizedTensor, where: str) -> None:
     """BadInput if the places of the kept weights do not ascend within every M weights."""
     assert tensor.format.mask is not None
     keep, of = tensor.format.mask
+    if tensor.format.has("bm"):
+        maps = tensor.fields["bm"]
+        wrong = _bits(maps, of).sum(axis=3) != keep
+        if wrong.any():
+            row = int(np.argmax(wrong.reshape(len(wrong), -1).any(axis=1)))
+            raise BadInput(f"row {row} has bitmaps that keep other than {keep} of {of} weights; "
+                           "the file is damaged", where)
+        return
     places = tensor.fields["ix"].reshape(len(tensor.fields["ix"]), -1, keep).astype(np.int64)
     bad: npt.NDArray[np.bool_] = np.diff(places, axis=2, append=of) <= 0
     if bad.any():
@@ -542,7 +553,7 @@ def _decode(fmt: Format, fields: Mapping[str, Array]) -> Float32Array:
     if fmt.base3:
         codes = _ternary_codes(codes)
     if fmt.mask is not None:
-        codes = expanded(fmt, codes, fields["ix"])
+        codes = expanded(fmt, codes, kept_places(fmt, fields))
     values: Float32Array
     if fmt.has("lut"):
         lut = np.broadcast_to(_field_float32(fmt, fields, "lut"),
@@ -591,6 +602,38 @@ def _decode_vectors(fmt: Format, fields: Mapping[str, Array]) -> Float32Array:
     values = values.reshape(n, nblocks, fmt.block)
     out: Float32Array = (values * _scales(fmt, fields)).reshape(n, nblocks * fmt.block)
     return out
+
+
+def _bits(maps: Array, of: int) -> Array:
+    """uint8 [..., of]: the single bits of bitmaps, the lowest first."""
+    raw = np.ascontiguousarray(maps).astype(unsigned_dtype(of))[..., None].view(np.uint8)
+    return np.unpackbits(raw, axis=-1, bitorder="little")
+
+
+def kept_places(fmt: Format, fields: Mapping[str, Array]) -> Array:
+    """uint8 [N, nblocks, kept codes]: the place of every kept weight in its M, from 'ix' or 'bm'.
+
+    A bitmap with too few bits set (of a padded block) gives places that hold no weight: M - 1.
+    """
+    if not fmt.has("bm"):
+        return fields["ix"]
+    assert fmt.mask is not None
+    keep, of = fmt.mask
+    bits = _bits(fields["bm"], of)
+    ranks = np.where(bits, np.arange(of, dtype=np.uint8), np.uint8(of - 1))
+    places = np.sort(ranks, axis=3)[..., :keep]
+    return places.reshape(*fields["bm"].shape[:2], -1)
+
+
+def mask_field(fmt: Format, places: Array) -> dict[str, Array]:
+    """The field 'ix' or 'bm' of the kept ``places`` [N, nblocks, kept codes] in their M's."""
+    if not fmt.has("bm"):
+        return {"ix": places.astype(np.uint8)}
+    assert fmt.mask is not None
+    keep = fmt.mask[0]
+    single = np.left_shift(np.uint64(1), places.astype(np.uint64))
+    maps = single.reshape(*places.shape[:2], -1, keep).sum(axis=3, dtype=np.uint64)
+    return {"bm": maps.astype(fmt.field("bm").dtype)}
 
 
 def expanded(fmt: Format, codes: Array, places: Array) -> Array:

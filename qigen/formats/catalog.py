@@ -305,12 +305,30 @@ def with_columns(row: Format, count: int) -> Format:
         source=f"{row.source}; {count} columns apart (QUIK, COMET)")
 
 
-def masked(row: Format, keep: int, of: int) -> Format:
-    """``row`` with ``keep`` of every ``of`` (4, 8, 16 or 32) weights stored and the others zero."""
+def masked(row: Format, keep: int, of: int, bitmap: bool = False) -> Format:
+    """``row`` with ``keep`` of every ``of`` (4, 8, 16 or 32) weights stored and the others zero.
+
+    Which they are is said by their places, of log2(of) bits each, or by a ``bitmap`` of a bit for
+    every weight: that takes less where more than one of log2(of) weights is kept. Codes behind a
+    bitmap have 1, 2, 4 or 8 bits, and those of ``of`` weights fill whole 32-bit words.
+    """
     if of not in (4, 8, 16, 32) or not 0 < keep < of:
         raise Unsupported(f"a mask of {keep} of {of} weights has no kernel; take N of 4, 8, 16 or "
                           "32", row.name)
     row = _widened(row, max(row.block, 32))
+    if bitmap:
+        if of == 4 or row.code_bits not in (1, 2, 4, 8) or keep * row.code_bits % 32:
+            raise Unsupported(f"a bitmap of {keep} of {of} codes of {row.code_bits} bits has no "
+                              "kernel: the codes must have 1, 2, 4 or 8 bits and fill whole words "
+                              "of 32 bits, as 16 of 32 codes of 4 bits do", row.name)
+        fields = [replace(f, count=row.block * keep // of) if f.name == "codes" else f
+                  for f in row.fields]
+        fields.insert(1, Field("bm", of, row.block // of))
+        result = replace(row, name=f"{row.name}_{keep}of{of}b", fields=tuple(fields),
+                         mask=(keep, of),
+                         source=f"{row.source}; a bitmap of the kept weights (Endor)")
+        assert result.hole >= 0
+        return result
     kept = row.block * keep // of
     if any(kept * p % 32 for p in (1, 2, 4, 8) if row.code_bits & p):
         row = _widened(row, 4 * row.block)
@@ -352,6 +370,9 @@ _ROWS = (
     masked(int_row("s", 4, 128), 2, 8),
     masked(int_row("s", 4, 128), 1, 4),
     masked(table_row("nf4", 64), 2, 4),
+    masked(int_row("s", 4, 128), 16, 32, bitmap=True),
+    masked(int_row("s", 8, 128), 4, 8, bitmap=True),
+    masked(int_row("s", 2, 128), 16, 32, bitmap=True),
     with_outliers(masked(int_row("s", 4, 128), 2, 4), 3),
     with_columns(int_row("s", 4, None), 32),
     Format("nvfp4", 32, 16, (Field("codes", 4, 32), Field("sub", 8, 2, kind="e4m3"),
@@ -423,7 +444,7 @@ _FAMILY = re.compile(r"(?P<base>[suzh][2-8]|nf[234]|fp4|fp\d_e\dm\d)"
 def _of_family(name: str) -> Format | None:
     """A row that is not listed but named by the rule of its family: ``z3g64_f32``, ``nf4g128``."""
     combined = re.fullmatch(r"(?P<row>.+)_((?P<kind>[oc])(?P<count>\d+)"
-                            r"|(?P<keep>\d+)of(?P<of>\d+))", name)
+                            r"|(?P<keep>\d+)of(?P<of>\d+)(?P<bitmap>b?))", name)
     if combined is not None:
         row = CATALOG.get(combined["row"]) or _of_family(combined["row"])
         if row is None:
@@ -431,7 +452,7 @@ def _of_family(name: str) -> Format | None:
         if combined["count"]:
             apart = with_outliers if combined["kind"] == "o" else with_columns
             return apart(row, int(combined["count"]))
-        return masked(row, int(combined["keep"]), int(combined["of"]))
+        return masked(row, int(combined["keep"]), int(combined["of"]), bool(combined["bitmap"]))
     if name.endswith("_t8"):
         row = CATALOG.get(name[:-3]) or _of_family(name[:-3])
         return with_byte_table(row) if row is not None else None

@@ -19,6 +19,7 @@ from qigen.formats.algebra import (
     QuantizedTensor,
     as_float32,
     group_values,
+    mask_field,
 )
 from qigen.quantize.rtn import Clip, blocks_of_codes, coded, quantize_rtn, tensor_table
 
@@ -26,7 +27,7 @@ from qigen.quantize.rtn import Clip, blocks_of_codes, coded, quantize_rtn, tenso
 def plain(fmt: Format) -> Format:
     """The format without its mask and what it keeps apart: its codes, scales and zeros alone."""
     fields = tuple(replace(f, count=fmt.block) if f.name == "codes" and fmt.mask else f
-                   for f in fmt.fields if f.name not in ("ix", "oc", "ov", "qc", "qv"))
+                   for f in fmt.fields if f.name not in ("ix", "bm", "oc", "ov", "qc", "qv"))
     return replace(fmt, fields=fields, mask=None)
 
 
@@ -145,5 +146,5 @@ def with_parts(base: QuantizedTensor, fmt: Format, parts: dict[str, Array],
         chosen = np.take_along_axis(codes.reshape(n, -1, of), places, axis=2)
         count = fmt.field("codes").count
         fields["codes"] = chosen.reshape(n, -1, count)
-        fields["ix"] = places.astype(np.uint8).reshape(n, -1, count)
+        fields.update(mask_field(fmt, places.reshape(n, -1, count)))
     return QuantizedTensor(fmt, base.shape, {**fields, **parts})

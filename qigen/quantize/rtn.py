@@ -22,6 +22,7 @@ from qigen.formats.algebra import (
     as_float32,
     check_columns,
     float_bits,
+    mask_field,
 )
 
 # Weights handled at a time, so that the temporaries stay in a level-2 cache.
@@ -290,7 +291,7 @@ def _masked(chunk: Float32Array, fmt: Format, clip: Clip | None) -> dict[str, Ar
     keep, of = fmt.mask
     n, k = chunk.shape
     fields = tuple(replace(f, count=fmt.block) if f.name == "codes" else f
-                   for f in fmt.fields if f.name != "ix")
+                   for f in fmt.fields if f.name not in ("ix", "bm"))
     base = replace(fmt, fields=fields, mask=None)
     x = _padded(chunk, fmt).reshape(n, -1, of)
     places = np.sort(np.argpartition(-np.abs(x), keep - 1, axis=2)[..., :keep], axis=2)
@@ -300,7 +301,7 @@ def _masked(chunk: Float32Array, fmt: Format, clip: Clip | None) -> dict[str, Ar
     codes = np.take_along_axis(part["codes"].reshape(n, -1, of), places, axis=2)
     count = fmt.field("codes").count
     return {**part, "codes": codes.reshape(n, -1, count),
-            "ix": places.astype(np.uint8).reshape(n, -1, count)}
+            **mask_field(fmt, places.reshape(n, -1, count))}
 
 
 def _quantized_scales(x: Float32Array, fmt: Format, search: _Search) -> dict[str, Array]:

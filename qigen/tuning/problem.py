@@ -19,7 +19,7 @@ from qigen.backends.cpu.matmul import (
     activation_needs,
     interleaved,
 )
-from qigen.formats.algebra import Format, QuantizedTensor, as_float32, float_bits
+from qigen.formats.algebra import Format, QuantizedTensor, as_float32, float_bits, mask_field
 from qigen.formats.layout import pack, packed_bytes, packed_shape, row_block_bytes
 
 Array = npt.NDArray[Any]
@@ -46,11 +46,12 @@ def random_rows(format: Format, k: int, seed: int = 0) -> QuantizedTensor:
         elif f.number in ("f16", "bf16", "f32"):
             floats = rng.uniform(0.01, 0.02, shape).astype(np.float32)
             fields[f.name] = float_bits(floats, f.number)
-        elif f.name == "ix":
+        elif f.name in ("ix", "bm"):
             assert format.mask is not None
             keep, of = format.mask
-            order = rng.random((ROWS, nblocks, f.count // keep, of)).argsort(axis=3)
-            fields["ix"] = np.sort(order[..., :keep], axis=3).reshape(shape).astype(f.dtype)
+            order = rng.random((ROWS, nblocks, format.block // of, of)).argsort(axis=3)
+            places = np.sort(order[..., :keep], axis=3).reshape(ROWS, nblocks, -1)
+            fields.update(mask_field(format, places))
         else:
             low, high = (120, 128) if f.name == "e" else (0, 1 << f.bits)
             fields[f.name] = rng.integers(low, high, shape).astype(f.dtype)

@@ -126,7 +126,9 @@ def test_rows_are_consistent(row: Format) -> None:
         assert stored * row.vector % row.block == 0 and row.block % row.vector == 0
     elif row.mask is not None:
         keep, of = row.mask
-        assert stored == row.field("ix").count == row.block * keep // of
+        assert stored == row.block * keep // of
+        assert row.field("bm").count * of == row.block if row.has("bm") else (
+            row.field("ix").count == stored)
         assert row.levels[row.hole] == 0
     else:
         assert row.base3 or stored == row.block

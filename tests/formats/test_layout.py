@@ -50,7 +50,7 @@ def scalar_pack(tensor: QuantizedTensor, rows: int, blocks: int) -> bytes:
             out.append(0)
 
     def write(field: Field, first_row: int, b: int) -> None:
-        dot = field.name == "codes" and field.bits <= 8 and not row.vector
+        dot = field.name == "codes" and field.bits <= 8 and not (row.vector or row.has("bm"))
         low, rest = 0, field.bits
         for p in (32, 16, 8, 4, 2, 1):
             if not rest & p:

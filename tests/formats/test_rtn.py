@@ -258,9 +258,14 @@ def test_outliers_are_the_greatest_and_come_back(name: str) -> None:
         validate(QuantizedTensor(row, tensor.shape, bad), "w")
 
 
+@pytest.mark.parametrize("bitmap", [False, True])
 @pytest.mark.parametrize("keep,of", [(1, 4), (2, 4), (3, 4), (2, 8), (5, 8), (4, 16), (16, 32)])
-def test_masks_keep_the_greatest(keep: int, of: int) -> None:
-    row = masked(by_name("s8g64"), keep, of)
+def test_masks_keep_the_greatest(keep: int, of: int, bitmap: bool) -> None:
+    if bitmap and (of == 4 or keep % 4):
+        with pytest.raises(Unsupported, match="whole words"):
+            masked(by_name("s8g64"), keep, of, bitmap)
+        return
+    row = masked(by_name("s8g64"), keep, of, bitmap)
     assert by_name(row.name) == row
     w = normal(5, 3 * row.block, 11)
     tensor = quantize_rtn(w, row)
@@ -272,6 +277,12 @@ def test_masks_keep_the_greatest(keep: int, of: int) -> None:
     step = np.abs(w).max() / 127
     assert (np.abs(got - w.reshape(groups.shape))[kept] <= step).all()
     validate(tensor, "w")
+    if bitmap:
+        maps = tensor.fields["bm"].copy()
+        maps[2, 1, 0] ^= 1
+        with pytest.raises(BadInput, match="row 2 has bitmaps"):
+            validate(QuantizedTensor(row, tensor.shape, {**tensor.fields, "bm": maps}), "w")
+        return
     places = tensor.fields["ix"].copy()
     places[2, 1, 1], places[2, 1, 0] = places[2, 1, 0], places[2, 1, 1]
     if keep > 1:

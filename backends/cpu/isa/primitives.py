@@ -215,6 +215,9 @@ PRIMITIVES: tuple[Primitive, ...] = (
     Primitive("vi_sllv", (_VI, Operand("vi", -40, 70)), "vi",
               lambda a, n: _select((n >= 0) & (n < 32),
                                    _wrap(a.astype(np.int64) << np.clip(n, 0, 31)), a * 0)),
+    Primitive("vi_srlv", (_VI, Operand("vi", 0, 70)), "vi",
+              lambda a, n: _select(n < 32, (a.view(np.uint32) >> np.clip(n, 0, 31).view(
+                  np.uint32)).view(np.int32), a * 0)),
     # comparisons: masks, which are false where either operand is a NaN
     Primitive("vf_lt", (_VF, _VF), "vf", lambda a, b: _select(a < b, a, b),
               "vf_select(vf_lt({0}, {1}), {0}, {1})"),

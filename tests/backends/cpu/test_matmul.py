@@ -43,7 +43,7 @@ from qigen.formats import (
     row_block_bytes,
     shared_bytes,
 )
-from qigen.formats.algebra import as_float32
+from qigen.formats.algebra import as_float32, mask_field
 from tests.backends.cpu.foreign import foreign
 from tests.backends.cpu.kernel_build import MatmulArgs, build, compiler, load, pointer, why_not
 
@@ -105,12 +105,12 @@ def random_tensor(fmt: Format, n: int, k: int, seed: int = 0) -> QuantizedTensor
             fields["e"][2 % n] = 200
         elif field.name == "qc":
             fields["qc"] = np.sort(rng.integers(0, k, shape)).astype(field.dtype)
-        elif field.name == "ix":
+        elif field.name in ("ix", "bm"):
             assert fmt.mask is not None
             keep, of = fmt.mask
-            order = rng.random((n, nblocks, field.count // keep, of)).argsort(axis=3)
+            order = rng.random((n, nblocks, fmt.block // of, of)).argsort(axis=3)
             kept = np.sort(order[..., :keep], axis=3)
-            fields["ix"] = kept.reshape(shape).astype(field.dtype)
+            fields.update(mask_field(fmt, kept.reshape(n, nblocks, -1)))
         else:
             high = 1 << field.bits
             fields[field.name] = rng.integers(0, high, shape, dtype=np.uint32).astype(field.dtype)
@@ -126,7 +126,7 @@ def decompose(tensor: QuantizedTensor) -> tuple[Array, Array, Array]:
     unit = {}
     for field in f.fields:
         unit[field.name] = array = fields[field.name]
-        if field.name not in ("codes", "lut", "ix", "oc", "qc"):
+        if field.name not in ("codes", "lut", "ix", "bm", "oc", "qc"):
             value = ONE[field.number] if field.name in ("d", "sub") and field.number else 0
             value = value or one.get(field.name, 0)
             unit[field.name] = np.full_like(array, value)
