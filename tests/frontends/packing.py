@@ -510,6 +510,53 @@ def aqlm(books: int, bits: int) -> Family:
                    "in_group_size": 8, "out_group_size": 1}, pack)
 
 
+def spqr(bits: int = 3) -> Family:
+    """Tiles of 16 by 16: what 16 rows share lies byte by byte in pairs of them; CSR outliers."""
+
+    def pack(name: str, w: np.ndarray) -> tuple[Tensors, np.ndarray]:
+        n, k = w.shape
+        rng = np.random.default_rng(k)
+        outlier = np.argsort(np.argsort(-np.abs(w), axis=1), axis=1) < np.arange(n)[:, None] % 3
+        rest = np.where(outlier, 0, w)
+        half = np.float16
+        words = np.zeros((n // 16, k // 16, 16), np.uint64)
+        values = np.empty((n, k), np.float32)
+        for i in range(n // 16):
+            for j in range(k // 16):
+                tile = rest[16 * i : 16 * i + 16, 16 * j : 16 * j + 16]
+                step = max(float(tile.max() - tile.min()), 1e-2) / 7
+                # scales of 1 to 3 steps of a third, zeros about the middle
+                ss, zs = half(step / 3), half(0.5)
+                sz, zz = half(rng.integers(-4, 0)), half(rng.integers(-3, 1))
+                shared = np.array([ss, zs, sz, zz], half).tobytes()
+                for r in range(16):
+                    s, z = int(rng.integers(0, 3)), int(rng.integers(4, 8))
+                    scale, zero = ss * (half(s) - sz), zs * (half(z) - zz)
+                    codes = np.clip(np.rint(tile[r] / float(scale) + float(zero)), 0, 7)
+                    word = s | z << 3 | shared[r // 2] << 54
+                    for c, code in enumerate(codes.astype(int).tolist()):
+                        word |= code << (6 + 3 * c)
+                    words[i, j, r] = word
+                    values[16 * i + r, 16 * j : 16 * j + 16] = (
+                        (codes.astype(np.float32) - np.float32(zero)) * np.float32(scale))
+        offsets, pairs = [0], []
+        for r in range(n):
+            for c in np.flatnonzero(outlier[r]).tolist():
+                more = half(w[r, c] - values[r, c])
+                values[r, c] += np.float32(more)
+                pairs.append(c | int(more.view(np.uint16)) << 16)
+            offsets.append(len(pairs))
+        return {
+            "dense_weights": ("I64", words.reshape(-1).view(np.int64)),
+            "row_offsets": ("I32", np.array(offsets, np.int32)),
+            "col_vals": ("I32", np.array(pairs, np.uint32).view(np.int32)),
+            "in_perm": ("I32", np.zeros(k // 2, np.int32)),
+        }, values
+
+    return Family({"quant_method": "spqr", "bits": bits, "beta1": 16, "beta2": 16,
+                   "shapes": {}}, pack)
+
+
 # -- whole models ----------------------------------------------------------------------------------
 
 HIDDEN = 192

@@ -6,7 +6,6 @@ import copy
 import json
 import os
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +36,7 @@ from tests.frontends.packing import (
     hqq,
     mxfp4,
     nvfp4,
+    spqr,
     write_model,
     write_packed,
     write_safetensors,
@@ -88,6 +88,7 @@ FAMILIES: dict[str, tuple[Family, set[str]]] = {
     "mxfp4": (mxfp4(), {"mxfp4"}),
     "aqlm-2x8": (aqlm(2, 8), {"aqlm_2x8"}),
     "aqlm-1x12": (aqlm(1, 12), {"aqlm_1x12"}),
+    "spqr": (spqr(), {"h3g16_o2"}),
 }
 
 STEMS = {"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
@@ -269,14 +270,6 @@ def drop(part: str) -> Damage:
     return lambda tensors, config: tensors.__delitem__(f"{LAYER}.{part}")
 
 
-def rename(part: str, new: str) -> Damage:
-    def damage(tensors: dict[str, RawTensor], config: dict[str, Any]) -> None:
-        tensor = tensors.pop(f"{LAYER}.{part}")
-        tensors[f"{LAYER}.{new}"] = replace(tensor, name=f"{LAYER}.{new}")
-
-    return damage
-
-
 def both(first: Damage, second: Damage) -> Damage:
     def damage(tensors: dict[str, RawTensor], config: dict[str, Any]) -> None:
         first(tensors, config)
@@ -403,8 +396,20 @@ BAD: dict[str, tuple[Family, Damage, type[QigenError], str]] = {
     "aqlm books": (aqlm(2, 8), setting(num_codebooks=1), BadInput, "codes' has the shape"),
     "aqlm rows": (aqlm(2, 8), setting(out_group_size=2), Unsupported, "for 2 x 8 weights"),
     "aqlm scale": (aqlm(2, 8), put("scales", at(0, np.nan)), BadInput, "k_proj.scales' holds"),
-    "spqr": (G4, both(setting(quant_method="spqr"), rename("qweight", "dense_weights")),
-             Unsupported, "k_proj.dense_weights' (spqr) has tiles"),
+    "spqr bits": (spqr(), setting(bits=4), Unsupported, "SpQR with 4 bits in tiles of 16 x 16"),
+    "spqr rows": (spqr(), put("row_offsets", lambda x: x[::16]), Unsupported,
+                  "k_proj.dense_weights' (spqr) has 128 words for 2 rows"),
+    "spqr offsets": (spqr(), put("row_offsets", at(3, 9999)), BadInput,
+                     "k_proj.row_offsets' does not ascend from 0"),
+    "spqr range": (spqr(), put("col_vals", at(1, 64)), BadInput, "in column 64, but there are 64"),
+    "spqr order": (spqr(), put("col_vals", lambda x: x[::-1]), BadInput, "do not ascend"),
+    "spqr outlier": (spqr(), put("col_vals", at(0, 0x7C00 << 16)), BadInput,
+                     "k_proj.col_vals' holds a NaN or an infinity at 0"),
+    "spqr tile": (spqr(), put("dense_weights", lambda x: x ^ at(5, 1 << 54)(np.zeros_like(x))),
+                  BadInput, "k_proj.dense_weights' has two copies"),
+    "spqr scale": (spqr(), put("dense_weights", lambda x: x | (np.int64(0x7C) << 54)), BadInput,
+                   "k_proj.dense_weights' holds a NaN"),
+    "spqr parts": (spqr(), drop("col_vals"), BadInput, "k_proj.col_vals' is missing"),
     "unknown": (G4, setting(quant_method="quip"), Unsupported, "by 'quip'; known are gptq, awq"),
     "nothing": (G4, lambda tensors, config: tensors.clear(), BadInput, "but no tensor is"),
 }  # fmt: skip

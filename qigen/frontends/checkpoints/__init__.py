@@ -20,9 +20,10 @@ from qigen.frontends.checkpoints import (
     gptq,
     hqq,
     mxfp4,
+    spqr,
 )
-from qigen.frontends.checkpoints.grouped import PackedMatrix, no_row
-from qigen.frontends.checkpoints.raw import RawTensor, modules
+from qigen.frontends.checkpoints.grouped import PackedMatrix
+from qigen.frontends.checkpoints.raw import RawTensor
 from qigen.frontends.model import SourceTensor
 from qigen.frontends.settings import Settings, shown
 
@@ -97,13 +98,14 @@ READERS: tuple[Reader, ...] = (
         "transformers `integrations/mxfp4.py`; OCP Microscaling Formats 1.0",
         mxfp4.read,
     ),
+    Reader(
+        "spqr",
+        "3 bits in tiles of 16 by 16 with quantized scales and zeros, outliers in CSR",
+        "SpQR `spqr_quant/inference.py`, `spqr_cuda.cpp`",
+        spqr.read,
+    ),
 )
 _BY_METHOD = {reader.quant_method: reader for reader in READERS}
-
-# Methods whose layers are recognised, but for which the catalog has no row: the tensor that shows.
-_WITHOUT_ROW = {
-    "spqr": ("dense_weights", "tiles of 16x16 in the order of a GPU kernel"),
-}
 
 
 def read_quantized(
@@ -116,10 +118,6 @@ def read_quantized(
     """
     method = settings.text("quant_method")
     reader = _BY_METHOD.get(method)
-    if method in _WITHOUT_ROW:
-        part, what = _WITHOUT_ROW[method]
-        for module in modules(tensors, part):
-            raise no_row(module.get(part, part), method, what)
     if reader is None:
         raise Unsupported(
             f"the checkpoint is quantized by '{shown(method)}'; known are {', '.join(_BY_METHOD)}",
