@@ -15,6 +15,7 @@ import onnx
 from qigen import targets
 from qigen.artifact import Artifact
 from qigen.backends.cpu.isa import ISAS
+from qigen.backends.cuda import gemm, gemv
 from qigen.errors import BadInput, Unsupported
 from qigen.formats.algebra import Format
 from qigen.formats.catalog import CATALOG
@@ -68,12 +69,20 @@ def formats() -> list[dict[str, Any]]:
             "sparsity": row.sparsity,
             "activations": ["f32", "bf16", *(("int8", "int8-token") if row.integer else ())],
             "isas": list(ISAS),
+            "gpu": _on_gpu(row),
             "rounding": _rounds(row),
             "gguf": row.ggml_type is not None,
             "source": row.source,
         }
         for row in CATALOG.values()
     ]
+
+
+def _on_gpu(row: Format) -> list[str]:
+    """The kernels that GPUs have for the format: products of few rows, of many, of many in int8."""
+    kernels = {"gemv": gemv.supports(row), "gemm": gemm.supports(row),
+               "gemm-int8": gemm.supports(row, "s8")}
+    return [name for name, there in kernels.items() if there]
 
 
 def _rounds(row: Format) -> bool:

@@ -125,6 +125,7 @@ def formats(as_json: bool) -> None:
             "mask, apart",
             "--weights",
             "activations on cpu",
+            "on gpu",
             "source",
         ),
         (
@@ -139,6 +140,7 @@ def formats(as_json: bool) -> None:
                 row["sparsity"] or "-",
                 "yes" if row["rounding"] else "no",
                 " ".join(row["activations"]),
+                " ".join(row["gpu"]) or "-",
                 row["source"],
             )
             for row in rows

@@ -445,6 +445,12 @@ def validate(tensor: QuantizedTensor, where: str) -> None:
                            "sort them", where)
     for field in tensor.format.fields:
         array = tensor.fields[field.name]
+        few = tensor.format.used if field.name == "codes" else None
+        limit = few or 1 << field.bits
+        if limit < 1 << 8 * array.dtype.itemsize and array.size and int(array.max()) >= limit:
+            row = int(np.argmax((array >= limit).reshape(len(array), -1).any(axis=1)))
+            raise BadInput(f"row {row} has a number of {limit} or more in '{field.name}', where "
+                           f"there are 0 to {limit - 1}; the file is damaged", where)
         if field.name == "oc" and array.size and int(array.max()) >= tensor.format.block:
             raise BadInput(f"an outlier's place is {int(array.max())} in a block of "
                            f"{tensor.format.block} weights; the file is damaged", where)

@@ -290,6 +290,18 @@ def test_masks_keep_the_greatest(keep: int, of: int, bitmap: bool) -> None:
             validate(QuantizedTensor(row, tensor.shape, {**tensor.fields, "ix": places}), "w")
 
 
+@pytest.mark.parametrize("name, field, value", [
+    ("s3g64", "codes", 8), ("u4g32", "codes", 16), ("ternary2", "codes", 3), ("spqr3", "sub", 8),
+    ("aqlm_1x12", "codes", 4096), ("s4g128_2of4", "ix", 4),
+])  # fmt: skip
+def test_numbers_beyond_their_bits_are_found(name: str, field: str, value: int) -> None:
+    tensor = quantize_rtn(normal(3, 256, 13), by_name(name))
+    fields = {**tensor.fields, field: tensor.fields[field].copy()}
+    fields[field].reshape(3, -1)[2, 1] = value
+    with pytest.raises(BadInput, match="row 2"):
+        validate(QuantizedTensor(tensor.format, tensor.shape, fields), "w")
+
+
 def test_codebooks_hold_few_vectors_exactly() -> None:
     rng = np.random.default_rng(12)
     few = rng.standard_normal((16, 8)).astype(np.float16).astype(np.float32)
