@@ -53,7 +53,8 @@ def check_format(format: Format, where: str = "") -> None:
 class GemvSpec:
     """One kernel: the weight format, the rows of x that it takes, the warps of a block.
 
-    ``bias`` adds a vector [n] to every row, ``residual`` a matrix [m, n] (which y may be).
+    ``bias`` adds a vector [n] to every row, ``residual`` a matrix [m, n] (which y may be). ``tail``:
+    k may be any number; else it is a multiple of the format's block, and rows of x are aligned.
     """
 
     format: Format
@@ -61,11 +62,12 @@ class GemvSpec:
     warps: int = 4
     bias: bool = False
     residual: bool = False
+    tail: bool = False
 
     @property
     def name(self) -> str:
         """Name of the kernel and of its module."""
-        extra = "_bias" * self.bias + "_add" * self.residual
+        extra = "_bias" * self.bias + "_add" * self.residual + "_tail" * self.tail
         return f"gemv_{self.format.name}_m{self.m}_w{self.warps}{extra}"
 
     def grid(self, n: int) -> tuple[int, int, int]:
@@ -95,6 +97,7 @@ def render_gemv(spec: GemvSpec) -> str:
         warps=spec.warps,
         bias=spec.bias,
         residual=spec.residual,
+        tail=spec.tail,
         **_decoding(spec.format),
     )
 

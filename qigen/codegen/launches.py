@@ -352,8 +352,9 @@ class _Step:
         model = self.model
         format, packed = model.matrix(weight)
         m = self._count(node.outputs[0])
-        spec = GemvSpec(format, m, bias=bias is not None, residual=bool(residual))
         n, k = constant_shape(model.graph.constants[weight])
+        spec = GemvSpec(format, m, bias=bias is not None, residual=bool(residual),
+                        tail=k % (format.block * LAYOUT.blocks) != 0)  # fmt: skip
         kernel = model.use(spec.name, spec.name, lambda: gemv.render_gemv(spec))
         model.products[format.name, n, k, m] = kernel
         added = " + bias" * (bias is not None) + " + residual" * bool(residual)

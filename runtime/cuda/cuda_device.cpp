@@ -212,9 +212,14 @@ class CudaDevice final : public runtime::Device {
     graphs_.assign(2 * program_.n_sequences, nullptr);
   }
 
+  // On the stream of the steps: a copy on the default one might still be under way when they begin.
+  void copy(Address to, const void* from, uint64_t bytes, const char* doing) {
+    driver_.check(driver_.cuMemcpyHtoDAsync_v2(to, from, bytes, stream_), doing);
+    driver_.check(driver_.cuStreamSynchronize(stream_), doing);
+  }
+
   void upload(const uint8_t* weights) {
-    driver_.check(driver_.cuMemcpyHtoD_v2(weights_, weights, description_.weights_bytes),
-                  "copying the weights to it");
+    copy(weights_, weights, description_.weights_bytes, "copying the weights to it");
     for (int i = 0; i < program_.n_angles; ++i) {
       const Angles& a = program_.angles[i];
       std::vector<float> table(2 * size_t(a.pairs) * description_.max_seq);
@@ -226,9 +231,8 @@ class CudaDevice final : public runtime::Device {
           *to++ = static_cast<float>(std::sin(angle) * a.factor);
         }
       }
-      driver_.check(
-          driver_.cuMemcpyHtoD_v2(arena_ + a.offset, table.data(), table.size() * sizeof(float)),
-          "copying the rotation table to it");
+      copy(arena_ + a.offset, table.data(), table.size() * sizeof(float),
+           "copying the rotation table to it");
     }
   }
 

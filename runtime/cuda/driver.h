@@ -35,7 +35,6 @@ constexpr int kThreadLocalCapture = 1;      // CU_STREAM_CAPTURE_MODE_THREAD_LOC
   X(cuMemGetInfo_v2, (size_t* unused, size_t* total))                                        \
   X(cuMemAlloc_v2, (Address * address, size_t bytes))                                        \
   X(cuMemFree_v2, (Address address))                                                         \
-  X(cuMemcpyHtoD_v2, (Address to, const void* from, size_t bytes))                           \
   X(cuMemcpyHtoDAsync_v2, (Address to, const void* from, size_t bytes, void* stream))        \
   X(cuMemcpyDtoHAsync_v2, (void* to, Address from, size_t bytes, void* stream))              \
   X(cuModuleLoadData, (void** module, const void* image))                                    \

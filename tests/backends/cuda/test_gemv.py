@@ -34,18 +34,21 @@ def random_weight(name: str, n: int, k: int) -> QuantizedTensor:
     return QuantizedTensor(fmt, (n, k), fields)
 
 
-def check(name: str, m: int, n: int, policy: str) -> None:
-    spec = GemvSpec(by_name(name), m)
-    k = max(2 * spec.format.block, 96)
+def check(name: str, m: int, n: int, policy: str, tail: int = 0) -> None:
+    block = by_name(name).block
+    spec = GemvSpec(by_name(name), m, tail=tail > 0)
+    k = -(-max(2 * block, 96) // block) * block - tail
     weight = random_weight(name, n, k)
     packed = weight.pack(LAYOUT)
-    x = np.random.default_rng(4).standard_normal((m, k)).astype(np.float32)
+    stride = -(-k // 4) * 4
+    x = np.random.default_rng(4).standard_normal((m, stride)).astype(np.float32)
     device = EmulatedDevice(Schedule(policy))
     kernel = device.load(spec.name, render_gemv(spec))[spec.name]
     y, w = device.allocate(4 * m * n), device.upload(packed)
     kblocks = packed_shape(spec.format, (n, k), LAYOUT)[1]
     n_, k_, kblocks_ = (np.int32(v) for v in (n, k, kblocks))
-    arguments = [y, n_, device.upload(x), k_, w, n_, k_, kblocks_]
+    arguments = [y, n_, device.upload(x), np.int32(stride), w, n_, k_, kblocks_]
+    x = x[:, :k]
     device.launch(kernel, spec.grid(n), spec.block, arguments)
     got = device.read(y, (m, n), np.float32)
     dense = weight.dequantize().astype(np.float64)
@@ -60,6 +63,11 @@ def check(name: str, m: int, n: int, policy: str) -> None:
 @pytest.mark.parametrize(("name", "m"), FAST)
 def test_gemv(name: str, m: int) -> None:
     check(name, m, 37, "fair")
+
+
+@pytest.mark.parametrize(("name", "tail"), [("u4g32", 5), ("s8g64", 61), ("f16", 1)])
+def test_k_that_ends_inside_of_a_block(name: str, tail: int) -> None:
+    check(name, 2, 20, "fair", tail)
 
 
 @pytest.mark.parametrize("policy", ["random", "priority"])

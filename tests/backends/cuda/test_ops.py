@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from qigen.backends.cuda import ops
+from qigen.backends.cuda import ops, toolchain
 from qigen.backends.cuda.emulator import EmulatedDevice, Schedule
 from qigen.backends.cuda.gemv import LAYOUT, EmbeddingSpec, GemvSpec, render_embedding, render_gemv
 from qigen.backends.cuda.ops import AttentionSpec, KvSpec, NormSpec, RopeSpec
@@ -329,6 +329,19 @@ def test_tiled_attention(
         want = attended(rows, keys, values, first + t, scale, window, cap, spec.group)
         np.testing.assert_allclose(got[t], want.reshape(-1), rtol=1e-5, atol=1e-5)
     assert not got[9:].any()
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_machine_code_of_attention(head_dim: int) -> None:
+    """It can be made (static shared memory is bounded), without spills."""
+    spec = AttentionSpec(KvSpec("f16", 2, head_dim), 8, False)
+    cubin = toolchain.compile_cubin(spec.name, ops.render_attention(spec), "sm_90")
+    resources = toolchain.read_resources(cubin)
+    assert len(resources) == 3
+    for kernel in resources.values():
+        assert kernel.local == kernel.stack == 0
+        assert kernel.registers <= 128
+        assert kernel.shared <= 48 << 10
 
 
 def test_what_has_no_kernel_is_refused() -> None:
