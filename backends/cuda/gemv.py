@@ -53,8 +53,8 @@ def check_format(format: Format, where: str = "") -> None:
 class GemvSpec:
     """One kernel: the weight format, the rows of x that it takes, the warps of a block.
 
-    ``bias`` adds a vector [n] to every row, ``residual`` a matrix [m, n] (which y may be). ``tail``:
-    k may be any number; else it is a multiple of the format's block, and rows of x are aligned.
+    ``bias`` adds a vector [n] to every row, ``residual`` a matrix [m, n] (which y may be).
+    ``tail``: k is any number; else a multiple of the format's block, and rows of x are aligned.
     """
 
     format: Format

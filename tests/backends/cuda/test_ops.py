@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,11 @@ import numpy.typing as npt
 import pytest
 
 from qigen.backends.cuda import ops, toolchain
-from qigen.backends.cuda.emulator import EmulatedDevice, Schedule
+from qigen.backends.cuda.device import make_device
+from qigen.backends.cuda.emulator import Schedule, driver_library
 from qigen.backends.cuda.gemv import LAYOUT, EmbeddingSpec, GemvSpec, render_embedding, render_gemv
 from qigen.backends.cuda.ops import AttentionSpec, KvSpec, NormSpec, RopeSpec
-from qigen.errors import Unsupported, UsageError
+from qigen.errors import MachineMismatch, ToolchainError, Unsupported, UsageError
 from qigen.formats import by_name, packed_shape
 from qigen.ir.ops.elementwise import activate
 from qigen.ir.ops.rope import rotate
@@ -31,6 +33,24 @@ def i32(x: int) -> np.int32:
     return np.int32(x)
 
 
+def test_the_same_through_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    """QIGEN_EXEC=cuda runs these tests on the driver's device; here the emulator is the driver."""
+    if os.environ.get("QIGEN_EXEC", "emulator") != "cuda":
+        monkeypatch.setenv("QIGEN_CUDA_DRIVER", str(driver_library()))
+    monkeypatch.setenv("QIGEN_EXEC", "cuda")
+    test_argmax()
+    test_norm("rms", True, 64)
+    test_tiled_attention("f16", 4, 2, 8, 0, 0.0)
+    with pytest.raises(ToolchainError, match=r"cuModuleGetFunction|cuModuleLoadData|invalid"):
+        make_device().load_ptx(".visible .entry nothing(")
+    monkeypatch.setenv("QIGEN_CUDA_DRIVER", "/nowhere/libcuda.so")
+    with pytest.raises(MachineMismatch, match="no CUDA driver here"):
+        make_device()
+    monkeypatch.setenv("QIGEN_EXEC", "gpu")
+    with pytest.raises(UsageError, match="emulator or cuda"):
+        make_device()
+
+
 # -- rows and numbers -----------------------------------------------------------------------------
 
 
@@ -39,7 +59,7 @@ def test_embedding(name: str) -> None:
     spec = EmbeddingSpec(by_name(name))
     k, tokens = 2 * max(spec.format.block, 24), np.array([3, 36, 0, 17], np.int32)
     table = random_weight(name, 37, k)
-    device = EmulatedDevice(Schedule("random"))
+    device = make_device(Schedule("random"))
     kernel = device.load(spec.name, render_embedding(spec))[spec.name]
     stride = k + 8
     y = device.upload(np.full((4, stride), 7, np.float32))
@@ -58,7 +78,7 @@ def test_gemv_adds_bias_and_residual_in_place(bias: bool, residual: bool) -> Non
     spec = GemvSpec(by_name("q4_0"), 2, bias=bias, residual=residual)
     n, k, stride = 37, 64, 48
     weight, x, y, b = random_weight("q4_0", n, k), normal(2, 80), normal(2, stride), normal(n)
-    device = EmulatedDevice(Schedule("random"))
+    device = make_device(Schedule("random"))
     kernel = device.load(spec.name, render_gemv(spec))[spec.name]
     at = device.upload(y)
     device.launch(kernel, spec.grid(n), spec.block, [
@@ -80,7 +100,7 @@ def test_norm(kind: str, add: bool, n: int) -> None:
     spec, rows, stride = NormSpec(kind, add), 3, n + 3
     x, base, w, b = normal(rows, stride), normal(rows, stride, seed=2), normal(n), normal(n, seed=4)
     x += 2
-    device = EmulatedDevice(Schedule("random"))
+    device = make_device(Schedule("random"))
     kernel = device.load(spec.name, ops.render_norm(spec))[spec.name]
     y = device.upload(base) if add else device.allocate(4 * rows * stride)
     device.launch(kernel, (rows,), spec.block, [
@@ -99,7 +119,7 @@ def test_norm(kind: str, add: bool, n: int) -> None:
 def test_norm_passes_nan_through() -> None:
     x = normal(2, 64)
     x[1, 5] = np.nan
-    device = EmulatedDevice()
+    device = make_device()
     kernel = device.load("norm_rms", ops.render_norm(NormSpec()))["norm_rms"]
     y = device.allocate(4 * 2 * 64)
     device.launch(kernel, (2,), NormSpec().block, [y, i32(64), device.upload(x), i32(64),
@@ -114,7 +134,7 @@ def test_norm_passes_nan_through() -> None:
 def test_gated_activation_in_place(kind: str) -> None:
     gate, up = 8 * normal(2, 150), normal(2, 160, seed=2)
     gate[0, :3] = [-200, 200, np.nan]
-    device = EmulatedDevice()
+    device = make_device()
     (kernel,) = device.load(kind, ops.render_elementwise(kind)).values()
     y = device.upload(gate)
     device.launch(kernel, ops.elementwise_grid(2, 145), (ops.ELEMENTWISE_THREADS,), [
@@ -128,7 +148,7 @@ def test_gated_activation_in_place(kind: str) -> None:
 def test_softcap_rows_and_columns() -> None:
     x, rows = 30 * normal(4, 140), np.array([2, 0], np.int32)
     columns = np.random.default_rng(2).permutation(140).astype(np.int32)
-    device = EmulatedDevice()
+    device = make_device()
     kernels = {kind: next(iter(device.load(kind, ops.render_elementwise(kind)).values()))
                for kind in ("softcap", "rows", "columns")}  # fmt: skip
     at, block = device.upload(x), (ops.ELEMENTWISE_THREADS,)
@@ -151,7 +171,7 @@ def test_argmax() -> None:
     logits[3] = np.nan
     logits[4] = -np.inf
     logits[5, 999] = np.inf
-    device = EmulatedDevice(Schedule("random"))
+    device = make_device(Schedule("random"))
     kernel = device.load("argmax", ops.render_argmax())["argmax"]
     out = device.allocate(24)
     device.launch(kernel, (6,), (ops.ARGMAX_THREADS,),
@@ -166,7 +186,7 @@ def test_argmax() -> None:
 class Cache:
     """A session's cache on the device, with ``before`` bytes a position of another layer."""
 
-    def __init__(self, device: EmulatedDevice, spec: KvSpec, before: int = 48) -> None:
+    def __init__(self, device: Any, spec: KvSpec, before: int = 48) -> None:
         self.device, self.spec, self.before = device, spec, before
         size = CAPACITY * (before + spec.position_bytes)
         self.base = device.allocate(size)
@@ -193,7 +213,7 @@ class Cache:
         return numbers[0], numbers[1]
 
 
-def caches_of(device: EmulatedDevice, caches: list[Cache]) -> int:
+def caches_of(device: Any, caches: list[Cache]) -> int:
     return device.upload(np.array([[c.base, CAPACITY] for c in caches], np.int64))
 
 
@@ -206,7 +226,7 @@ def test_rope_writes_the_cache(
     kind: str, heads: int, kv_heads: int, hd: int, rot: int, interleaved: bool, norm: bool
 ) -> None:
     spec = RopeSpec(KvSpec(kind, kv_heads, hd), heads, rot, interleaved, norm)
-    device = EmulatedDevice(Schedule("random"))
+    device = make_device(Schedule("random"))
     kernel = device.load(spec.name, ops.render_rope(spec))[spec.name]
     q, k, v = normal(3, heads * hd), normal(3, kv_heads * hd, seed=2), normal(3, kv_heads * hd)
     weights = normal(2, hd, seed=7)
@@ -257,7 +277,7 @@ def attended(q: Array, keys: Array, values: Array, position: int, scale: float, 
     return np.einsum("hj,jhd->hd", weights / weights.sum(axis=1, keepdims=True), v)
 
 
-def fill(device: EmulatedDevice, spec: KvSpec, heads: int, count: int, seed: int) -> Cache:
+def fill(device: Any, spec: KvSpec, heads: int, count: int, seed: int) -> Cache:
     """A cache with ``count`` random positions, written by the kernel that does so in a model."""
     rope = RopeSpec(spec, heads, 0, False, False)
     kernel = device.load(rope.name, ops.render_rope(rope))[rope.name]
@@ -283,7 +303,7 @@ def test_split_attention(
     kind: str, heads: int, kv_heads: int, hd: int, window: int, cap: float
 ) -> None:
     spec = AttentionSpec(KvSpec(kind, kv_heads, hd), heads, bool(cap))
-    device = EmulatedDevice(Schedule(next(POLICIES)))
+    device = make_device(Schedule(next(POLICIES)))
     kernels = device.load(spec.name, ops.render_attention(spec))
     lengths = (1, 130, 260)
     caches = [fill(device, spec.cache, heads, n, n) for n in lengths]
@@ -311,7 +331,7 @@ def test_tiled_attention(
     kind: str, heads: int, kv_heads: int, hd: int, window: int, cap: float
 ) -> None:
     spec = AttentionSpec(KvSpec(kind, kv_heads, hd), heads, bool(cap))
-    device = EmulatedDevice(Schedule(next(POLICIES)))
+    device = make_device(Schedule(next(POLICIES)))
     kernel = device.load(spec.name, ops.render_attention(spec))[f"{spec.name}_tiled"]
     first, tokens = 124, 11
     cache = fill(device, spec.cache, heads, first + 9, 3)
