@@ -11,6 +11,7 @@ activations of a group, which one more mma by ones gives.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -300,7 +301,7 @@ def render_gemm(spec: GemmSpec) -> str:
     check_schedule(spec)
     fmt, s, d = spec.format, spec.schedule, spec.decoding
     factor = (0.0625 if d.name == "signed4" else 1.0)
-    if not spec.table_entries:
+    if not _in_table(spec):
         factor *= fmt.scale_factor
     return render(
         "cuda/gemm.cu.j2", name=spec.name, name_of_format=fmt.name, m_tiles=s.m_tiles,
@@ -427,11 +428,32 @@ def pack_gemm(spec: GemmSpec, weight: QuantizedTensor) -> npt.NDArray[np.uint8]:
     return np.concatenate(sections)
 
 
+def gemm_bytes(spec: GemmSpec, n: int, k: int) -> int:
+    """Bytes of :func:`pack_gemm` of a weight [n, k]."""
+    rows, columns = _up(n, COLUMNS), _up(k, spec.padding)
+    groups = columns // spec.group if spec.group else 1
+    total = rows * columns * spec.decoding.bits // 8
+    total += rows * groups * (spec.scale_bytes + spec.zero_bytes)
+    total += 4 * rows * spec.format.has("sub")
+    return total + (2 * max(1 << spec.format.code_bits, 8) if spec.table_entries else 0)
+
+
+def _in_table(spec: GemmSpec) -> bool:
+    """Whether the table's halves take in the constant factor of the scales: a power of two."""
+    return spec.table_entries > 0 and math.frexp(spec.format.scale_factor)[0] == 0.5
+
+
 def _table(spec: GemmSpec, weight: QuantizedTensor) -> npt.NDArray[np.float16]:
-    """f16 [2^bits]: what the codes stand for, the constant factor of the scales included."""
+    """f16 [2^bits]: what the codes stand for, a power of two of the scales included."""
     fmt = spec.format
-    values: Array = (weight.fields["lut"].reshape(-1).view(np.float16).astype(np.float32)
-                     if fmt.has("lut") else fmt.levels)
+    if fmt.has("lut"):
+        values: Array = weight.fields["lut"].reshape(-1).view(np.float16).astype(np.float32)
+    elif fmt.table is None and fmt.values is None and fmt.minifloat is None:
+        values = np.arange(1 << fmt.code_bits) - np.float32(fmt.zero)
+    else:
+        values = fmt.levels
+    if _in_table(spec):
+        values = values * np.float32(fmt.scale_factor)
     table = np.zeros(max(1 << fmt.code_bits, 8), np.float16)
-    table[: len(values)] = (values * np.float32(fmt.scale_factor)).astype(np.float16)
+    table[: len(values)] = values.astype(np.float16)
     return table

@@ -75,6 +75,7 @@ def _library() -> ctypes.CDLL:
     library.ptxCopyToDevice.argtypes = [handle, address, handle, address]
     library.ptxCopyToHost.argtypes = [handle, handle, address, address]
     library.ptxTraffic.argtypes = [handle, address, handle, handle]
+    library.ptxDistinctTraffic.argtypes = [handle, address, handle, handle]
     library.ptxLoadKernel.restype = handle
     library.ptxLoadKernel.argtypes = [handle, ctypes.c_char_p, ctypes.c_char_p]
     library.ptxUnloadKernel.argtypes = [handle]
@@ -231,10 +232,12 @@ class EmulatedDevice:
             )
         )  # fmt: skip
 
-    def traffic(self, address: int) -> tuple[int, int]:
-        """Bytes of an allocation that the last launch read and wrote, in sectors of 32."""
+    def traffic(self, address: int, distinct: bool = False) -> tuple[int, int]:
+        """Bytes of an allocation that the last launch read and wrote, in sectors of 32: every
+        request of a warp, or every sector once (``distinct``)."""
         read, written = ctypes.c_uint64(), ctypes.c_uint64()
-        _library().ptxTraffic(self.handle, address, ctypes.byref(read), ctypes.byref(written))
+        count = _library().ptxDistinctTraffic if distinct else _library().ptxTraffic
+        count(self.handle, address, ctypes.byref(read), ctypes.byref(written))
         return read.value, written.value
 
 

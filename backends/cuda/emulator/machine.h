@@ -27,6 +27,7 @@ struct Allocation {
   };
   std::vector<Writer> writers;               // for every 4 bytes: the last plain store
   uint64_t readBytes = 0, writtenBytes = 0;  // in sectors of 32 bytes, this launch
+  std::vector<uint8_t> sectors;              // which were read (1) and written (2), this launch
 };
 
 class DeviceMemory {

@@ -14,6 +14,7 @@ uint64_t DeviceMemory::allocate(uint64_t size) {
   made->data.assign(size, 0xff);
   made->written.assign(size, 0);
   made->writers.resize(size / 4 + 1);
+  made->sectors.assign(size / 32 + 1, 0);
   next_ += (size + 8191) / 4096 * 4096;  // never next to each other
   allocations_.push_back(std::move(made));
   return allocations_.back()->base;
@@ -209,7 +210,10 @@ void Launch::countGlobal(Count& count, const uint64_t* addresses, uint32_t lanes
   count.sectors += sectors.size();
   count.idealSectors += (distinct.size() * bytes + 31) / 32;
   for (uint64_t s : sectors) {
-    if (Allocation* a = memory_.find(s * 32, 1)) (write ? a->writtenBytes : a->readBytes) += 32;
+    Allocation* a = memory_.find(s * 32, 1);
+    if (!a) continue;
+    (write ? a->writtenBytes : a->readBytes) += 32;
+    a->sectors[(s * 32 - a->base) / 32] |= write ? 2 : 1;
   }
 }
 

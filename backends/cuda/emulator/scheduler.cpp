@@ -188,7 +188,10 @@ void Launch::run() {
   const uint64_t total = uint64_t(grid_[0]) * grid_[1] * grid_[2];
   ++memory_.launches;
   fences_.assign(total, 0);
-  for (auto& a : memory_.all()) a->readBytes = a->writtenBytes = 0;
+  for (auto& a : memory_.all()) {
+    a->readBytes = a->writtenBytes = 0;
+    std::fill(a->sectors.begin(), a->sectors.end(), uint8_t(0));
+  }
   std::vector<uint64_t> order(total);
   std::iota(order.begin(), order.end(), 0);
   std::vector<std::unique_ptr<Block>> active;

@@ -11,6 +11,7 @@ import pytest
 from qigen.backends.cuda.emulator import EmulatedDevice, Kernel
 from qigen.backends.cuda.emulator import Schedule as Turns
 from qigen.backends.cuda.gemm import GemmSpec, Schedule, pack_gemm, render_gemm, supports
+from qigen.costmodel import gpu
 from qigen.errors import BadInput, Unsupported
 from qigen.formats import CATALOG, by_name
 from tests.backends.cpu.test_matmul import random_tensor
@@ -175,3 +176,56 @@ def test_what_the_kernel_cannot_take_is_refused() -> None:
         render_gemm(GemmSpec(by_name("s8g64"), "s8", schedule=Schedule(1, 1, 1, 64)))
     refused = {name for name, row in CATALOG.items() if not supports(row)}
     assert {"q6_k", "tq1_0", "lut4_channel", "aqlm_2x8", "spqr3", "s4g128_2of4"} <= refused
+
+
+@pytest.mark.parametrize("name", ["s4g128", "nf4g64", "nf3g64"])
+@pytest.mark.parametrize("m", [1, 16])
+def test_weights_are_read_once(name: str, m: int) -> None:
+    """Bytes that the emulator counts are those of the formula of the cost model, which at 4096 x
+    4096 are at most 1.03 times weights, activations and results."""
+    spec = GemmSpec(by_name(name), out="f16")
+    n, k = 256, 512
+    for blocks in (0, 3):
+        launch = Launch(spec, m, n, k)
+        launch.run(blocks)
+        device = launch.device
+        packed = pack_gemm(spec, launch.weight).nbytes
+        moved = gpu.bytes_moved(spec, m, n, k, blocks or spec.tiles(m, n))
+        table = 2 * spec.table_entries and 2 * max(1 << spec.format.code_bits, 8)
+        # all of the packed weight once; every block reads the table, which stays in level 2
+        requests, distinct = device.traffic(launch.w)[0], device.traffic(launch.w, True)[0]
+        assert distinct == -(-packed // 32) * 32 == moved.weights + -table % 32
+        if not table:
+            assert requests == packed
+        assert device.traffic(launch.px, True)[0] == moved.activations
+        assert device.traffic(launch.y, True)[1] == moved.results
+        parts = device.traffic(launch.parts, True)
+        assert parts[0] == parts[1] == moved.parts // 2
+        assert (moved.parts > 0) == (blocks == 3)
+    full = gpu.bytes_moved(spec, m, 4096, 4096, spec.tiles(m, 4096))
+    least = full.weights + 2 * m * 4096 + 2 * m * 4096
+    assert full.total <= 1.03 * least
+
+
+@pytest.mark.parametrize("name", ["s4g128", "z8g128", "nf4g64", "nf3g64", "nf2g64", "s8g128/s8"])
+def test_shared_memory_has_no_conflicts(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """At most 1.1 times the least wavefronts, look-ups in tables apart, which are printed."""
+    name, _, activations = name.partition("/")
+    spec = GemmSpec(by_name(name), activations or "f16")
+    launch = Launch(spec, 16, 128, 512)
+    launch.run()
+    look_ups = {1: "ld.shared.u32", 2: "ld.shared.v2.u32"}
+    gathers = look_ups[2 if spec.decoding.name == "table2" else 1] if spec.table_entries else ""
+    most = 0.0
+    for row in launch.kernel.report():
+        if not row.ideal_wavefronts:
+            continue
+        ratio = row.wavefronts / row.ideal_wavefronts
+        if row.opcode == gathers:
+            most = max(most, ratio)
+        else:
+            assert ratio <= 1.1, row
+    if gathers:
+        assert 1 <= most < 4
+        with capsys.disabled():
+            print(f"\n{spec.name}: look-ups take up to {most:.2f} times the least wavefronts")
