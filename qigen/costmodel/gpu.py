@@ -2,8 +2,8 @@
 
 A GEMM (:mod:`qigen.backends.cuda.gemm`) cannot take less time than any of its resources needs:
 
-- ``memory``: the packed weight, activations, results and parts of shared tiles, each byte once (what
-  comes again stays in level 2), by the bandwidth that the maker publishes;
+- ``memory``: the packed weight, activations, results and parts of shared tiles, each byte once
+  (what comes again stays in level 2), by the bandwidth that the maker publishes;
 - ``issue``: instructions of the main loop, read from the machine code, one a cycle from each of the
   four schedulers of a multiprocessor;
 - ``tensor``: products of whole tiles, by the published rate;
@@ -195,8 +195,8 @@ def bound(row: Device, spec: GemmSpec, m: int, n: int, k: int, blocks: int = 0,
           code: Measured | None = None) -> Bound:
     """Lower bounds of y [m, n] = x [m, k] W^T on a device.
 
-    ``code`` is what the machine code has (:func:`qigen.backends.cuda.gates.measure`); without it the
-    kernel is compiled for ``row.arch``. Raises Unsupported if no block fits the device.
+    ``code`` is what the machine code has (:func:`qigen.backends.cuda.gates.measure`); without it
+    the kernel is compiled for ``row.arch``. Raises Unsupported if no block fits the device.
     """
     s, d = spec.schedule, spec.decoding
     code = code or measure(spec.name, render_gemm(spec), row.arch)

@@ -30,7 +30,7 @@ def test_every_target_has_a_row_with_its_source() -> None:
 
 
 @pytest.mark.parametrize(("registers", "shared", "threads", "blocks", "limit"), [
-    (24, 0, 1024, 2, "threads"),
+    (16, 0, 1024, 2, "threads"),
     (128, 0, 128, 4, "registers"),
     (129, 0, 128, 3, "registers"),
     (255, 0, 256, 1, "registers"),
