@@ -49,8 +49,9 @@ TOKEN_TILES = (2, 3, 4, 6, 8, 10, 12)
 PREFETCH = (1024, 2048, 4096, 8192)
 """Prefetch distances to consider, in bytes, besides none at all."""
 
-BLOCKS = (1, 2, 4)
-"""Source blocks of a K-block to consider: the inner loop is unrolled over a K-block."""
+BLOCKS = (1, 2)
+"""Source blocks of a K-block to consider: the inner loop is unrolled over a K-block. Two take 3 to
+5 % less time than one; four took up to 6 % more (benchmarks/costmodel_validation.py)."""
 
 _UNROLLED = 128
 """Weights of a K-block of several source blocks at most: longer loops gain nothing."""

@@ -173,7 +173,7 @@ def test_layouts() -> None:
     # up to 128 weights a K-block, if they divide K
     assert [x.blocks for x in layouts(by_name("q4_0"), 64)] == [1, 2]
     assert [x.blocks for x in layouts(by_name("q4_0"), 96)] == [1]
-    assert [x.blocks for x in layouts(by_name("q4_0"), 4096)] == [1, 2, 4]
+    assert [x.blocks for x in layouts(by_name("q4_0"), 4096)] == [1, 2]
     assert [x.blocks for x in layouts(by_name("u2g128"), 4096)] == [1]
     assert [x.blocks for x in layouts(by_name("q4_k"), 512)] == [1]
     assert [x.blocks for x in layouts(by_name("f16"), 512)] == [1]
