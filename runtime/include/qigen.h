@@ -70,8 +70,9 @@ typedef struct qigen_load_options {
   size_t struct_size;
   int32_t threads; /* threads of a step, the calling one among them; 0: every core that the affinity
                       mask and the cgroup's CPU quota allow */
-  int32_t pin;     /* not 0: worker t stays on the t-th allowed core. The calling thread is thread 0
-                      and is left where it is */
+  int32_t pin;     /* not 0: worker t stays on the t-th allowed core: fast ones come first, second
+                      ones of a physical core last. The calling thread is thread 0 and is left
+                      where it is */
   int32_t spin_us; /* how long idle workers spin before they sleep, in microseconds; 0: the default,
                       -1: not at all */
 } qigen_load_options;

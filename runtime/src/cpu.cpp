@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <climits>
+#include <cstdio>
 #include <cstdlib>
 #include <fstream>
 #include <sstream>
@@ -230,6 +231,100 @@ std::vector<int> allowed_cores() {
 }
 
 #endif
+
+namespace {
+
+constexpr int kFullSpeed = 1024;
+
+long long read_number(const std::string& path, long long otherwise) {
+  std::vector<long long> numbers;
+  return read_numbers(path, &numbers) && numbers[0] > 0 ? numbers[0] : otherwise;
+}
+
+// The numbers of a list like "0-3,8".
+std::vector<int> read_list(const std::string& path) {
+  std::ifstream file(path);
+  std::vector<int> found;
+  for (std::string part; std::getline(file, part, ',');) {
+    int first = 0, last = 0;
+    const int count = std::sscanf(part.c_str(), "%d-%d", &first, &last);
+    if (count < 1) continue;
+    for (int i = first; i <= (count == 2 ? last : first); ++i) found.push_back(i);
+  }
+  return found;
+}
+
+}  // namespace
+
+std::vector<Core> ordered_cores(const std::vector<int>& cores, const std::string& root) {
+  struct Place {
+    Core core;
+    int sibling;  // how many cores of the same physical one come before it
+    int node;
+  };
+  const std::string system = root + "/sys/devices/system/";
+  const std::vector<int> atoms = read_list(root + "/sys/devices/cpu_atom/cpus");
+  const std::vector<int> nodes = read_list(system + "node/online");
+  const auto holds = [](const std::vector<int>& list, int id) {
+    return std::find(list.begin(), list.end(), id) != list.end();
+  };
+  std::vector<long long> speeds;
+  for (const int id : cores) {
+    const std::string cpu = system + "cpu/cpu" + std::to_string(id);
+    long long speed = read_number(cpu + "/cpu_capacity", 0);
+    if (!speed && !atoms.empty()) {
+      speed = read_number(cpu + "/cpufreq/cpuinfo_max_freq", 1000000);
+      if (holds(atoms, id)) speed = std::max(1ll, speed / 2);
+    }
+    speeds.push_back(speed);
+  }
+  const long long most = speeds.empty() ? 0 : *std::max_element(speeds.begin(), speeds.end());
+  std::vector<std::vector<int>> node_cores;
+  for (const int node : nodes) {
+    node_cores.push_back(read_list(system + "node/node" + std::to_string(node) + "/cpulist"));
+  }
+  std::vector<Place> places;
+  for (size_t i = 0; i < cores.size(); ++i) {
+    const int id = cores[i];
+    const std::vector<int> siblings =
+        read_list(system + "cpu/cpu" + std::to_string(id) + "/topology/thread_siblings_list");
+    int before = 0, node = 0;
+    for (const int other : siblings) before += other < id && holds(cores, other);
+    while (node < static_cast<int>(node_cores.size()) &&
+           !holds(node_cores[static_cast<size_t>(node)], id)) {
+      ++node;
+    }
+    const long long speed = most > 0 && speeds[i] > 0 ? speeds[i] * kFullSpeed / most : kFullSpeed;
+    places.push_back({{id, static_cast<int>(std::max(1ll, speed))}, before, node});
+  }
+  std::stable_sort(places.begin(), places.end(), [](const Place& a, const Place& b) {
+    if (a.sibling != b.sibling) return a.sibling < b.sibling;
+    if (a.core.speed != b.core.speed) return a.core.speed > b.core.speed;
+    return a.node < b.node;
+  });
+  std::vector<Core> result;
+  for (const Place& place : places) result.push_back(place.core);
+  return result;
+}
+
+std::vector<int> parse_speeds(const std::string& text, int threads) {
+  std::vector<int> speeds;
+  std::istringstream stream(text);
+  for (std::string part; std::getline(stream, part, ',');) {
+    char* end = nullptr;
+    const long value = std::strtol(part.c_str(), &end, 10);
+    if (part.empty() || *end || value < 1 || value > 1 << 20) {
+      throw Failure(QIGEN_USAGE,
+                    "QIGEN_CORE_SPEEDS is '%s'; give numbers from 1 to 1048576 for the threads, "
+                    "separated by commas",
+                    text.c_str());
+    }
+    speeds.push_back(static_cast<int>(value));
+  }
+  if (speeds.empty()) throw Failure(QIGEN_USAGE, "QIGEN_CORE_SPEEDS is empty; give numbers");
+  speeds.resize(static_cast<size_t>(threads), speeds.back());
+  return speeds;
+}
 
 int cgroup_cores(const std::string& root) {
   double cores = INT_MAX;

@@ -19,6 +19,23 @@ void require_cpu(uint64_t required, const char* isa);
 // Ids of the cores in this thread's affinity mask, ascending.
 std::vector<int> allowed_cores();
 
+// A core and its speed beside the fastest one's, in 1/1024.
+struct Core {
+  int id;
+  int speed;
+};
+
+// The order in which threads take cores: fast ones before slow ones, one of each physical core
+// before their second ones, and those of a memory node side by side. The speeds are those that the
+// system declares: cpu_capacity (arm64); for Intel's efficiency cores (devices/cpu_atom) half, as
+// their vector units are half as wide, by the ratio of the highest clocks. `root` is put before
+// /sys; without it cores are equal.
+std::vector<Core> ordered_cores(const std::vector<int>& cores, const std::string& root = "");
+
+// Speeds from a list like "1024,1024,512", for threads in their order; throws QIGEN_USAGE for
+// anything else. The last one is that of all further threads.
+std::vector<int> parse_speeds(const std::string& text, int threads);
+
 // Cores' worth of time that the control groups of this process grant (cpu.max of version 2,
 // cfs_quota of version 1), at least 1; INT_MAX if unlimited. `root` is put before /proc and /sys.
 int cgroup_cores(const std::string& root = "");

@@ -92,6 +92,7 @@ void Model::run(Step step) {
   if (device_) return device_->run(step);
   step.weights = weights_.data();
   step.arena = arena_.data();
+  step.shares = pool_.shares();
   pool_.run(description_.step, step);
 }
 

@@ -6,6 +6,7 @@
 #endif
 
 #include <chrono>
+#include <cstdlib>
 
 #if defined(__x86_64__)
 #include <xmmintrin.h>
@@ -82,8 +83,28 @@ Turnstile::Turn::~Turn() {
 
 ThreadPool::ThreadPool(int threads, bool pin, int spin_us)
     : threads_(threads), spin_us_(spin_us), barrier_(threads) {
+  // Threads get work by the speed of their cores: declared by the user, or, if they stay on their
+  // cores, by the system.
+  std::vector<int> cores, speeds;
+  for (const Core& core : ordered_cores(allowed_cores())) {
+    cores.push_back(core.id);
+    speeds.push_back(core.speed);
+  }
+  if (const char* declared = std::getenv("QIGEN_CORE_SPEEDS")) {
+    speeds = parse_speeds(declared, threads);
+  } else if (!pin) {
+    speeds.clear();
+  }
+  std::vector<int32_t> sums = {0};
+  bool equal = true;
+  for (int t = 0; t < threads && !speeds.empty(); ++t) {
+    const int speed = speeds[static_cast<size_t>(t) % speeds.size()];
+    equal = equal && speed == speeds.front();
+    sums.push_back(sums.back() + speed);
+  }
+  if (!equal) shares_ = sums;
   try {
-    start_workers(pin);
+    start_workers(pin, cores);
   } catch (...) {
     stop_workers();
     throw;
@@ -92,12 +113,11 @@ ThreadPool::ThreadPool(int threads, bool pin, int spin_us)
 
 ThreadPool::~ThreadPool() { stop_workers(); }
 
-void ThreadPool::start_workers(bool pin) {
-  const std::vector<int> cores = allowed_cores();
+void ThreadPool::start_workers(bool pin, const std::vector<int>& cores) {
   [[maybe_unused]] SignalsBlocked blocked;
   for (int thread = 1; thread < threads_; ++thread) {
     workers_.emplace_back([this, thread] { work(thread); });
-    if (pin) pin_to_core(workers_.back(), cores[thread % cores.size()]);
+    if (pin) pin_to_core(workers_.back(), cores[static_cast<size_t>(thread) % cores.size()]);
   }
 }
 

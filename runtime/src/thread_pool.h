@@ -46,18 +46,22 @@ class ThreadPool {
 
   int threads() const { return threads_; }
 
+  // Sums of the speeds of the threads before each and of all, [threads + 1]; null if all are equal.
+  const int32_t* shares() const { return shares_.empty() ? nullptr : shares_.data(); }
+
   // Runs function(step, t, threads, barrier) on all threads and returns when all have returned.
   // Waits until it is this caller's turn.
   void run(Function function, const Step& step);
 
  private:
-  void start_workers(bool pin);
+  void start_workers(bool pin, const std::vector<int>& cores);
   void stop_workers();
   void work(int thread);
   bool wait_for_job(uint32_t seen);
 
   const int threads_;
   const int spin_us_;
+  std::vector<int32_t> shares_;
   Turnstile turnstile_;
   Barrier barrier_;
   std::vector<std::thread> workers_;

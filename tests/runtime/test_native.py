@@ -110,6 +110,38 @@ def test_usable_cores(probe: Path, tmp_path: Path) -> None:
     assert cgroup("2:cpu,cpuacct:/x\n", quota) == unlimited
 
 
+def test_order_of_cores(probe: Path, tmp_path: Path) -> None:
+    """Made-up machines: fast cores first, second threads of a core last, nodes together."""
+
+    def order(count: int, files: dict[str, str]) -> list[tuple[int, int]]:
+        root = tmp_path / str(len(list(tmp_path.iterdir())))
+        root.mkdir()
+        for name, text in files.items():
+            path = root / "sys" / "devices" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        lines = call(probe, root, str(count)).stdout.splitlines()
+        words = next(line for line in lines if line.startswith("order:")).split()[1:]
+        return [(int(w.split(":")[0]), int(w.split(":")[1])) for w in words]
+
+    cpu = "system/cpu/cpu"
+    assert order(3, {}) == [(0, 1024), (1, 1024), (2, 1024)]
+    # a phone: little cores come first by number, and last by speed
+    little = {f"{cpu}{i}/cpu_capacity": "512" if i < 2 else "1024" for i in range(4)}
+    assert order(4, little) == [(2, 1024), (3, 1024), (0, 512), (1, 512)]
+    # a laptop: two performance cores of two threads each, two efficiency cores at 3/4 of the clock
+    laptop = {"cpu_atom/cpus": "4-5\n"}
+    for i in range(6):
+        laptop[f"{cpu}{i}/cpufreq/cpuinfo_max_freq"] = "4000000" if i < 4 else "3000000"
+        core = f"{i // 2 * 2}-{i // 2 * 2 + 1}" if i < 4 else str(i)
+        laptop[f"{cpu}{i}/topology/thread_siblings_list"] = core
+    assert order(6, laptop) == [(0, 1024), (2, 1024), (4, 384), (5, 384), (1, 1024), (3, 1024)]
+    # two sockets whose cores are numbered in turns
+    sockets = {"system/node/online": "0-1", "system/node/node0/cpulist": "0,2",
+               "system/node/node1/cpulist": "1,3"}
+    assert [i for i, _ in order(4, sockets)] == [0, 2, 1, 3]
+
+
 @pytest.mark.parametrize("example", ["cpp_embed", "c_embed"])
 def test_examples(fake: Any, artifact: Path, tmp_path: Path, example: str) -> None:
     if shutil.which("cmake") is None:

@@ -86,6 +86,8 @@ struct Step {
   const int32_t* logit_rows;  // [n_logits], ascending indices of tokens
   float* logits;              // [n_logits][logits_stride], of any alignment
   int64_t logits_stride;      // in floats
+  const int32_t* shares;      // [n_threads + 1] work that the threads before each get, of that of
+                              // all; null: all get the same
   const GraphStep* graph;     // models of named tensors: what follows; all of the above but weights
                               // and arena is then empty
 };
