@@ -132,6 +132,8 @@ def decompose(tensor: QuantizedTensor) -> tuple[Array, Array, Array]:
             unit[field.name] = np.full_like(array, value)
     full = (n, nblocks * f.block)
     levels = QuantizedTensor(f, full, unit).dequantize().astype(np.float64) / f.scale_factor
+    if f.table is not None:  # integers, whatever rounding the factor brought in
+        levels = np.rint(levels)
 
     def number(name: str) -> Array:
         kind = f.field(name).number
