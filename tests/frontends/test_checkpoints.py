@@ -183,6 +183,57 @@ def test_bytes_count_scales_and_zeros(tmp_path: Path) -> None:
     assert found.nbytes == 64 * 192 // 2 + 64 * 3 * (2 + 1)
 
 
+def raw(tensors: dict[str, np.ndarray]) -> dict[str, RawTensor]:
+    kinds = {"int32": "I32", "float16": "F16"}
+    return {name: RawTensor(Path("m.safetensors"), name, kinds[a.dtype.name], a.shape,
+                            np.ascontiguousarray(a).reshape(-1).view(np.uint8))
+            for name, a in tensors.items()}
+
+
+@pytest.mark.parametrize("group", [128, 32, -1])
+def test_marlin(group: int) -> None:
+    """Packed code by code as the lanes of a tensor core take them."""
+    n, k = 192, 384
+    rng = np.random.default_rng(14)
+    codes = rng.integers(0, 16, (n, k))
+    scales = rng.uniform(0.01, 0.1, (k // group if group > 0 else 1, n)).astype(np.float16)
+    words = np.zeros((k // 16, 2 * n), np.uint32)
+    for tile in range(k // 16):
+        for lane in range(32):
+            for column in range(n // 16):
+                mine = [codes[16 * column + lane // 4 + more, 16 * tile + 2 * (lane % 4) + r]
+                        for more in (0, 8) for r in (0, 1, 8, 9)]
+                at = 128 * (column // 4) + 4 * lane + column % 4
+                for nibble, which in enumerate((0, 2, 4, 6, 1, 3, 5, 7)):
+                    words[tile, at] |= np.uint32(int(mine[which]) << (4 * nibble))
+    if group > 0:
+        order = [i + 8 * j for i in range(8) for j in range(8)]
+    else:
+        order = [2 * i + j for i in range(4) for j in (0, 1, 8, 9, 16, 17, 24, 25)]
+    stored = scales.reshape(-1, len(order))[:, order].reshape(scales.shape)
+    tensors = raw({"a.B": words.view(np.int32), "a.s": stored,
+                   "a.workspace": np.zeros(12, np.int32)})
+    config = {"quant_method": "gptq", "checkpoint_format": "marlin", "bits": 4, "sym": True,
+              "group_size": group}
+    matrices, used = read_quantized(tensors, Settings(config, "config.json"))
+    found = matrices["a.weight"]
+    assert used == set(tensors) and found.shape == (n, k)
+    assert found.format.name == ("s4gchannel" if group < 0 else f"s4g{group}")
+    each = np.repeat(scales.T.astype(np.float32), k // len(scales), axis=1)
+    expected = (codes - 8).astype(np.float32) * each
+    assert np.array_equal(found.load(0, n).dequantize(), expected)
+    assert np.array_equal(found.load(19, 70).dequantize(), expected[19:70])
+    for change, kind, text in (
+        ({"bits": 8}, Unsupported, "not 8 bits"), ({"sym": False}, Unsupported, "with zeros"),
+        ({"group_size": 64}, BadInput, "a.s' has the shape"),
+    ):  # fmt: skip
+        with pytest.raises(kind, match=text):
+            read_quantized(tensors, Settings({**config, **change}, "config.json"))
+    with pytest.raises(BadInput, match=r"a\.B' has the shape \[24, 300\]"):
+        read_quantized({**tensors, **raw({"a.B": np.zeros((24, 300), np.int32)})},
+                       Settings(config, "config.json"))
+
+
 def test_every_reader_is_tested() -> None:
     tested = {family.config["quant_method"] for family, _ in FAMILIES.values()}
     assert tested == {reader.quant_method for reader in READERS}
@@ -324,7 +375,8 @@ BAD: dict[str, tuple[Family, Damage, type[QigenError], str]] = {
                                               put("qzeros", at(0, -1))), BadInput,
                  "k_proj.qzeros' stores 15 at [0, 0], which in version 1 means a zero of 16, more "
                  "than 4 bits hold: this looks like a file of checkpoint_format 'gptq_v2'"),
-    "marlin": (G4, setting(checkpoint_format="marlin"), Unsupported, "layout 'marlin'"),
+    "layout": (G4, setting(checkpoint_format="exl2"), Unsupported, "layout 'exl2'"),
+    "marlin as gptq": (G4_SYM, setting(checkpoint_format="marlin"), BadInput, "but no tensor is"),
     "dynamic": (G4, setting(dynamic={"x": {}}), Unsupported, "'dynamic'"),
     # act-order
     "no g_idx": (G4_ORDER, drop("g_idx"), BadInput, "k_proj.g_idx' is missing, though 'desc_act'"),

@@ -45,8 +45,9 @@ class Reader:
 READERS: tuple[Reader, ...] = (
     Reader(
         "gptq",
-        "2, 3, 4 and 8 bits, any group, zeros of version 1 and 2, act-order (`g_idx`)",
-        "AutoGPTQ `QuantLinear`, GPTQModel `checkpoint_format`",
+        "2, 3, 4 and 8 bits, any group, zeros of version 1 and 2, act-order (`g_idx`); "
+        "the layout of Marlin",
+        "AutoGPTQ `QuantLinear`, GPTQModel `checkpoint_format`; Marlin `Layer.pack`",
         gptq.read,
     ),
     Reader(

@@ -24,6 +24,7 @@ import numpy.typing as npt
 from qigen.errors import BadInput, Unsupported
 from qigen.formats.algebra import Array
 from qigen.formats.grouped import Grouped, unpack_bits
+from qigen.frontends.checkpoints import marlin
 from qigen.frontends.checkpoints.grouped import group_of, matrix, ordered
 from qigen.frontends.checkpoints.raw import Module, RawTensor, modules
 from qigen.frontends.model import SourceTensor
@@ -41,9 +42,12 @@ def read(
     if bits not in BITS:
         raise Unsupported(f"GPTQ with {bits} bits is not read; known are {BITS}", settings.where)
     stated = settings.text("checkpoint_format", "gptq")
+    if stated == "marlin":
+        return marlin.read(tensors, settings)
     if stated not in _FORMATS:
         raise Unsupported(
-            f"the GPTQ layout '{shown(stated)}' is not read; known are {', '.join(_FORMATS)}",
+            f"the GPTQ layout '{shown(stated)}' is not read; known are {', '.join(_FORMATS)} "
+            "and marlin",
             settings.where,
         )
     if settings.values.get("dynamic"):
