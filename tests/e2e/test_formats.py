@@ -137,6 +137,9 @@ TAILS = {"d_ff": 172, "vocab_size": 97, "n_layers": 2}
                 ("spqr3", "f32"),
                 ("nf4g64_2of4", "f32"),
                 ("s8g128_2of4", "int8"),
+                ("s4g128_16of32b", "int8"),
+                ("fp6_e2m3", "int8"),
+                ("nf3g64_t8", "int8"),
             )
         ),
         pytest.param("u8g128", "int8", marks=pytest.mark.slow),
