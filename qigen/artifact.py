@@ -50,6 +50,8 @@ def tensor_bytes(tensor: PackedTensor, constants: Mapping[str, Constant]) -> int
     if tensor.raw:
         return constant_bytes(constants[tensor.parts[0]])
     shapes = [constant_shape(constants[part]) for part in tensor.parts]
+    if tensor.form is not None:
+        return tensor.form.nbytes((shapes[0][0], shapes[0][1]))
     if tensor.spec is None:
         return 4 * align(shapes[0][0], 16)
     spec = tensor.spec
@@ -76,6 +78,10 @@ def pack_tensor(
         array = load_constant(constants[tensor.parts[0]])
         assert isinstance(array, np.ndarray), tensor.name
         return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    if tensor.form is not None:
+        matrix = load_constant(constants[tensor.parts[0]])
+        assert isinstance(matrix, QuantizedTensor), tensor.name
+        return tensor.form.pack(matrix)
     if tensor.spec is None:
         vector = np.asarray(load_constant(constants[tensor.parts[0]]), np.float32)
         out = np.zeros(align(len(vector), 16), np.float32)
@@ -144,7 +150,9 @@ def describe_tensors(
             "name": tensor.name,
             "parts": parts,
             "format": (
-                tensor.spec.format.name
+                tensor.form.name
+                if tensor.form
+                else tensor.spec.format.name
                 if tensor.spec
                 else constant_format(constants[tensor.parts[0]])
                 if tensor.raw

@@ -83,7 +83,7 @@ DEFAULT_MAX_SEQ = 4096
 
 DEFAULT_MAX_BATCH = 8
 
-ACTIVATIONS = ("f32", "bf16", "int8", "int8-token")
+ACTIVATIONS = ("f32", "bf16", "f16", "int8", "int8-token")
 TUNING = ("model", "measure", "off")
 KV_FORMATS = ("f16", "int8", "int4")
 
@@ -202,7 +202,7 @@ def compile(
     report("read", 1, 1)
     if gpus:
         options = GpuOptions(
-            gpus, kv, max_seq, max_batch, jobs or os.cpu_count() or 1,
+            gpus, kv, activations or "f32", max_seq, max_batch, jobs or os.cpu_count() or 1,
             Path(keep_sources) if keep_sources else None, emit,
         )  # fmt: skip
         compile_gpu(graph, source, tokenizer, out, options, report)
@@ -311,6 +311,8 @@ def _check_options(
 ) -> None:
     if activations is not None and activations not in ACTIVATIONS:
         raise UsageError(f"activations {activations}: choose one of {', '.join(ACTIVATIONS)}")
+    if activations == "f16" and not target.startswith("sm_"):
+        raise Unsupported("f16 activations have kernels for GPUs only; choose bf16 or f32")
     if kv not in KV_FORMATS:
         raise UsageError(f"KV cache {kv}: choose one of {', '.join(KV_FORMATS)}")
     if kv == "int4" and not target.startswith("sm_"):

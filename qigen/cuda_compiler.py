@@ -29,7 +29,8 @@ from qigen.artifact import (
 from qigen.backends.cuda import toolchain as cuda
 from qigen.build import Progress
 from qigen.codegen.launches import (
-    MAX_TOKENS,
+    BUCKETS,
+    MAX_SESSIONS,
     Argument,
     GpuLowering,
     GpuProgram,
@@ -58,6 +59,7 @@ class GpuOptions:
 
     archs: tuple[str, ...]
     kv: str
+    activations: str
     max_seq: int
     max_batch: int
     jobs: int
@@ -102,10 +104,12 @@ def gpu_rows() -> Mapping[str, str]:
 
 def check_options(activations: str | None, tune: str, isa: str | None, max_batch: int) -> None:
     """Refuse the options of processors."""
-    if max_batch > MAX_TOKENS:
-        raise Unsupported(f"GPU kernels take batches of at most {MAX_TOKENS} sessions so far")
-    if activations not in (None, "f32"):
-        raise Unsupported(f"activations {activations} have no GPU kernels yet; choose f32")
+    if max_batch > MAX_SESSIONS:
+        raise Unsupported(f"GPU kernels take batches of at most {MAX_SESSIONS} sessions so far")
+    if activations not in (None, *BUCKETS):
+        raise Unsupported(
+            f"activations {activations} have no GPU kernels yet; choose {' or '.join(BUCKETS)}"
+        )
     if tune == "measure":
         raise UsageError("only kernels for this machine can be measured; leave --tune out")
     if isa is not None:
@@ -129,7 +133,7 @@ def compile_gpu(
         raise Unsupported(f"artifacts for GPUs are made on and for Linux, not {machine.system}")
     compiler = build.find_compiler(machine, options.form)
     nvrtc = cuda.find_nvrtc()
-    memory = plan_memory(graph, MAX_TOKENS)
+    memory = plan_memory(graph, BUCKETS[options.activations][-1])
     program = _lower(graph, source, memory, options)
     with build.staging_folder(out) as staging, build.open_cache(
         options.form, compiler, options.jobs
@@ -201,7 +205,7 @@ def compile_gpu(
                 "plan": {
                     "target": program.isa,
                     "isa": program.isa,
-                    "activations": "f32",
+                    "activations": options.activations,
                     "kv": program.kv,
                     "max_tokens": program.max_tokens,
                     "kernels": _choices(program, graph),
@@ -244,7 +248,9 @@ def _lower(
         sizes.append(size)
         return offsets
 
-    lowering = GpuLowering(graph, memory, options.kv, options.max_seq, options.max_batch)
+    lowering = GpuLowering(
+        graph, memory, options.kv, options.activations, options.max_seq, options.max_batch
+    )
     program = lower_launches(
         lowering,
         offsets_of,
@@ -372,9 +378,9 @@ def _choices(program: GpuProgram, graph: Graph) -> list[dict[str, Any]]:
             "n": n,
             "k": k,
             "m_bucket": m,
-            "schedule": {"activations": "f32", "row_block": 16},
+            "schedule": {"activations": "f16" if kernel.startswith("gemm") else "f32"},
             "bytes": sizes[format, n, k],
-            "reason": "the only kernel for up to 8 tokens; not measured on hardware",
+            "reason": "the only kernel for so many tokens; not measured on hardware",
         }
         for (format, n, k, m), kernel in program.kernels.items()
     ]

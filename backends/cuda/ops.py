@@ -241,7 +241,8 @@ def render_elementwise(kind: str) -> str:
     """CUDA text of ``elementwise_KIND(y, y_stride, n, ...)`` for rows of n numbers.
 
     "silu", "gelu_tanh": (gate, gate_stride, up, up_stride); "softcap": (float cap), in place;
-    "rows": (x, x_stride, int* rows); "columns": (x, x_stride, int* columns).
+    "rows": (x, x_stride, int* rows); "columns": (x, x_stride, int* columns); "half": (x, x_stride,
+    k) for halves y; "sum": (x, x_stride, z, z_stride); "bias": (bias), in place.
     """
     return render(
         "cuda/elementwise.cu.j2", name=f"elementwise_{kind}", kind=kind, threads=ELEMENTWISE_THREADS

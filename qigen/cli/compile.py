@@ -47,9 +47,9 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--activations",
-    type=click.Choice(["f32", "bf16", "int8", "int8-token"]),
+    type=click.Choice(["f32", "bf16", "f16", "int8", "int8-token"]),
     help="Arithmetic of the quantized matmuls; int8 has a scale a group, int8-token one a token; "
-    "both round tables of floats (nf4) to bytes. [default: the planner's choice]",
+    "both round tables of floats (nf4) to bytes; f16 is for GPUs. [default: the planner's choice]",
 )
 @click.option(
     "--kv",

@@ -8,11 +8,14 @@ graph. Steps are padded to the bucket of a sequence: padding has position -1.
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass, field, replace
+from typing import Any
 
-from qigen.backends.cuda import gemv, ops
+from qigen.backends.cuda import gemm, gemv, ops
 from qigen.backends.cuda.gemv import LAYOUT, EmbeddingSpec, GemvSpec
 from qigen.backends.cuda.ops import AttentionSpec, KvSpec, NormSpec, RopeSpec
+from qigen.backends.cuda.prefill import GemmForm
 from qigen.codegen.lower import Buffer, PackedTensor, RopeTable, align, rope_table
 from qigen.errors import Unsupported
 from qigen.formats import catalog
@@ -23,11 +26,12 @@ from qigen.ir.graph import Graph, Node, constant_shape
 from qigen.ir.ops.fused import attention_parts, group_parts
 from qigen.passes.memory import MemoryPlan
 
-BUCKETS = (1, gemv.MAX_M)
-"""Tokens that sequences of launches are made for; a step takes the smallest that it fits into."""
+BUCKETS = {"f32": (1, gemv.MAX_M), "f16": (1, gemv.MAX_M, 64)}
+"""Tokens that sequences of launches are made for, by activations; a step takes the smallest that it
+fits into, and longer prompts are cut into several steps of the largest."""
 
-MAX_TOKENS = BUCKETS[-1]
-"""Tokens of a step; longer prompts are cut into several."""
+MAX_SESSIONS = gemv.MAX_M
+"""Sessions of a step."""
 
 GRID_LIMIT = 65535
 """Of the second and third dimension of a grid."""
@@ -132,8 +136,9 @@ class GpuLowering:
     """Lowers a fused graph for one KV format and bound of positions."""
 
     graph: Graph
-    memory: MemoryPlan  # of MAX_TOKENS tokens and rows
+    memory: MemoryPlan  # of as many tokens and rows as the largest bucket has
     kv: str
+    activations: str  # "f16": many tokens at once go through tensor cores
     max_seq: int
     max_batch: int
     tensors: dict[str, PackedTensor] = field(default_factory=dict)
@@ -142,7 +147,8 @@ class GpuLowering:
     products: dict[tuple[str, int, int, int], str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        graph, m = self.graph, MAX_TOKENS
+        self.buckets = BUCKETS[self.activations]
+        graph, m = self.graph, self.buckets[-1]
         self.chunk, self.chunks = ops.attention_chunk(self.max_seq)
         self.vocab = whole(graph.values[graph.outputs[0]].shape[1])
         # the head: tokens, positions, rows, caches
@@ -159,9 +165,16 @@ class GpuLowering:
                  if n.op == "MatMulGroup" and n.attrs["epilogue"] == "gated"]  # fmt: skip
         at += align(4 * m * max(gated, default=1))
         self.partial = at
-        partials = [self._attention_spec(n).partial_floats(m, self.chunks) for n in graph.nodes
-                    if n.op == "RopeAttention"]  # fmt: skip
+        partials = [self._attention_spec(n).partial_floats(MAX_SESSIONS, self.chunks)
+                    for n in graph.nodes if n.op == "RopeAttention"]  # fmt: skip
         at += align(4 * max(partials, default=1))
+        if self.activations == "f16":
+            self.halves = at
+            at += align(2 * m * align(max(widths, default=1), 8))
+            self.product = at
+            outputs = [whole(graph.values[n.output].shape[1]) for n in graph.nodes
+                       if n.op == "MatMulGroup" and n.attrs["epilogue"] == "add"]  # fmt: skip
+            at += align(4 * m * max(outputs, default=1))
         self.logits = at
         self.end = at + align(4 * m * self.vocab)
         offset, self.layer_offsets = 0, {}
@@ -190,6 +203,15 @@ class GpuLowering:
         self.tensors.setdefault(name, PackedTensor(name, (name,), GpuPacking(format, LAYOUT)))
         return format, _weight(name)
 
+    def form(self, name: str) -> GemmForm | None:
+        """How a matrix lies for tensor cores; None if its products do not go through them."""
+        format = catalog.by_name(self.graph.values[name].dtype)
+        # rows of y lie without gaps: those of the arena begin at multiples of 16 floats
+        n = constant_shape(self.graph.constants[name])[0]
+        if self.activations != "f16" or n % 16 or not gemm.supports(format):
+            return None
+        return GemmForm(format)
+
     def use(self, module: str, kernel: str, text: Callable[[], str]) -> str:
         """The kernel, whose module's text is made if it is new."""
         known = self.modules.get(module)
@@ -204,11 +226,11 @@ class GpuLowering:
     def sequences(self) -> list[Sequence]:
         """All sequences, those for smaller steps first."""
         found = []
-        for tokens in BUCKETS:
+        for tokens in self.buckets:
             for rows in dict.fromkeys((1, tokens)):
                 found.append(self._sequence(tokens, rows, False))
         if self.max_batch > 1:
-            found.append(self._sequence(MAX_TOKENS, MAX_TOKENS, True))
+            found.append(self._sequence(MAX_SESSIONS, MAX_SESSIONS, True))
         return found
 
     def _sequence(self, tokens: int, rows: int, sessions: bool) -> Sequence:
@@ -266,23 +288,32 @@ class _Step:
         grid: tuple[int, int, int],
         threads: int,
         *arguments: Argument,
+        shared: int = 0,
     ) -> None:
         if max(grid[1:]) > GRID_LIMIT:
             raise Unsupported(f"{comment}: too many blocks for a launch ({grid})", node.name)
         logits = self.model.graph.values[node.outputs[0]].shape[0] == "R"
-        self.launches.append(Launch(kernel, comment, grid, threads, arguments, logits))
+        self.launches.append(Launch(kernel, comment, grid, threads, arguments, logits, shared))
 
     def _place(self, name: str) -> tuple[Argument, Argument]:
         """A value as two arguments: its address and its stride."""
         buffer = self.model.buffer(name)
         return _arena(buffer.offset), _i32(buffer.stride)
 
-    def _elementwise(self, node: Node, kind: str, comment: str, n: int, *rest: Argument) -> None:
+    def _elementwise(
+        self,
+        node: Node,
+        kind: str,
+        comment: str,
+        n: int,
+        *rest: Argument,
+        y: tuple[Argument, Argument] | None = None,
+    ) -> None:
         kernel = self.model.use(
             f"elementwise_{kind}", f"elementwise_{kind}", lambda: ops.render_elementwise(kind)
         )
         grid = ops.elementwise_grid(self._count(node.outputs[0]), n)
-        place = self._place(node.outputs[0])
+        place = self._place(node.outputs[0]) if y is None else y
         self._add(node, kernel, comment, grid, ops.ELEMENTWISE_THREADS, *place, _i32(n), *rest)
 
     def _embedding(self, node: Node) -> None:
@@ -327,12 +358,20 @@ class _Step:
         if parts.norm is not None:
             self._norm(node, parts.norm, a["eps"], (_arena(model.normed), _i32(k)), x, k)
             x = _arena(model.normed), _i32(k)
+        if self._count(node.outputs[0]) > gemv.MAX_M and any(map(model.form, parts.weights)):
+            ldx = align(k, 8)
+            self._elementwise(node, "half", "activations as halves", ldx, *x, _i32(k),
+                              y=(_arena(model.halves), _i32(ldx)))  # fmt: skip
         for i, (weight, bias) in enumerate(zip(parts.weights, parts.biases, strict=True)):
             output = node.outputs[i if a["epilogue"] == "store" else 0]
             n = constant_shape(model.graph.constants[weight])[0]
             y = (_arena(model.up), _i32(n)) if gated and i == 1 else self._place(output)
             residual = self._place(parts.residual) if parts.residual is not None else ()
-            self._product(node, weight, x, y, bias, residual)
+            form = model.form(weight)
+            if form is not None and self._count(output) > gemv.MAX_M:
+                self._tensor_product(node, weight, form, y, bias, residual)
+            else:
+                self._product(node, weight, x, y, bias, residual)
             if gated and i == 1:
                 comment = f"{a['act']}(gate) * up"
                 self._elementwise(node, a["act"], comment, n, *self._place(output), *y)
@@ -351,7 +390,16 @@ class _Step:
     ) -> None:
         model = self.model
         format, packed = model.matrix(weight)
-        m = self._count(node.outputs[0])
+        total = self._count(node.outputs[0])
+        if total > gemv.MAX_M:  # some rows at a time
+            assert total % gemv.MAX_M == 0
+            for first in range(0, total, gemv.MAX_M):
+                part = _Step(model, gemv.MAX_M, gemv.MAX_M, self.sessions)
+                part._product(node, weight, _rows_from(x, first), _rows_from(y, first), bias,
+                              _rows_from(residual, first))  # fmt: skip
+                self.launches += part.launches
+            return
+        m = total
         n, k = constant_shape(model.graph.constants[weight])
         spec = GemvSpec(format, m, bias=bias is not None, residual=bool(residual),
                         tail=k % (format.block * LAYOUT.blocks) != 0)  # fmt: skip
@@ -373,6 +421,46 @@ class _Step:
             *([model.vector(bias)] if bias is not None else []),
             *residual,
         )
+
+    def _tensor_product(
+        self,
+        node: Node,
+        weight: str,
+        form: GemmForm,
+        y: tuple[Argument, Argument],
+        bias: str | None,
+        residual: tuple[Argument, ...],
+    ) -> None:
+        model, spec, m = self.model, form.spec, self._count(node.outputs[0])
+        n, k = constant_shape(model.graph.constants[weight])
+        name = f"{weight} for tensor cores"
+        model.tensors.setdefault(name, PackedTensor(name, (weight,), None, form=form))
+        kernel = model.use(spec.name, spec.name, lambda: gemm.render_gemm(spec))
+        model.products[form.format.name, n, k, m] = kernel
+        target = _arena(model.product) if residual else y[0]
+        unused = _arena(model.halves)  # no tile is shared by blocks
+        self._add(
+            node,
+            kernel,
+            f"{weight} [{n}, {k}] {form.format.name} on tensor cores",
+            spec.grid(m, n, k),
+            spec.block[0],
+            target,
+            _arena(model.halves),
+            _weight(name),
+            unused,
+            unused,
+            _i32(m),
+            _i32(n),
+            _i32(k),
+            _i32(align(k, 8)),
+            shared=spec.shared_bytes,
+        )
+        if residual:
+            self._elementwise(node, "sum", "added to the residual", n, target, _i32(n), *residual,
+                              y=y)  # fmt: skip
+        if bias is not None:
+            self._elementwise(node, "bias", f"bias {bias}", n, model.vector(bias), y=y)
 
     def _norm(
         self,
@@ -461,6 +549,15 @@ class _Step:
                   partial, _arena(model.positions), _i32(a["window"]), *chunks)  # fmt: skip
 
 
+def _rows_from(place: Sequence_[Argument], row: int) -> Any:
+    """A matrix, an address and a stride in floats (or nothing), from a later row on."""
+    if not place:
+        return ()
+    address, stride = place
+    assert isinstance(address.value, int) and isinstance(stride.value, int)
+    return Argument(address.kind, address.value + 4 * row * stride.value), stride
+
+
 def lower_launches(
     lowering: GpuLowering,
     offsets_of: Callable[[list[PackedTensor]], dict[str, int]],
@@ -491,7 +588,7 @@ def lower_launches(
         vocab=lowering.vocab,
         max_seq=lowering.max_seq,
         max_batch=lowering.max_batch,
-        max_tokens=MAX_TOKENS,
+        max_tokens=lowering.buckets[-1],
         arena_bytes=align(lowering.end, 256),
         kv_bytes=lowering.kv_bytes,
         logits=lowering.logits,

@@ -11,9 +11,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
+
 from qigen.backends.cpu.matmul import ActivationRecord, MatmulSpec, activation_needs
 from qigen.errors import Unsupported
-from qigen.formats.algebra import Format
+from qigen.formats.algebra import Format, QuantizedTensor
 from qigen.formats.layout import Layout, packed_shape, row_block_bytes
 from qigen.ir.dims import whole
 from qigen.ir.graph import Graph, Node, constant_shape
@@ -50,6 +53,17 @@ class Packing(Protocol):
     def layout(self) -> Layout: ...
 
 
+class PackedForm(Protocol):
+    """A form of a matrix that a backend packs by itself."""
+
+    @property
+    def name(self) -> str: ...
+
+    def nbytes(self, shape: tuple[int, int]) -> int: ...
+
+    def pack(self, weight: QuantizedTensor) -> npt.NDArray[np.uint8]: ...
+
+
 @dataclass(frozen=True)
 class PackedTensor:
     """A constant of weights.bin: ``parts`` are interleaved by row-block (gate, up)."""
@@ -58,6 +72,7 @@ class PackedTensor:
     parts: tuple[str, ...]
     spec: Packing | None  # None: an f32 vector, padded to whole vectors of 16
     raw: bool = False  # the array as it is
+    form: PackedForm | None = None  # how a second form of a matrix lies; spec is then None
 
 
 @dataclass(frozen=True)

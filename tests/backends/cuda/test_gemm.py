@@ -11,6 +11,7 @@ import pytest
 from qigen.backends.cuda.emulator import EmulatedDevice, Kernel
 from qigen.backends.cuda.emulator import Schedule as Turns
 from qigen.backends.cuda.gemm import GemmSpec, Schedule, pack_gemm, render_gemm, supports
+from qigen.backends.cuda.prefill import GemmForm
 from qigen.costmodel import gpu
 from qigen.errors import BadInput, Unsupported
 from qigen.formats import CATALOG, by_name
@@ -125,6 +126,16 @@ def test_shared_tiles_are_added_in_the_order_of_k(name: str) -> None:
             launch.check(got, tolerance(spec))
             results.append(got.view(np.uint32))
         assert all((r == results[0]).all() for r in results)
+
+
+def test_size_of_the_form_for_prompts() -> None:
+    """What is laid out in weights.bin before it is packed."""
+    rows = [row for row in CATALOG.values() if supports(row)]
+    assert len(rows) > 20
+    for row in rows:
+        weight = random_tensor(row, 80, 2 * row.block)
+        form = GemmForm(row)
+        assert form.pack(weight).nbytes == form.nbytes((80, 2 * row.block))
 
 
 @pytest.mark.parametrize("activations", ["f16", "s8"])

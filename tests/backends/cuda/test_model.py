@@ -58,8 +58,10 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Compiled]:
         if key not in made:
             folder = tmp_path_factory.mktemp(wanted.family)
             path = write_source(folder, wanted)
-            artifact = compile(path, folder / "gpu.qgn", target="sm_80", kv=wanted.kv,
-                               max_seq=wanted.max_seq, jobs=2)  # fmt: skip
+            artifact = compile(
+                path, folder / "gpu.qgn", target="sm_80", kv=wanted.kv,
+                activations=wanted.activations, max_seq=wanted.max_seq, jobs=2,
+            )  # fmt: skip
             made[key] = Compiled(wanted, path, load_model(path), artifact)
         return made[key]
 
@@ -94,6 +96,29 @@ def test_format(build: Callable[..., Compiled], quant: str) -> None:
     wide = {"d_model": 256, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "head_dim": 64,
             "d_ff": 256}  # fmt: skip
     check(build(quant=quant, overrides=tuple(wide.items())))
+
+
+F16 = {"d_model": 256, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "head_dim": 64, "d_ff": 256}
+
+
+@pytest.mark.parametrize(
+    ("family", "quant"),
+    [("llama", "q4_1"), pytest.param("qwen2", "q8_0", marks=pytest.mark.slow)],
+)
+def test_prompts_on_tensor_cores(build: Callable[..., Compiled], family: str, quant: str) -> None:
+    """With f16 activations: halves of 11 bits are all that differs."""
+    model = build(family=family, quant=quant, activations="f16", overrides=tuple(F16.items()))
+    names = [kernel["name"] for kernel in model.artifact.explain()]
+    assert any(name.startswith("gemm_") for name in names)
+    assert any("tensor cores" in t["format"] for t in model.artifact.tensors.values())
+    tokens = [*TOKENS, *TOKENS[:7]]
+    reference = Interpreter(model.graph, kv="f16")
+    rows = np.arange(len(tokens), dtype=np.int32)
+    expected = reference.step({"input_ids": tokens, "rows": rows})["logits"]
+    assert relative_error(prefill(model, tokens), expected) < 2e-2
+    session = model.session()
+    session.eval(tokens[:-2])
+    assert relative_error(session.eval(tokens[-2:], all=True), expected[-2:]) < 2e-2
 
 
 @pytest.mark.slow
