@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from qigen import targets, toolchain
 from qigen.artifact import (
@@ -46,6 +47,7 @@ from qigen.build import (
     write_interface,
     write_sources,
 )
+from qigen.calibration import Rounding, quantize_language_model
 from qigen.codegen.lower import Lowering, PackedTensor, Program, lower_program
 from qigen.codegen.render import render
 from qigen.cuda_compiler import GpuOptions, compile_gpu, gpu_targets
@@ -75,7 +77,8 @@ from qigen.planner import (
     shared_layouts,
     spec_for,
 )
-from qigen.quantize.weights import requantized, with_byte_tables
+from qigen.quantize.model import MEMORY, SAMPLES
+from qigen.quantize.weights import with_byte_tables
 from qigen.tune import tune_model, tune_products
 
 DEFAULT_MAX_SEQ = 4096
@@ -105,6 +108,10 @@ def compile(
     threads: int | None = None,
     shape: Mapping[str, Sequence[int | str]] | None = None,
     calibration: str | os.PathLike[str] | None = None,
+    method: str | None = None,
+    keep: Sequence[str] = (),
+    samples: int = SAMPLES,
+    memory: int = MEMORY,
     emit: str = "library",
     backend: str = "cpu",
     progress: Progress | None = None,
@@ -121,8 +128,17 @@ def compile(
     choose. ``kv`` is "f16" or "int8". ``max_seq`` bounds the positions of a session (default: the
     model's own, up to 4096), ``max_batch`` the sessions of one batched step. ``shape`` fixes
     dimensions of an ONNX model's inputs by name: numbers, "?" for one that stays open, "..64" for
-    one that stays open up to 64. ``calibration`` names a file with inputs of an ONNX model that are
-    typical of what it will get. ``tune`` is "model" or "off" (the cost model chooses) or "measure":
+    one that stays open up to 64.
+
+    ``method`` is how weights come to a format: a name of :data:`qigen.quantize.METHODS`, with
+    options as in "gptq:order=act" (default: gptq with ``calibration``, rtn without). ``keep`` are
+    patterns of the names of matrices that stay as they are. ``calibration`` names a file with
+    inputs that are typical of what the model will get: of a language model a text, of which
+    ``samples`` sequences are looked at; of an ONNX model an .npz with an array by input, or a
+    folder of such. ``memory`` bounds the bytes that calibration takes. Layers that a run before has
+    finished (it may have been killed) are not quantized again.
+
+    ``tune`` is "model" or "off" (the cost model chooses) or "measure":
     candidates are measured on this machine first, and threads and prefill block of the model after.
     ``emit`` says what the artifact's code is: a shared "library", a "static" one to link into a
     program, or "source": C++ with a CMakeLists.txt that builds it. ``backend``: "cpu" compiles C++
@@ -181,6 +197,10 @@ def compile(
                 activations,
                 parse_shapes(shape or {}),
                 Path(calibration) if calibration is not None else None,
+                method,
+                tuple(keep),
+                samples,
+                memory,
             ),
             jobs=jobs or os.cpu_count() or 1,
             keep_sources=Path(keep_sources) if keep_sources else None,
@@ -189,17 +209,27 @@ def compile(
         )
     if shape:
         raise UsageError("--shape is for ONNX models; language models take any number of tokens")
-    if calibration is not None:
-        raise Unsupported("--calibration is for ONNX models; language models have no use for it")
+    if weights == "keep" and (calibration is not None or method is not None or keep):
+        raise UsageError(
+            "--calibration, --method and --keep are for weights that are quantized; also give "
+            "--weights FORMAT"
+        )
     report("read", 0, 1)
     source = load_model(Path(model))
     limit = source.config.max_position
     max_seq = min(limit, DEFAULT_MAX_SEQ) if max_seq is None else max_seq
-    graph = optimize(build_graph(source, max_seq))
-    if weights != "keep":
-        graph = requantized(graph, catalog.by_name(SHORT_FORMATS.get(weights, weights)))
     tokenizer = _tokenizer(source)
+    graph = build_graph(source, max_seq)
     report("read", 1, 1)
+    outcomes: list[dict[str, Any]] = []
+    if weights != "keep":
+        rounding = Rounding(
+            SHORT_FORMATS.get(weights, weights), method, tuple(keep),
+            Path(calibration) if calibration is not None else None, samples, memory=memory,
+        )
+        graph, outcomes = quantize_language_model(source, graph, tokenizer, rounding, report)
+    graph = optimize(graph)
+    graph.meta["quantization"] = outcomes
     if gpus:
         options = GpuOptions(
             gpus, kv, activations or "f32", max_seq, max_batch, jobs or os.cpu_count() or 1,
@@ -539,6 +569,7 @@ def _build(
             "max_batch": program.max_batch,
             "max_tokens": program.max_tokens,
         },
+        "quantization": graph.meta.get("quantization", []),
         "compiler": {
             "backend": backend,
             "version": compiler.version,

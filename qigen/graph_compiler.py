@@ -7,12 +7,11 @@ import functools
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 
 from qigen import _runtime, build, targets, toolchain
@@ -28,14 +27,13 @@ from qigen.artifact import (
 from qigen.backends.base import Isa
 from qigen.backends.cpu.matmul import MatmulSpec
 from qigen.build import Progress, check_output, staging_folder
-from qigen.calibration import read_samples, with_static_codes
+from qigen.calibration import GraphRounder, Rounding, read_samples, with_static_codes
 from qigen.codegen.graph import GraphProgram, lower_graph
 from qigen.codegen.graph_kernels import GraphKernels, packed_formats, with_rows
 from qigen.codegen.lower import PackedTensor
 from qigen.codegen.render import render
-from qigen.errors import BadInput, UsageError
+from qigen.errors import UsageError
 from qigen.formats import catalog
-from qigen.formats.algebra import QuantizedTensor
 from qigen.frontends.onnx import import_model, read_model
 from qigen.frontends.onnx.importer import Size
 from qigen.frontends.onnx.reader import checksum, opsets
@@ -45,7 +43,7 @@ from qigen.ir.verify import verify
 from qigen.passes.tensor import optimize_graph
 from qigen.paths import resource_folder
 from qigen.planner import Product, plan_products
-from qigen.quantize.rtn import quantize_rtn
+from qigen.quantize.model import MEMORY, SAMPLES
 
 SHORT_FORMATS = {"int8": "s8g32", "int4": "u4g32"}
 """Short names of formats."""
@@ -59,6 +57,16 @@ class GraphOptions:
     activations: str | None = None
     shapes: Mapping[str, tuple[Size, ...]] = field(default_factory=dict)
     calibration: Path | None = None
+    method: str | None = None
+    keep: tuple[str, ...] = ()
+    samples: int = SAMPLES
+    memory: int = MEMORY
+
+    @property
+    def static(self) -> bool:
+        """Whether the calibration is for activations, which are then int8 by scales of the model;
+        else it is for weights."""
+        return self.calibration is not None and self.activations == "int8"
 
 
 def is_onnx(path: Path) -> bool:
@@ -117,13 +125,23 @@ def compile_graph(
         "licence": None,
         "sha256": checksum(source),
     }
-    if options.calibration is not None:
-        if options.activations != "int8":
-            raise UsageError("--calibration is for --activations int8")
+    if options.weights == "keep" and not options.static and (
+        options.calibration is not None or options.method is not None or options.keep
+    ):
+        raise UsageError(
+            "--calibration is for --activations int8 or --weights FORMAT, --method and --keep are "
+            "for --weights FORMAT; give one of these"
+        )
+    if options.static:
+        if options.method is not None or options.keep:
+            raise UsageError("--method and --keep are not for --activations int8 with a "
+                             "--calibration; leave them out")
+        assert options.calibration is not None
         observed = functools.partial(_observed, isa=isa, machine=machine, jobs=jobs)
         samples = read_samples(options.calibration, graph)
         graph = with_static_codes(graph, samples, observed, report)
-        options = dataclasses.replace(options, activations=None)  # what is left stays float
+        # what is left stays float
+        options = dataclasses.replace(options, activations=None, calibration=None)
     build_artifact(graph, about, out, isa, machine, options, jobs, keep_sources, report, form)
     return Artifact(out)
 
@@ -159,7 +177,10 @@ def build_artifact(
 ) -> None:
     """Optimize, lower and compile an imported graph; ``about`` is its source for the manifest."""
     compiler = build.find_compiler(machine, form)
-    graph = optimize_graph(graph, options.activations, _rounding(options))
+    rounder = _rounder(graph, about, options, report)
+    graph = optimize_graph(graph, options.activations, rounder)
+    if rounder is not None:
+        graph.meta["quantization"] = [*graph.meta.get("quantization", []), *rounder.outcomes]
     formats, choices = _plan_formats(graph, isa, machine, options.activations)
     graph = with_rows(graph, formats)
     verify(graph)
@@ -256,7 +277,9 @@ def build_artifact(
         report("link", 1, 1)
 
 
-def _rounding(options: GraphOptions) -> Callable[[Array, str], QuantizedTensor] | None:
+def _rounder(
+    graph: Graph, about: Mapping[str, Any], options: GraphOptions, report: Progress
+) -> GraphRounder | None:
     """What brings the float weights of a matrix to the format that was asked for.
 
     int8 weights and activations need no format: they have integer products of their own.
@@ -264,15 +287,11 @@ def _rounding(options: GraphOptions) -> Callable[[Array, str], QuantizedTensor] 
     weights = options.weights
     if weights == "keep" or (weights == "int8" and options.activations == "int8"):
         return None
-    row = catalog.by_name(SHORT_FORMATS.get(weights, weights))
-
-    def rounded(w: Array, name: str) -> QuantizedTensor:
-        try:
-            return quantize_rtn(np.ascontiguousarray(w, np.float32), row)
-        except BadInput as error:
-            raise BadInput(f"{row.name}: {error.message}", name) from None
-
-    return rounded
+    rounding = Rounding(
+        SHORT_FORMATS.get(weights, weights), options.method, options.keep, options.calibration,
+        options.samples, memory=options.memory,
+    )
+    return GraphRounder(graph, rounding, str(about.get("sha256", "")), report)
 
 
 def _plan_formats(

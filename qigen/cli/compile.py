@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qigen.cli.options import (
+    Bytes,
     Count,
     command,
 )
@@ -83,7 +84,33 @@ if TYPE_CHECKING:
 @click.option(
     "--calibration",
     type=click.Path(path_type=Path),
-    help="Typical inputs of an ONNX model, for what is quantized.",
+    help="Inputs that are typical of what the model will get: a text, or .npz of an ONNX model.",
+)
+@click.option(
+    "--method",
+    help="How weights come to a format, with options: gptq:order=act. [default: gptq with "
+    "--calibration, else rtn]",
+)
+@click.option(
+    "--keep",
+    multiple=True,
+    metavar="PATTERN",
+    help="Matrices that stay as they are, by name: 'token_embd.*'.",
+)
+@click.option(
+    "--samples",
+    type=Count,
+    default=128,
+    show_default=True,
+    help="Sequences of 512 tokens of the calibration text that are looked at.",
+)
+@click.option(
+    "--calibration-memory",
+    "memory",
+    type=Bytes(),
+    default="2GiB",
+    show_default=True,
+    help="What calibration may take.",
 )
 @click.option(
     "--emit",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -18,6 +19,27 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 Count = click.IntRange(min=1)
 Threads = click.IntRange(min=0)
+
+
+class Bytes(click.ParamType[int]):
+    """A number of bytes: 2GiB, 512MiB, 3e9."""
+
+    name = "size"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, context: click.Context | None
+    ) -> int:
+        """The bytes; click's error for what is no size."""
+        found = re.fullmatch(r"([\d.e+]+)\s*(?:([kmgt])(i)?)?b?", str(value).strip().lower())
+        try:
+            assert found is not None
+            power = " kmgt".index(found[2] or " ")
+            size = float(found[1]) * (1024 if found[3] else 1000) ** power
+            if not 1 <= size < 2**63:
+                raise ValueError
+        except (AssertionError, ValueError):
+            self.fail(f"{value} is no size; give one such as 2GiB", param, context)
+        return int(size)
 
 
 @click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})

@@ -54,6 +54,13 @@ class Statistics:
         self.total += magnitude.sum(axis=0, dtype=np.float64)
         self.tokens += len(rows)
 
+    def merge(self, other: Statistics) -> None:
+        """Count what another has counted, too."""
+        self.products += other.products
+        np.maximum(self.largest, other.largest, out=self.largest)
+        self.total += other.total
+        self.tokens += other.tokens
+
     @property
     def hessian(self) -> Float32Array:
         """float32 [K, K]: the mean of x x^T."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,10 @@ class Report:
     damping: float | None = None
     dead: int = 0
     notes: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return {**asdict(self), "notes": list(self.notes)}
 
 
 @dataclass(frozen=True)
@@ -127,6 +131,26 @@ def by_name(name: str) -> Method:
         raise Unsupported(f"quantization method '{name}' is not known; {about}there is "
                           f"{', '.join(METHODS)}")
     return METHODS[name]
+
+
+def parse(text: str) -> tuple[str, dict[str, Any]]:
+    """(method, options) of ``gptq`` or ``gptq:order=act,damping=0.05``; UsageError for what makes
+    no sense."""
+    name, _, rest = text.partition(":")
+    known = by_name(name).options
+    options: dict[str, Any] = {}
+    for part in filter(None, rest.split(",")):
+        key, equals, value = part.partition("=")
+        check_options(by_name(name), {key: value})
+        kind = type(known[key].default)
+        try:
+            if not equals:
+                raise ValueError
+            options[key] = {"true": True, "false": False}[value] if kind is bool else kind(value)
+        except (KeyError, ValueError):
+            raise UsageError(f"{part}: option {key} of method {name} is a {kind.__name__}; give, "
+                             f"for example, {key}={known[key].default}") from None
+    return name, options
 
 
 def check_options(method: Method, options: dict[str, Any]) -> None:

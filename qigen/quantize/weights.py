@@ -3,11 +3,13 @@ tables to bytes (``--activations int8``)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 
 import numpy as np
 
-from qigen.errors import BadInput, QigenError, Unsupported
+from qigen.errors import BadInput, QigenError, Unsupported, UsageError
 from qigen.formats.algebra import Format, QuantizedTensor
 from qigen.formats.catalog import by_name, with_byte_table
 from qigen.ir.graph import Constant, Graph, constant_shape, load_constant
@@ -90,12 +92,12 @@ def requantized(graph: Graph, fmt: Format) -> Graph:
     Raises Unsupported, naming the first matrix, if it cannot be brought to the format.
     """
     result = graph.copy()
-    for name, data in graph.constants.items():
-        if len(constant_shape(data)) == 2 and graph.values[name].dtype != fmt.name:
-            try:
-                check_rounding(fmt, constant_shape(data)[1])
-            except QigenError as error:
-                raise Unsupported(f"{fmt.name}: {error.message}", name) from None
-            result.constants[name] = Rounded(name, data, fmt)
-            result.values[name] = replace(graph.values[name], dtype=fmt.name)
+    for name in chosen(graph, fmt, keep):
+        data = graph.constants[name]
+        try:
+            check_rounding(fmt, constant_shape(data)[1])
+        except QigenError as error:
+            raise Unsupported(f"{fmt.name}: {error.message}", name) from None
+        result.constants[name] = Rounded(name, data, fmt)
+        result.values[name] = replace(graph.values[name], dtype=fmt.name)
     return result

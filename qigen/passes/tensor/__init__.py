@@ -18,14 +18,14 @@ from qigen.passes.tensor.simplify import simplify
 def optimize_graph(
     graph: Graph,
     activations: str | None = None,
-    rounded: Callable[[Array, str], QuantizedTensor] | None = None,
+    rounded: Callable[[Array, str], QuantizedTensor | None] | None = None,
 ) -> Graph:
     """The graph that is lowered.
 
     ``activations`` is the arithmetic of products whose weights are floats: f32 (default), bf16, or
     int8 (weights by channel, activations quantized at run time). ``rounded`` brings the weights of
-    matrix products to a format of the catalog; those of convolutions become int8 by channel then,
-    but for depthwise and grouped ones, which have few.
+    matrix products to a format of the catalog (None keeps them); those of convolutions become int8
+    by channel then, but for depthwise and grouped ones, which have few.
     """
     arithmetic = {None: "f32", "f32": "f32", "bf16": "bf16", "int8": "u8s8"}[activations]
 

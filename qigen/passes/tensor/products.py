@@ -80,14 +80,14 @@ class Products:
     """The pass; ``arithmetic_of(node)`` says how a node's product is computed.
 
     ``rounded`` brings the weights [N, K] of matrix products to a format of the catalog; they are
-    then read by the kernels of that format.
+    then read by the kernels of that format. None keeps a matrix as it is.
     """
 
     def __init__(
         self,
         graph: Graph,
         arithmetic_of: Callable[[Node], str],
-        rounded: Callable[[Array, str], QuantizedTensor] | None = None,
+        rounded: Callable[[Array, str], QuantizedTensor | None] | None = None,
     ) -> None:
         self.r = Rewriter(graph)
         self.arithmetic_of = arithmetic_of
@@ -139,8 +139,9 @@ class Products:
 
     def _product(self, node: Node, x: str, w: Array, bias: Array | None, name: str) -> None:
         """Replace a node by x times w[N, K] transposed."""
-        if self.rounded is not None:
-            emit_format_product(self.r, node, x, self.rounded(w, name), bias, name)
+        found = self.rounded(w, name) if self.rounded is not None else None
+        if found is not None:
+            emit_format_product(self.r, node, x, found, bias, name)
             return
         weights = prepare(w[:, None, :], self.arithmetic_of(node))
         emit_product(self.r, node, x, weights, bias, name)
