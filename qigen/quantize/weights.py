@@ -86,8 +86,21 @@ def with_byte_tables(graph: Graph, activations: str | None) -> tuple[Graph, tupl
     return result, tuple(notes)
 
 
-def requantized(graph: Graph, fmt: Format) -> Graph:
-    """The graph with every matrix rounded to nearest in ``fmt``; vectors stay as they are.
+def chosen(graph: Graph, fmt: Format, keep: Sequence[str] = ()) -> list[str]:
+    """The matrices of a graph that come to ``fmt``: all that are not in it and whose names none of
+    the patterns ``keep`` (as of shells) fits. UsageError for a pattern that fits no matrix."""
+    names = [name for name, data in graph.constants.items() if len(constant_shape(data)) == 2]
+    for pattern in keep:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            shown = ", ".join(names[:3])
+            raise UsageError(f"no matrix is called {pattern}; there are {shown} ...")
+    return [name for name in names if graph.values[name].dtype != fmt.name
+            and not any(fnmatchcase(name, pattern) for pattern in keep)]
+
+
+def requantized(graph: Graph, fmt: Format, keep: Sequence[str] = ()) -> Graph:
+    """The graph with every matrix rounded to nearest in ``fmt``; vectors stay as they are, and
+    matrices with a name that a pattern of ``keep`` fits.
 
     Raises Unsupported, naming the first matrix, if it cannot be brought to the format.
     """
