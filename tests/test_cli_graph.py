@@ -248,7 +248,7 @@ def test_run_writes_into_a_folder(run: Any, artifact: Path, tmp_path: Path) -> N
         (["compile", "TINY", "-o", "OUT", "--max-seq", "5"], 2, "--max-seq"),
         (["compile", "TINY", "-o", "OUT", "--kv", "int8"], 2, "--kv"),
         (["compile", "STORIES", "-o", "OUT", "--shape", "x=1"], 2, "--shape"),
-        (["compile", "STORIES", "-o", "OUT", "--calibration", "x"], 4, "--calibration"),
+        (["compile", "STORIES", "-o", "OUT", "--calibration", "x"], 2, "--calibration"),
         (["compile", "none.onnx", "-o", "OUT"], 3, "none.onnx"),
         (["inspect", "none.onnx"], 3, "none.onnx"),
         (["generate", "ARTIFACT", "-p", "a"], 4, "no language model"),
