@@ -13,6 +13,7 @@ import importlib.util
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -248,7 +249,10 @@ class _Run:
 
 
 class Worker:
-    """A side in its own process. Use as a context manager."""
+    """A side in its own process. Use as a context manager.
+
+    It stands still between requests: threads that wait in a loop would take the others' time.
+    """
 
     module = "qigen.bench_worker"
 
@@ -278,9 +282,11 @@ class Worker:
         process = self._process
         assert process.stdin is not None and process.stdout is not None
         try:
+            process.send_signal(signal.SIGCONT)
             process.stdin.write(json.dumps(request) + "\n")
             process.stdin.flush()
             line = process.stdout.readline()
+            process.send_signal(signal.SIGSTOP)
         except BrokenPipeError:
             line = ""
         if not line:

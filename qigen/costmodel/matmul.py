@@ -56,6 +56,10 @@ BLOCKS = (1, 2)
 _UNROLLED = 128
 """Weights of a K-block of several source blocks at most: longer loops gain nothing."""
 
+_SIDE_BY_SIDE = 64
+"""Weights of a K-block at most for a tile of one token to read row-blocks side by side: longer
+loops lost up to 20 % by it where other work ran on the cores."""
+
 _OVERLAP = 5.0
 _FORWARD = 5  # cycles from a store to the load of the same bytes
 _EXPOSED = 0.5  # of the shorter of computing and reading adds to the longer without prefetches
@@ -416,9 +420,17 @@ def schedules(
     those with a given list of tiles; Unsupported if the codes overflow the ISA's accumulators."""
     lists = tile_lists(token_tiles(format, isa, activations)) if tiles is None else [tiles]
     prefetch = prefetch_distance(machine)
-    streams = min(isa.row_tile, machine.streams) if activations.startswith("int8") else 1
+    most = min(isa.row_tile, machine.streams) if activations.startswith("int8") else 1
     return [
-        MatmulSpec(format, layout, isa, activations, chosen, prefetch, streams)
+        MatmulSpec(
+            format,
+            layout,
+            isa,
+            activations,
+            chosen,
+            prefetch,
+            most if layout.blocks * format.block <= _SIDE_BY_SIDE else 1,
+        )
         for layout in layouts(format, k)
         for chosen in lists
     ]
@@ -435,12 +447,11 @@ def space(
     """
     if not activations.startswith("int8"):  # panels have a prefetch distance of their own
         return schedules(format, k, isa, activations, machine)
-    best, most = prefetch_distance(machine), min(isa.row_tile, machine.streams)
-    numbers = (most, *(n for n in range(1, isa.row_tile + 1) if n != most))
+    best = prefetch_distance(machine)
     distances = (best, *(d for d in (0, *PREFETCH) if d != best))
     return [
-        replace(spec, prefetch=distance, streams=streams)
-        for streams in numbers
+        replace(spec, prefetch=distance, streams=(spec.streams - 1 + other) % isa.row_tile + 1)
+        for other in range(isa.row_tile)
         for distance in distances
         for spec in schedules(format, k, isa, activations, machine)
     ]
