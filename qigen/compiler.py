@@ -54,6 +54,7 @@ from qigen.cuda_compiler import GpuOptions, compile_gpu, gpu_targets
 from qigen.cuda_compiler import check_options as check_gpu_options
 from qigen.errors import QigenError, Unsupported, UsageError
 from qigen.formats import catalog
+from qigen.formats.kv import kv_format
 from qigen.frontends import build_graph, load_model
 from qigen.frontends.model import LanguageModel
 from qigen.frontends.tokenizer import Tokenizer
@@ -88,7 +89,6 @@ DEFAULT_MAX_BATCH = 8
 
 ACTIVATIONS = ("f32", "bf16", "f16", "int8", "int8-token")
 TUNING = ("model", "measure", "off")
-KV_FORMATS = ("f16", "int8", "int4")
 
 
 def compile(
@@ -125,10 +125,10 @@ def compile(
     make an artifact that opens the CUDA driver at load. ``isa`` forces an ISA row.
     ``weights`` is "keep" (the file's own codes) or a format name that every matrix is rounded to.
     ``activations``: "f32", "int8" (a scale for 32 values), "int8-token"; None lets the planner
-    choose. ``kv`` is "f16" or "int8". ``max_seq`` bounds the positions of a session (default: the
-    model's own, up to 4096), ``max_batch`` the sessions of one batched step. ``shape`` fixes
-    dimensions of an ONNX model's inputs by name: numbers, "?" for one that stays open, "..64" for
-    one that stays open up to 64.
+    choose. ``kv`` is a row of :mod:`qigen.formats.kv`. ``max_seq`` bounds the positions of a
+    session (default: the model's own, up to 4096), ``max_batch`` the sessions of one batched step.
+    ``shape`` fixes dimensions of an ONNX model's inputs by name: numbers, "?" for one that stays
+    open, "..64" for one that stays open up to 64.
 
     ``method`` is how weights come to a format: a name of :data:`qigen.quantize.METHODS`, with
     options as in "gptq:order=act" (default: gptq with ``calibration``, rtn without). ``keep`` are
@@ -343,10 +343,9 @@ def _check_options(
         raise UsageError(f"activations {activations}: choose one of {', '.join(ACTIVATIONS)}")
     if activations == "f16" and not target.startswith("sm_"):
         raise Unsupported("f16 activations have kernels for GPUs only; choose bf16 or f32")
-    if kv not in KV_FORMATS:
-        raise UsageError(f"KV cache {kv}: choose one of {', '.join(KV_FORMATS)}")
-    if kv == "int4" and not target.startswith("sm_"):
-        raise Unsupported("an int4 KV cache has no kernels yet; choose f16 or int8")
+    kv_format(kv)
+    if kv == "int2" and target.startswith("sm_"):
+        raise Unsupported("an int2 KV cache has no GPU kernels yet; choose f16, int8 or int4")
     if max_batch < 1:
         raise UsageError("max_batch must be at least 1")
     if tune not in TUNING:
@@ -445,7 +444,7 @@ def _variant_units(
         isa.header: render(isa.template),
         "kernels.h": render("cpu/kernels.h.j2"),
         "epilogue.h": render("cpu/epilogue.h.j2"),
-        "ops.h": render("cpu/ops.h.j2", head_dims=program.head_dims),
+        "ops.h": render("cpu/ops.h.j2", head_dims=program.head_dims, kv=kv_format(program.kv)),
     }
     include = (resource_folder("runtime") / "include",)
     flags = (*toolchain.KERNEL_FLAGS, *isa.flags, *(() if alone else (f"-Dqg=qg_{isa.name}",)))
@@ -453,7 +452,9 @@ def _variant_units(
         toolchain.Unit(k.name, k.text, flags, included(k.text, headers))
         for k in _kernels(program, variant.plan)
     ]
-    ops = render_ops(isa, program.head_dims, program.kv, program.token_tiles)
+    ops = render_ops(
+        isa, program.head_dims, kv_format(program.kv), program.token_tiles, program.head_groups
+    )
     units.append(toolchain.Unit(ops.name, ops.text, flags, headers, include))
     return headers, units, flags
 
@@ -561,6 +562,7 @@ def _build(
             "arena_bytes": program.arena_bytes,
             "arena_bytes_per_thread": program.thread_bytes,
             "kv_bytes_per_position": program.kv_bytes,
+            "kv_bytes_per_session": program.kv_session_bytes,
         },
         "weights_read_per_token": weights_read_per_token(graph, program),
         "barriers_per_step": program.barriers,

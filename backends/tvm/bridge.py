@@ -33,6 +33,7 @@ from qigen.codegen.render import render
 from qigen.errors import BadInput, ToolchainError, Unsupported, UsageError
 from qigen.formats import catalog
 from qigen.formats.algebra import Format, QuantizedTensor
+from qigen.formats.kv import kv_format
 from qigen.formats.layout import pack, packed_shape, row_block_bytes
 from qigen.paths import resource_folder
 from qigen.planner import Product, isa_candidates, plan_products
@@ -205,12 +206,14 @@ def _units(
         [product], options.isa, options.machine, options.activations, options.machine.cores
     )
     spec = specs[product.key]
-    ops = render_ops(options.isa, (), "f16", spec.tiles if spec.integer else (1,))
+    ops = render_ops(
+        options.isa, (), kv_format("f16"), spec.tiles if spec.integer else (1,), ()
+    )
     headers = {
         options.isa.header: render(options.isa.template),
         "kernels.h": render("cpu/kernels.h.j2"),
         "epilogue.h": render("cpu/epilogue.h.j2"),
-        "ops.h": render("cpu/ops.h.j2", head_dims=()),
+        "ops.h": render("cpu/ops.h.j2", head_dims=(), kv=kv_format("f16")),
     }
     shared = (n, k) not in spaces
     space = spaces.setdefault((n, k), f"qg_{n}x{k}")

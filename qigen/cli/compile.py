@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--kv",
-    type=click.Choice(["f16", "int8", "int4"]),
+    type=click.Choice(["f16", "int8", "int4", "int2"]),
     default="f16",
     show_default=True,
     help="Format of the KV cache.",

@@ -24,6 +24,7 @@ from qigen.backends.cpu.ops import render_ops
 from qigen.backends.cpu.rowops import render_rowops
 from qigen.codegen.lower import PackedTensor, align
 from qigen.codegen.render import render
+from qigen.formats.kv import kv_format
 from qigen.formats.layout import packed_shape, row_block_bytes
 from qigen.ir.graph import Graph, Node
 from qigen.ir.ops.graph import BIAS, CHAIN, SCALE, X_SCALE, X_ZERO, ZERO, W, X
@@ -106,7 +107,7 @@ class GraphKernels:
         headers[self.isa.header] = render(self.isa.template)
         headers["epilogue.h"] = render("cpu/epilogue.h.j2")
         headers["kernels.h"] = render("cpu/kernels.h.j2")
-        headers["ops.h"] = render("cpu/ops.h.j2", head_dims=())
+        headers["ops.h"] = render("cpu/ops.h.j2", head_dims=(), kv=kv_format("f16"))
         return headers
 
     def choices(self) -> list[dict[str, Any]]:
@@ -277,7 +278,7 @@ class GraphKernels:
         spec, k = self._spec(reader, graph), reader.attrs["k"]
         record = row_record(spec, k)
         tiles = next((s.tiles for s in self.formats.values() if s.integer), (1,))
-        self._sources.setdefault("ops", render_ops(self.isa, (), "f16", tiles))
+        self._sources.setdefault("ops", render_ops(self.isa, (), kv_format("f16"), tiles, ()))
         corrections = [Ints(c) for c in record.corrections]
         return Call(
             "call_format.h",

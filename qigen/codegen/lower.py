@@ -17,14 +17,12 @@ import numpy.typing as npt
 from qigen.backends.cpu.matmul import ActivationRecord, MatmulSpec, activation_needs
 from qigen.errors import Unsupported
 from qigen.formats.algebra import Format, QuantizedTensor
+from qigen.formats.kv import BLOCK, half_block_bytes, kv_format
 from qigen.formats.layout import Layout, packed_shape, row_block_bytes
 from qigen.ir.dims import whole
 from qigen.ir.graph import Graph, Node, constant_shape
 from qigen.ir.ops.fused import attention_parts, group_parts
 from qigen.passes.memory import MemoryPlan
-
-KV_BLOCK = 64
-"""Positions of a softmax block; contexts are split in multiples of it."""
 
 MAX_CHUNKS = 64
 """Partial results of a head at most: bounds their scratch memory."""
@@ -185,11 +183,15 @@ class Program:
     arena_bytes: int
     thread_bytes: int
     kv_bytes: int
+    kv_session_bytes: int
     shared_rows: int
     partials: int
     chunk: int
     chunks: int
+    halves: int
+    step_blocks: int
     head_dims: tuple[int, ...]
+    head_groups: tuple[int, ...]
     rope_tables: tuple[RopeTable, ...]
     parts: list[Part]
     calls: list[Call]
@@ -208,16 +210,9 @@ def align(n: int, to: int = 64) -> int:
     return -(-n // to) * to
 
 
-def kv_position_bytes(kv: str, kv_heads: int, head_dim: int) -> int:
-    """Bytes that a position takes in the cache of one layer (templates/cpu/ops.cpp.j2)."""
-    padded = align(head_dim, 16)
-    each = {"f16": 2 * (head_dim + padded), "int8": head_dim + padded + 8}[kv]
-    return kv_heads * each
-
-
 def attention_chunk(max_seq: int) -> tuple[int, int]:
     """(positions of a partial result, partial results at most) for contexts of ``max_seq``."""
-    chunk = max(MIN_CHUNK, align(-(-max_seq // MAX_CHUNKS), KV_BLOCK))
+    chunk = max(MIN_CHUNK, align(-(-max_seq // MAX_CHUNKS), BLOCK))
     return chunk, -(-max_seq // chunk) + 1
 
 
@@ -623,17 +618,24 @@ def lower_program(
     shared = base + lowering.rope_bytes
     scratch = max(align(lowering.rows_bytes), align(4 * lowering.partial_floats))
     heads = [n.attrs for n in graph.nodes if n.op == "RopeAttention"]
+    cache = kv_format(about["kv"])
+    step_blocks = cache.step_blocks(about["max_tokens"])
+    halves = max((a["n_kv_heads"] * half_block_bytes(a["head_dim"]) for a in heads), default=0)
     return Program(
         max_seq=lowering.max_seq,
         max_batch=lowering.max_batch,
-        arena_bytes=shared + scratch,
+        arena_bytes=shared + scratch + step_blocks * align(halves),
         thread_bytes=align(lowering.single_rows_bytes),
-        kv_bytes=sum(kv_position_bytes(about["kv"], a["n_kv_heads"], a["head_dim"]) for a in heads),
+        kv_bytes=sum(a["n_kv_heads"] * cache.block_bytes(a["head_dim"]) for a in heads) // BLOCK,
+        kv_session_bytes=sum(a["n_kv_heads"] * cache.window_bytes(a["head_dim"]) for a in heads),
         shared_rows=shared,
         partials=shared,
         chunk=lowering.chunk,
         chunks=lowering.chunks,
+        halves=shared + scratch,
+        step_blocks=step_blocks,
         head_dims=tuple(sorted({a["head_dim"] for a in heads})),
+        head_groups=tuple(sorted({a["n_heads"] // a["n_kv_heads"] for a in heads})),
         rope_tables=tuple(lowering.rope.values()),
         parts=list(parts.values()),
         calls=calls,

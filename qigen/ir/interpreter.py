@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from qigen.errors import BadInput, UsageError
 from qigen.formats.algebra import QuantizedTensor
+from qigen.formats.kv import BLOCK, KV_FORMATS, kv_format, round_block
 from qigen.ir import schema
 from qigen.ir.graph import Array, Graph, State, constant_shape, load_constant
 
@@ -44,37 +45,75 @@ def round_to_int8(x: Array, group: int = ACTIVATION_GROUP) -> Array:
 class KvCache:
     """Keys and values of one attention layer, for one sequence.
 
-    ``kind``: ``f32`` keeps the arithmetic's type, ``f16`` rounds to half precision, ``int8`` rounds
-    each head of each position to 8 bits with one float32 scale absmax/127.
+    ``kind``: ``f32`` keeps the arithmetic's type, the others are rows of
+    :mod:`qigen.formats.kv`: ``f16`` rounds to half precision, ``int8`` each head of each position
+    to 8 bits with one float32 scale absmax/127, ``int4`` and ``int2`` blocks of positions that are
+    older than a window.
     """
 
     def __init__(self, state: State, kind: str, dtype: np.dtype[Any]) -> None:
-        self._state, self._kind, self._dtype = state, kind, dtype
-        self._data = np.zeros((2, 0, state.n_kv_heads, state.head_dim), dtype=dtype)
+        self._state, self._dtype = state, dtype
+        self._format = None if kind == "f32" else kv_format(kind)
+        shape = (2, 0, state.n_kv_heads, state.head_dim)
+        self._data = np.zeros(shape, dtype=dtype)  # what a window holds
+        self._rounded_blocks = np.zeros(shape, dtype=dtype)
+        self._sealed = 0
 
     def _rounded(self, x: Array) -> Array:
         heads = x.reshape(len(x), self._state.n_kv_heads, self._state.head_dim)
-        if self._kind == "f16":
-            return heads.astype(np.float16).astype(self._dtype)
-        if self._kind == "int8":
+        if self._format is None:
+            return heads
+        if self._format.name == "int8":
             head_dim = self._state.head_dim
             rounded = round_to_int8(heads.reshape(-1, head_dim), head_dim)
             return rounded.reshape(heads.shape)
-        return heads
+        return heads.astype(np.float16).astype(self._dtype)
+
+    def _grown(self, data: Array, stop: int) -> Array:
+        grown = np.zeros((2, max(64, 2 * stop), *data.shape[2:]), dtype=self._dtype)
+        grown[:, : data.shape[1]] = data
+        return grown
 
     def append(self, positions: Array, k: Array, v: Array) -> None:
-        """Store ``k, v [T, n_kv_heads*head_dim]`` at ``positions [T]``."""
+        """Store ``k, v [T, n_kv_heads*head_dim]`` at ascending ``positions [T]``."""
         stop = int(positions.max(initial=-1)) + 1
         if stop > self._data.shape[1]:
-            grown = np.zeros((2, max(64, 2 * stop), *self._data.shape[2:]), dtype=self._dtype)
-            grown[:, : self._data.shape[1]] = self._data
-            self._data = grown
+            self._data = self._grown(self._data, stop)
+            self._rounded_blocks = self._grown(self._rounded_blocks, stop)
         self._data[0, positions] = self._rounded(k)
         self._data[1, positions] = self._rounded(v)
+        if self._format is None or not self._format.window or not len(positions):
+            return
+        first, end = (int(n) for n in self._format.sealed(positions[[0, -1]]))
+        # blocks that the first query sees rounded and that have been, are; what lies behind them
+        # has lost what it was and goes on as what its codes say
+        again = min(self._sealed, first)
+        lost = slice(again * BLOCK, min(self._sealed * BLOCK, int(positions[0])))
+        old = self._rounded_blocks[:, lost].astype(np.float16)
+        self._data[:, lost] = old
+        for block in range(again, end):
+            place = slice(block * BLOCK, (block + 1) * BLOCK)
+            keys, values = round_block(self._data[0, place], self._data[1, place], self._format)
+            self._rounded_blocks[0, place] = keys.dequantize()
+            dense = values.dequantize().reshape(BLOCK, self._state.n_kv_heads, -1)
+            self._rounded_blocks[1, place] = dense[..., : self._state.head_dim]
+        self._sealed = end
 
-    def read(self, stop: int) -> tuple[Array, Array]:
-        """Keys and values ``[stop, n_kv_heads, head_dim]``."""
-        return self._data[0, :stop], self._data[1, :stop]
+    def sealed(self, positions: Array) -> Array:
+        """Blocks of :data:`~qigen.formats.kv.BLOCK` positions that each query sees rounded."""
+        if self._format is None:
+            return np.zeros(len(positions), dtype=np.int64)
+        return self._format.sealed(positions)
+
+    def read(self, stop: int, sealed: int = 0) -> tuple[Array, Array]:
+        """Keys and values ``[stop, n_kv_heads, head_dim]``, the first ``sealed`` blocks rounded."""
+        border = sealed * BLOCK
+        if not border:
+            return self._data[0, :stop], self._data[1, :stop]
+        both = np.concatenate(
+            [self._rounded_blocks[:, :border], self._data[:, border:stop]], axis=1
+        )
+        return both[0], both[1]
 
 
 class Interpreter:
@@ -100,8 +139,8 @@ class Interpreter:
             raise UsageError(f"dtype must be float32 or float64, not {self.dtype.name}")
         if activations not in ("f32", "int8"):
             raise UsageError(f"activations must be f32 or int8, not {activations}")
-        if kv not in ("f32", "f16", "int8"):
-            raise UsageError(f"kv must be f32, f16 or int8, not {kv}")
+        if kv not in ("f32", *KV_FORMATS):
+            raise UsageError(f"kv must be f32 or one of {', '.join(KV_FORMATS)}, not {kv}")
         self.graph = graph
         self.position = 0
         self._int8 = activations == "int8"
@@ -122,7 +161,8 @@ class Interpreter:
         }
 
     def rewind(self, position: int) -> None:
-        """Go on from an earlier position; what was cached from there on is overwritten."""
+        """Go on from an earlier position; what was cached from there on is overwritten. What a
+        cache of 4 or 2 bits has rounded already stays so."""
         if not 0 <= position <= self.position:
             raise UsageError(f"cannot rewind to {position}; the position is {self.position}")
         self.position = position

@@ -74,8 +74,12 @@ class KvStore(Protocol):
     def append(self, positions: Array, k: Array, v: Array) -> None:
         """Store keys and values ``[T, n_kv_heads * head_dim]`` at ``positions [T]``."""
 
-    def read(self, stop: int) -> tuple[Array, Array]:
-        """Keys and values ``[stop, n_kv_heads, head_dim]`` of the positions below ``stop``."""
+    def sealed(self, positions: Array) -> Array:
+        """int64 ``[T]``: blocks of the cache that a query at each position sees rounded."""
+
+    def read(self, stop: int, sealed: int = 0) -> tuple[Array, Array]:
+        """Keys and values ``[stop, n_kv_heads, head_dim]`` of the positions below ``stop``, the
+        first ``sealed`` blocks rounded."""
 
 
 class Evaluation(Protocol):

@@ -215,7 +215,7 @@ def test_formats_that_cannot_be_rounded_to(
 
 
 @pytest.mark.parametrize("options", [
-    {"activations": "int4"}, {"kv": "int4"}, {"kv": "f8"},
+    {"activations": "int4"}, {"kv": "int3"}, {"kv": "f8"},
     {"max_batch": 0}, {"max_seq": 0}, {"max_seq": 65}, {"tune": "guess"}, {"isa": "mmx"},
     {"target": "z80"},
 ], ids=str)  # fmt: skip

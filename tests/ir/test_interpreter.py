@@ -165,7 +165,7 @@ def test_wrong_inputs(inputs: dict[str, list[int]], message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"dtype": np.float16}, {"activations": "int4"}, {"kv": "int4"}]
+    "options", [{"dtype": np.float16}, {"activations": "int4"}, {"kv": "int3"}]
 )
 def test_wrong_options(options: dict[str, str]) -> None:
     with pytest.raises(UsageError):

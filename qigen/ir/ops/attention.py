@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -68,14 +69,19 @@ def attend(q: Array, positions: Array, attrs: Mapping[str, Any], ev: Evaluation)
     n_kv, hd = attrs["n_kv_heads"], attrs["head_dim"]
     shared = attrs["n_heads"] // n_kv
     stop = int(positions.max()) + 1
-    keys, values = ev.kv(attrs["state"]).read(stop)
-    keys_t = keys.transpose(1, 2, 0)[:, None]  # [n_kv, 1, hd, stop]
-    values_t = values.transpose(1, 0, 2)[:, None]  # [n_kv, 1, stop, hd]
+    cache = ev.kv(attrs["state"])
+    sealed = cache.sealed(positions)
     j = np.arange(stop)
     out = np.empty_like(q)
-    for start in range(0, len(positions), _ROWS):
-        p = positions[start : start + _ROWS, None]
-        rows = q[start : start + _ROWS].reshape(-1, n_kv, shared, hd).transpose(1, 2, 0, 3)
+    # rows that see the same numbers
+    borders = {*range(0, len(positions), _ROWS), *(np.flatnonzero(np.diff(sealed)) + 1)}
+    starts = [*sorted(int(b) for b in borders), len(positions)]
+    for start, end in pairwise(starts):
+        keys, values = cache.read(stop, int(sealed[start]))
+        keys_t = keys.transpose(1, 2, 0)[:, None]  # [n_kv, 1, hd, stop]
+        values_t = values.transpose(1, 0, 2)[:, None]  # [n_kv, 1, stop, hd]
+        p = positions[start:end, None]
+        rows = q[start:end].reshape(-1, n_kv, shared, hd).transpose(1, 2, 0, 3)
         scores = (rows @ keys_t) * q.dtype.type(attrs["scale"])
         if attrs["softcap"]:
             scores = softcap(scores, attrs["softcap"])
@@ -86,7 +92,7 @@ def attend(q: Array, positions: Array, attrs: Mapping[str, Any], ev: Evaluation)
         weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
         weights /= weights.sum(axis=-1, keepdims=True)
         mixed = (weights @ values_t).transpose(2, 0, 1, 3)
-        out[start : start + _ROWS] = mixed.reshape(-1, q.shape[1])
+        out[start:end] = mixed.reshape(-1, q.shape[1])
     return out
 
 

@@ -65,7 +65,8 @@ struct CpuFeature {
 
 // Keys and values of one session. The layout inside is the generated code's business.
 struct KvCache {
-  uint8_t* base;     // capacity * kv_bytes_per_position bytes, page aligned, zero at first
+  // capacity * kv_bytes_per_position + kv_bytes_per_session bytes, page aligned, zero at first
+  uint8_t* base;
   int64_t capacity;  // positions, a multiple of 64
 };
 
@@ -213,6 +214,7 @@ struct ModelDescription {
   // `step` is then null, and the arena is the device's.
   runtime::Device* (*open_device)(const ModelDescription&, const uint8_t* weights) = nullptr;
   const void* device_program = nullptr;  // what open_device reads
+  uint64_t kv_bytes_per_session = 0;  // what a cache takes besides its positions
 };
 
 // Hidden although its name begins like the exported ones.

@@ -1,0 +1,322 @@
+"""The attention over every KV format, step by step as a session makes them, against numpy.
+
+Keys and values are the same numbers on both sides, so that no code differs and what is left is the
+rounding of the arithmetic.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import subprocess
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from qigen.backends.base import Isa
+from qigen.backends.cpu.isa import ISAS
+from qigen.backends.cpu.ops import render_ops
+from qigen.codegen.render import render
+from qigen.formats.kv import BLOCK, KV_FORMATS, half_block_bytes
+from qigen.ir.graph import State
+from qigen.ir.interpreter import KvCache
+from qigen.ir.ops.attention import attend
+from qigen.paths import resource_folder
+from tests.backends.cpu.foreign import foreign, open_library
+from tests.backends.cpu.kernel_build import FLAGS, SANITIZERS, compiler, why_not
+
+Array = npt.NDArray[Any]
+
+_P, _L, _I, _F, _B = (
+    ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float, ctypes.c_bool,
+)  # fmt: skip
+
+MAX_TOKENS = 80  # of a step
+CHUNK = 256
+CAPACITY = 832
+
+
+class AttentionArgs(ctypes.Structure):
+    """``qg::AttentionArgs`` of ops.h."""
+
+    _fields_ = [("q", _P), ("q_stride", _L), ("k", _P), ("k_stride", _L), ("v", _P),
+                ("v_stride", _L), ("out", _P), ("out_stride", _L), ("rope", _P), ("pairs", _I),
+                ("interleaved", _B), ("q_norm", _P), ("k_norm", _P), ("eps", _F), ("scale", _F),
+                ("softcap", _F), ("window", _I), ("heads", _I), ("kv_heads", _I), ("layer", _L),
+                ("chunk", _I), ("chunks", _I), ("partial", _P), ("positions", _P), ("kv", _P),
+                ("position_bytes", _L), ("halves", _P), ("step_blocks", _I), ("m", _I),
+                ("batch", _B)]  # fmt: skip
+
+
+WRITE, SEALS, SEAL, ATTEND, SEALED, PARTIAL, COMBINE = range(7)
+HARNESS = """\
+#include "ops.cpp"
+extern "C" int64_t args_bytes() { return sizeof(qg::AttentionArgs); }
+extern "C" int phase(const qg::AttentionArgs* a, int what, int thread, int threads) {
+  switch (what) {
+    case 0: qg::attention_write_HD(*a, thread, threads); return 0;
+#ifdef WINDOW
+    case 1: return qg::attention_seals_HD(*a);
+    case 2: qg::attention_seal_HD(*a, thread, threads); return 0;
+    case 4: qg::attention_sealed_HD(*a); return 0;
+#endif
+    case 3: qg::attention_attend_HD(*a, thread, threads); return 0;
+    case 5: return qg::attention_partial_HD(*a);
+    case 6: qg::attention_combine_HD(*a, thread, threads); return 0;
+  }
+  return 0;
+}
+"""
+
+
+def library(folder: Path, isa: Isa, kv: str, head_dim: int, group: int, sanitize: bool = False):
+    """The unit of one head size, compiled once."""
+    row = KV_FORMATS[kv]
+    sources = {
+        isa.header: render(isa.template),
+        "kernels.h": render("cpu/kernels.h.j2"),
+        "epilogue.h": render("cpu/epilogue.h.j2"),
+        "ops.h": render("cpu/ops.h.j2", head_dims=(head_dim,), kv=row),
+        "ops.cpp": render_ops(isa, (head_dim,), row, (1,), (group,)).text,
+        "harness.cpp": HARNESS.replace("_HD", f"_{head_dim}"),
+    }
+    window = ["-DWINDOW"] if row.window else []
+    command = [compiler(isa) or "g++", *FLAGS, *isa.flags, *(SANITIZERS if sanitize else ()),
+               *window, f"-I{resource_folder('runtime') / 'include'}", "-shared", "-fPIC"]
+    digest = hashlib.sha256(repr((command, sorted(sources.items()))).encode()).hexdigest()[:20]
+    target = folder / f"attention-{isa.name}-{digest}.so"
+    if not target.exists():
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            for name, text in sources.items():
+                Path(scratch, name).write_text(text, encoding="utf-8")
+            done = subprocess.run([*command, "harness.cpp", "-o", "out"], cwd=scratch, check=False,
+                                  capture_output=True, text=True)  # fmt: skip
+            assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr[:4000]}"
+            Path(scratch, "out").replace(target)
+    handle = open_library(target)
+    handle.args_bytes.restype = _L
+    assert handle.args_bytes() == ctypes.sizeof(AttentionArgs)
+    return handle
+
+
+class Layer:
+    """The attention of one of two layers, for several sessions, and the reference beside it."""
+
+    def __init__(self, handle: Any, kv: str, head_dim: int, kv_heads: int, group: int,
+                 sessions: int = 1, window: int = 0, softcap: float = 0.0, seed: int = 0) -> None:
+        self.handle, self.row, self.head_dim = handle, KV_FORMATS[kv], head_dim
+        self.kv_heads, self.heads = kv_heads, kv_heads * group
+        self.window, self.softcap = window, softcap
+        self.rng = np.random.default_rng(seed)
+        self.position = [0] * sessions
+        self.position_bytes = 2 * kv_heads * self.row.block_bytes(head_dim) // BLOCK
+        session_bytes = 2 * kv_heads * self.row.window_bytes(head_dim)
+        size = CAPACITY * self.position_bytes + session_bytes
+        self.memory = [np.zeros(size + 4096, np.uint8) for _ in range(sessions)]
+        self.bases = [-(-m.ctypes.data // 4096) * 4096 for m in self.memory]
+        state = State("kv", "kv", kv_heads, head_dim)
+        self.caches = [KvCache(state, kv, np.dtype(np.float64)) for _ in range(sessions)]
+        # channels of keys have offsets and sizes of their own, as they have in models
+        self.k_offset = self.rng.standard_normal(kv_heads * head_dim)
+        self.k_size = np.exp(0.5 * self.rng.standard_normal(kv_heads * head_dim))
+
+    def step(self, sessions: list[int], m: int, threads: int = 1,
+             rng: np.random.Generator | None = None) -> tuple[Array, Array]:
+        """``m`` tokens of one session or one of each: what was computed, and the reference."""
+        rng = rng or self.rng
+        batch = len(sessions) > 1
+        tokens = len(sessions) if batch else m
+        positions = np.array([self.position[s] for s in sessions] if batch else
+                             self.position[sessions[0]] + np.arange(m), np.int32)
+        q = rng.standard_normal((tokens, self.heads * self.head_dim)).astype(np.float32)
+        k, v = rng.standard_normal((2, tokens, self.kv_heads * self.head_dim)).astype(np.float32)
+        k = (k * self.k_size + self.k_offset).astype(np.float32)
+        scale = self.head_dim**-0.5
+        expected = np.empty((tokens, self.heads * self.head_dim))
+        attrs = {"state": "kv", "n_heads": self.heads, "n_kv_heads": self.kv_heads,
+                 "head_dim": self.head_dim, "scale": scale, "window": self.window,
+                 "softcap": self.softcap}
+        for i, s in enumerate(sessions):
+            rows = slice(i, i + 1) if batch else slice(None)
+            self.caches[s].append(positions[rows], k[rows], v[rows])
+            ev: Any = SimpleNamespace(kv=lambda _, s=s: self.caches[s])
+            expected[rows] = attend(q[rows].astype(np.float64), positions[rows], attrs, ev)
+            self.position[s] = int(positions[rows][-1]) + 1
+
+        caches = np.array([[self.bases[s], CAPACITY] for s in (sessions if batch else
+                                                               sessions * tokens)], np.int64)
+        out = np.zeros((tokens, self.heads * self.head_dim), np.float32)
+        chunks = CAPACITY // CHUNK + 2
+        partial = np.zeros(tokens * self.heads * chunks * (self.head_dim + 32) + 16, np.float32)
+        step_blocks = self.row.step_blocks(MAX_TOKENS)
+        # f16 scratch of an earlier step: NaNs, which must not be read
+        halves = np.full(max(step_blocks, 1) * self.kv_heads * half_block_bytes(self.head_dim) + 64,
+                         0xFF, np.uint8)  # fmt: skip
+        q = q.copy()
+        args = AttentionArgs(
+            q=q.ctypes.data, q_stride=q.shape[1], k=k.ctypes.data, k_stride=k.shape[1],
+            v=v.ctypes.data, v_stride=v.shape[1], out=out.ctypes.data, out_stride=out.shape[1],
+            scale=scale, softcap=self.softcap, window=self.window, heads=self.heads,
+            kv_heads=self.kv_heads, layer=1, chunk=CHUNK, chunks=chunks,
+            partial=-(-partial.ctypes.data // 64) * 64, positions=positions.ctypes.data,
+            kv=caches.ctypes.data, position_bytes=self.position_bytes,
+            halves=-(-halves.ctypes.data // 64) * 64, step_blocks=step_blocks, m=tokens,
+            batch=batch,
+        )  # fmt: skip
+
+        def phase(what: int) -> int:
+            return [int(self.handle.phase(ctypes.byref(args), _I(what), _I(t), _I(threads)))
+                    for t in range(threads)][-1]  # fmt: skip
+
+        phase(WRITE)
+        if phase(SEALS):
+            phase(SEAL)
+        phase(ATTEND)
+        phase(SEALED)
+        if phase(PARTIAL):
+            phase(COMBINE)
+        assert not self.memory[sessions[0]][: self.bases[sessions[0]]
+                                            - self.memory[sessions[0]].ctypes.data].any()
+        return out, expected
+
+    def check(self, sessions: list[int], m: int, threads: int = 1) -> Array:
+        found, expected = self.step(sessions, m, threads)
+        assert np.isfinite(found).all()
+        # 15 bits of q and of the probabilities; scores are sums of them, so that a weight may be
+        # off by a few times that
+        error = np.abs(found - expected)
+        assert error.max() < 1e-3 * np.abs(expected).max(), self.position
+        assert np.sqrt(np.mean(error**2)) < 3e-4 * expected.std(), self.position
+        return found
+
+
+def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.getbasetemp() / "attention"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+# Every row with one format, dealt out; all pairs are slow.
+FAST = {"scalar": "int4", "avx2": "int4", "avx512": "int8", "avxvnni": "int2", "avx512vnni": "int2",
+        "avx512bf16": "f16", "neon": "int4", "neondot": "int8"}  # fmt: skip
+CASES = [
+    pytest.param(isa, kv, id=f"{name}-{kv}", marks=[
+        pytest.mark.skipif(bool(why_not(isa)), reason=why_not(isa)),
+        *([] if FAST.get(name) == kv else [pytest.mark.slow]),
+    ])
+    for name, isa in ISAS.items() for kv in KV_FORMATS
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("isa", "kv"), CASES)
+def test_a_session(isa: Isa, kv: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Prompts and single tokens over the borders of blocks, windows and chunks."""
+    layer = Layer(library(folder_of(tmp_path_factory), isa, kv, 32, 3), kv, 32, 2, 3)
+    steps = [1, 62, 1, 1, 62, 1, 80, 1, 79, *[1] * 3, 80, 80]
+    if foreign(isa):
+        steps = [70, 80, 80, *[1] * 30, 5]
+    for m in steps:
+        layer.check([0], m)
+
+
+@pytest.mark.parametrize("kv", ["int8", "int2"])
+@pytest.mark.parametrize(("head_dim", "group"), [(24, 7), (80, 2)])
+def test_heads(kv: str, head_dim: int, group: int,
+               tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Heads that are no whole vectors, and groups that are no whole tiles of rows."""
+    isa = next(i for i in reversed(list(ISAS.values())) if not why_not(i) and not foreign(i))
+    handle = library(folder_of(tmp_path_factory), isa, kv, head_dim, group)
+    for window, softcap in ((0, 0.0), (100, 30.0)):
+        layer = Layer(handle, kv, head_dim, 1, group, window=window, softcap=softcap)
+        for m in (80, 80, 47, 1, 1, 80, *[1] * 20):
+            layer.check([0], m)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kv", ["int4", "int2"])
+def test_sanitized(kv: str, tmp_path: Path) -> None:
+    """Without undefined behaviour, the scalar row."""
+    isa = ISAS["scalar"]
+    if why_not(isa):
+        pytest.skip(why_not(isa))
+    flags = [f for f in SANITIZERS if "address" not in f]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(f"{__name__}.SANITIZERS", [*flags, "-fsanitize=undefined"])
+        layer = Layer(library(tmp_path, isa, kv, 24, 3, sanitize=True), kv, 24, 1, 3)
+    for m in (80, 80, 47, *[1] * 5):
+        layer.check([0], m)
+
+
+@pytest.fixture(params=["f16", "int8", "int4", "int2"])
+def native(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A maker of layers for this machine's best instruction set."""
+    isa = next(i for i in reversed(list(ISAS.values())) if not why_not(i) and not foreign(i))
+    handle = library(folder_of(tmp_path_factory), isa, request.param, 32, 3)
+    return lambda sessions=1: Layer(handle, request.param, 32, 2, 3, sessions=sessions)
+
+
+def test_threads(native: Any) -> None:
+    """To the last bit the same for any number."""
+    results = []
+    for threads in (1, 2, 3, 4):
+        layer = native(2)
+        results.append([layer.step([0], m, threads)[0] for m in (80, 80, 80, *[1] * 70)])
+        layer.step([1], 30, threads)
+        results[-1] += [layer.step([0, 1], 1, threads)[0] for _ in range(70)]
+    for other in results[1:]:
+        assert all(np.array_equal(a, b) for a, b in zip(other, results[0], strict=True))
+
+
+def test_batches(native: Any) -> None:
+    """Sessions of different lengths; each token gets what it would get alone."""
+    layer, lengths = native(4), [1, 63, 200, 310]
+    for s, n in enumerate(lengths):
+        for begin in range(0, n, MAX_TOKENS):
+            layer.check([s], min(MAX_TOKENS, n - begin))
+    for _ in range(70):
+        layer.check([0, 1, 2, 3], 1)
+
+
+def test_rewinding(native: Any) -> None:
+    """To any position, near and far, and on from there by one token and by several."""
+    layer = native()
+    for m in (80, 80, 80, 80, 30):
+        layer.check([0], m)
+    for back, steps in ((1, [1, 1]), (40, [1] * 90), (100, [80, 20]), (170, [1, 1, 80]),
+                        (300, [7, 1, 80, 80]), (64, [1] * 70), (200, [80, 80, 80])):  # fmt: skip
+        layer.position[0] = max(0, layer.position[0] - back)
+        for m in steps:
+            layer.check([0], m)
+    layer.position[0] = 0
+    for m in (1, 1, 80, 80, 80):
+        layer.check([0], m)
+
+
+def test_what_is_rounded_once_stays(native: Any) -> None:
+    """A step that is taken back and made again gives the same bits, over the border of a block."""
+    layer = native()
+    layer.step([0], 80)
+    layer.step([0], 45)
+    first = []
+    for i in range(140):
+        first.append(layer.step([0], 1, rng=np.random.default_rng(i))[0])
+        layer.position[0] -= 1
+        again = layer.step([0], 1, rng=np.random.default_rng(i))[0]
+        assert np.array_equal(first[-1], again)
+
+
+def test_bytes() -> None:
+    """What a position and a session take; the documents name them."""
+    for row in KV_FORMATS.values():
+        for head_dim in (16, 24, 64, 80, 96, 128, 256):
+            assert row.block_bytes(head_dim) % BLOCK == 0
+            assert row.window_bytes(head_dim) % 32 == 0
+    assert KV_FORMATS["f16"].block_bytes(64) == BLOCK * 256
+    assert KV_FORMATS["int8"].block_bytes(64) == BLOCK * 136
+    assert KV_FORMATS["int4"].block_bytes(64) == BLOCK * 72
+    assert KV_FORMATS["int2"].block_bytes(64) == BLOCK * 44
