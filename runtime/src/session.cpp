@@ -36,10 +36,10 @@ int32_t checked_max_seq(const Model& model, int32_t asked) {
 Session::Session(std::shared_ptr<Model> model, int32_t max_seq)
     : model_(std::move(model)),
       max_seq_(checked_max_seq(*model_, max_seq)),
-      memory_(model_->device() ? 0
-                               : kv_capacity(max_seq_) *
-                                         model_->description().kv_bytes_per_position +
-                                     model_->description().kv_bytes_per_session,
+      memory_(model_->device()
+                  ? 0
+                  : kv_capacity(max_seq_) * model_->description().kv_bytes_per_position +
+                        model_->description().kv_bytes_per_session,
               "KV cache"),
       device_memory_(model_->device(), kv_capacity(max_seq_)),
       kv_(model_->device() ? device_memory_.cache()

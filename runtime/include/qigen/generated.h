@@ -214,7 +214,7 @@ struct ModelDescription {
   // `step` is then null, and the arena is the device's.
   runtime::Device* (*open_device)(const ModelDescription&, const uint8_t* weights) = nullptr;
   const void* device_program = nullptr;  // what open_device reads
-  uint64_t kv_bytes_per_session = 0;  // what a cache takes besides its positions
+  uint64_t kv_bytes_per_session = 0;     // what a cache takes besides its positions
 };
 
 // Hidden although its name begins like the exported ones.
