@@ -80,7 +80,7 @@ from qigen.planner import (
 )
 from qigen.quantize.model import MEMORY, SAMPLES
 from qigen.quantize.weights import with_byte_tables
-from qigen.tune import tune_model, tune_products
+from qigen.tune import remember, tune_model, tune_products
 
 DEFAULT_MAX_SEQ = 4096
 """Positions of a session when the user does not say: what the model was made for, up to this."""
@@ -297,6 +297,7 @@ def compile(
         block = max(knobs.block, max_batch)
         if block < plan.max_tokens or (threads is None and knobs.threads != plan.threads_hint):
             build(threads or knobs.threads, min(block, plan.max_tokens))
+            remember(out, knobs.threads, knobs.block)
     return Artifact(out)
 
 

@@ -25,6 +25,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from qigen import _runtime
 from qigen.errors import BadInput, Unsupported, UsageError
+from qigen.tuned import tuned_threads
 
 if TYPE_CHECKING:
     from qigen.text import Tokenizer
@@ -64,9 +65,10 @@ class Session:
 class Model:
     """An open artifact.
 
-    ``threads`` is the number of threads of a step (0: all cores that this process may use),
-    ``pin`` binds them to cores. Raises BadInput if the artifact is missing or damaged,
-    MachineMismatch if it does not fit this machine.
+    ``threads`` is the number of threads of a step (0: what was found best on this machine when the
+    artifact was tuned, else all cores that this process may use), ``pin`` binds them to cores.
+    Raises BadInput if the artifact is missing or damaged, MachineMismatch if it does not fit this
+    machine.
     """
 
     def __init__(self, path: str | os.PathLike[str], threads: int = 0, pin: bool = False) -> None:
@@ -79,7 +81,7 @@ class Model:
                 else "there is no such artifact; `qigen compile` writes one"
             )
             raise BadInput(problem, where)
-        self._raw = _runtime.Model(where, threads, pin)
+        self._raw = _runtime.Model(where, threads or tuned_threads(self.path), pin)
         self.info = self._raw.info
 
     @property

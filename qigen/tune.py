@@ -30,6 +30,7 @@ from qigen.planner import (
     tuning_candidates,
 )
 from qigen.targets import Machine
+from qigen.tuned import write_tuned
 from qigen.tuning import database
 from qigen.tuning.database import Database, Entry, spec_from_json, spec_to_json
 from qigen.tuning.measure import Bench, kernel_text
@@ -356,12 +357,13 @@ _BETTER = 1.02  # a knob is turned only for more than the noise
 @dataclass(frozen=True)
 class Knobs:
     """What suits a compiled model: threads and tokens of a prefill step, with the tokens a second
-    that each value reached."""
+    that each value reached. ``note`` says why the artifact does not remember the threads, if so."""
 
     threads: int
     block: int
     decode_tok_s: dict[int, float]
     prefill_tok_s: dict[int, float]
+    note: str = ""
 
 
 def tune_model(
@@ -371,7 +373,8 @@ def tune_model(
     again: bool = False,
     progress: Progress | None = None,
 ) -> Knobs:
-    """Measures the whole-model knobs of a compiled language model; remembered by its uid.
+    """Measures the whole-model knobs of a compiled language model; remembered by its uid, and the
+    threads in the artifact too: ``qigen.load`` starts so many unless it is told a number.
 
     Each value is the median of turns in which all values run once. The fewest threads and the
     smallest block within 2 % of the best are chosen.
@@ -403,10 +406,22 @@ def tune_model(
             blocks.update(rates)
             for value, rate in rates.items():
                 store.add_model(key, uid, "block", value, rate)
-        return Knobs(chosen, _least(blocks), threads, blocks)
+        block = _least(blocks)
+        return Knobs(chosen, block, threads, blocks, remember(path, chosen, block))
     finally:
         if own is not None:
             own.__exit__()
+
+
+def remember(path: str | os.PathLike[str], threads: int, block: int) -> str:
+    """Writes the knobs into the artifact; what the user should know if that is not possible."""
+    try:
+        write_tuned(Path(path), threads, block)
+    except OSError as error:
+        return (
+            f"{path} cannot be written ({error.strerror}); load it with --threads {threads}"
+        )
+    return ""
 
 
 def _thread_counts(cores: int) -> list[int]:

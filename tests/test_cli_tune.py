@@ -106,6 +106,8 @@ def test_compile_with_measurements(
     result = json.loads(out)
     assert code == 0 and result["model"]["threads"] >= 1 and result["model"]["block"] >= 1
     assert sum(r["measured"] for r in result["kernels"]) == 0
+    for name in ("a.qgn", "b.qgn"):  # both commands leave what was measured in the artifact
+        assert json.loads((tmp_path / name / "tuned.json").read_text())["threads"] >= 1
 
 
 def test_measuring_is_for_this_machine(run: Any, tmp_path: Path) -> None:

@@ -83,7 +83,10 @@ def together(*options: Callable[[Function], Function]) -> Callable[[Function], F
 artifact_argument = click.argument("artifact", type=click.Path(path_type=Path))
 thread_options: Callable[[Function], Function] = together(
     click.option(
-        "--threads", type=Threads, default=0, help="Threads of a step. [default: usable cores]"
+        "--threads",
+        type=Threads,
+        default=0,
+        help="Threads of a step. [default: what was tuned, else usable cores]",
     ),
     click.option("--pin", is_flag=True, help="Bind the threads to cores."),
 )

@@ -142,6 +142,8 @@ def tune(
             + ", ".join(f"{b}: {v:.1f} tok/s" for b, v in sorted(knobs.prefill_tok_s.items()))
             + ")"
         )
+        if knobs.note:
+            click.echo(f"note: {knobs.note}", err=True)
     click.echo(f"{sum(r.measured for r in rows)} measurements in {seconds:.1f} s")
 
 
