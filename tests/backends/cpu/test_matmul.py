@@ -629,6 +629,8 @@ def extreme_case(spec: MatmulSpec) -> Case:
 @pytest.mark.parametrize("index", range(len(NARROW)), ids=lambda i: identity(NARROW[i][0]))
 def test_extreme_sums_are_exact(index: int, libraries: Libraries) -> None:
     spec = NARROW[index][0]
+    if spec.format.name.endswith("_t8"):
+        pytest.skip("the sums of a rounded table are exact, its scale is not")
     if why_not(spec.isa):
         pytest.skip(why_not(spec.isa))
     c = extreme_case(spec)
