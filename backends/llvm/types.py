@@ -33,10 +33,8 @@ class Type:
 
 
 @dataclass(frozen=True)
-class Void(Type):
-    @property
-    def ir(self) -> str:
-        return "void"
+class Unsized(Type):
+    """What has no values in memory: pointers to it count bytes."""
 
     @property
     def memory(self) -> str:
@@ -45,6 +43,13 @@ class Void(Type):
     @property
     def size(self) -> int:
         return 1
+
+
+@dataclass(frozen=True)
+class Void(Unsized):
+    @property
+    def ir(self) -> str:
+        return "void"
 
 
 @dataclass(frozen=True)
@@ -135,7 +140,7 @@ class Array(Type):
 
 
 @dataclass(frozen=True)
-class Function(Type):
+class Function(Unsized):
     """The type of a function; ``references`` says which parameters are references."""
 
     result: Type
@@ -145,14 +150,6 @@ class Function(Type):
     @property
     def ir(self) -> str:
         return "ptr"
-
-    @property
-    def memory(self) -> str:
-        return "i8"
-
-    @property
-    def size(self) -> int:
-        return 1
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,9 @@ def logits(artifact: Path, tokens: list[int]) -> Any:
     return qigen.load(artifact, threads=2).session().eval(np.array(tokens, np.int32), all=True)
 
 
-@pytest.mark.parametrize("options", [{}, {"weights": "u4g32", "kv": "int8"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"weights": "u4g32", "kv": "int8"}, {"kv": "int4"}], ids=str
+)
 def test_the_same_to_the_last_bit(
     stories_artifact: ArtifactMaker, stories_gguf: Path, stories_reference: dict[str, Any],
     tmp_path: Path, options: dict[str, str],

@@ -32,10 +32,23 @@ struct Fold {
     for (const int32_t v : values) sum = sum * 31 + v;
   }
 };
+struct Span {
+  const int32_t* first;
+  int32_t n = 7, spare = 3;
+  const int32_t& last;
+  int64_t none;
+  Span(const int32_t* p, const int32_t& end, int32_t m)
+      : first(p + 1), n{m}, last(end), none() {
+    n += spare;
+  }
+  int32_t sum() const { return first[0] * n + last + static_cast<int32_t>(none); }
+};
 struct Pair {
   int32_t low, high;
 };
 Pair parts(int64_t x) { return {static_cast<int32_t>(x & 0xffff), static_cast<int32_t>(x >> 16)}; }
+template <int N>
+int64_t times(const Fold<N>* fold, int32_t x) { return fold->sum * x + N; }
 template <class F>
 int32_t twice(F f, int32_t x) { return f(f(x)); }
 int32_t odd(int32_t x) { return x % 2 ? -x / 2 : x + 7; }
@@ -57,6 +70,8 @@ int64_t folded(int32_t a, int32_t b) {
     if (i == 7) break;
     total += kTable[i % 2][i % 3] * (k -= 1);
   }
+  const Span span(values, values[0], 2);
+  total += span.sum() + times(&fold, 2);
   const Pair p = parts(total);
   uint32_t bits = static_cast<uint32_t>(p.low) << 20 >> 3;
   bits ^= ~0u;
@@ -85,6 +100,7 @@ def folded(a: int, b: int) -> int:
         if i != 3 and total:
             k -= 1
             total += ((1, -2, 3), (4, 5, -6))[i % 2][i % 3] * k
+    total += b * (2 + 3) + a + s * 2 + 3
     low, high = total & 0xFFFF, total >> 16
     bits = (low << 20 & 0xFFFFFFFF) >> 3 ^ 0xFFFFFFFF
     return bits * 8 + odd(odd(high)) + int(a > b or b != 0)
@@ -105,6 +121,8 @@ def test_what_it_translates(tmp_path: Path) -> None:
         ("int f(int x) { try { return x; } catch (...) {} }", "try"),
         ("int f(Unknown x) { return 0; }", "the type Unknown"),
         ("int f(int x) { 3 = x; return x; }", "an assignment to what has no place"),
+        ("struct A { int x; A(int y) : z(y) {} }; int f(int x) { A a(x); return a.x; }",
+         "an initialiser of z, which is no field"),
         ("#define TWICE(x) (2 * x)\nint f(int x) { return TWICE(x); }", "macros with arguments"),
     ],
 )
