@@ -7,8 +7,10 @@ sides take turns while all stay loaded.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -21,6 +23,8 @@ from numpy.typing import NDArray
 from qigen.errors import QigenError, ToolchainError
 
 Ids = NDArray[np.int32]
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class Side(Protocol):
@@ -188,6 +192,9 @@ def main(
     serve: Callable[[Any, dict[str, Any]], dict[str, Any]] = serve,
 ) -> None:
     """Loads a side and serves requests until standard input ends."""
+    # It stands still between requests, and so would not notice that nobody is there any more.
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     # Libraries write to standard output as they please, so the answers go elsewhere.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)

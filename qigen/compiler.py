@@ -547,13 +547,7 @@ def _build(
             }
             for variant in variants[1:]
         ],
-        "source": {
-            "path": str(source.metadata.path.resolve()),
-            "container": source.metadata.container,
-            "licence": source.metadata.licence,
-            "sha256": source.metadata.sha256(),
-            "notes": list(source.metadata.notes),
-        },
+        "source": source.metadata.to_json(),
         "config": source.config.to_json(),
         "plan": plan.to_json(),
         "memory": {

@@ -194,13 +194,7 @@ def compile_gpu(
                         "cuda": ".".join(map(str, nvrtc.version)),
                     },
                 },
-                "source": {
-                    "path": str(source.metadata.path.resolve()),
-                    "container": source.metadata.container,
-                    "licence": source.metadata.licence,
-                    "sha256": source.metadata.sha256(),
-                    "notes": list(source.metadata.notes),
-                },
+                "source": source.metadata.to_json(),
                 "config": source.config.to_json(),
                 "plan": {
                     "target": program.isa,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -22,9 +22,6 @@ from qigen.cli.output import (
     size_text,
 )
 from qigen.errors import UsageError
-
-if TYPE_CHECKING:
-    pass
 
 _LANGUAGE_OPTIONS = ("prefill", "decode", "context", "batch")
 _GRAPH_OPTIONS = ("inputs", "shapes", "peer_precision")

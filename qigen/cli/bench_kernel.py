@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -16,9 +16,6 @@ from qigen.cli.output import (
     print_json,
     progress_bars,
 )
-
-if TYPE_CHECKING:
-    pass
 
 
 @command

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -19,9 +19,6 @@ from qigen.cli.output import (
     progress_bars,
 )
 from qigen.errors import BadInput
-
-if TYPE_CHECKING:
-    pass
 
 
 @command

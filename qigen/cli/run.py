@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -18,9 +18,6 @@ from qigen.cli.output import (
     print_json,
 )
 from qigen.errors import UsageError
-
-if TYPE_CHECKING:
-    pass
 
 
 @command

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -20,9 +20,6 @@ from qigen.cli.output import (
     progress_bars,
 )
 from qigen.errors import UsageError
-
-if TYPE_CHECKING:
-    pass
 
 
 @command

@@ -16,7 +16,7 @@ from qigen.backends.cuda import gemm, gemv, ops
 from qigen.backends.cuda.gemv import LAYOUT, EmbeddingSpec, GemvSpec
 from qigen.backends.cuda.ops import AttentionSpec, KvSpec, NormSpec, RopeSpec
 from qigen.backends.cuda.prefill import GemmForm
-from qigen.codegen.lower import Buffer, PackedTensor, RopeTable, align, rope_table
+from qigen.codegen.lower import LOWERED, Buffer, PackedTensor, RopeTable, align, rope_table
 from qigen.errors import Unsupported
 from qigen.formats import catalog
 from qigen.formats.algebra import Format
@@ -266,15 +266,7 @@ class _Step:
 
     def lower(self, node: Node) -> None:
         """Append the launches of a node."""
-        {
-            "Embedding": self._embedding,
-            "SelectRows": self._select,
-            "SelectColumns": self._columns,
-            "MatMulGroup": self._matmul,
-            "RopeAttention": self._attention,
-            "NormAdd": self._norm_add,
-            "GatedAct": self._gated,
-        }[node.op](node)
+        getattr(self, LOWERED[node.op])(node)
 
     def _count(self, value: str) -> int:
         """Rows of a value in this sequence."""

@@ -33,6 +33,18 @@ MIN_CHUNK = 256
 _ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 
 
+LOWERED = {
+    "Embedding": "_embedding",
+    "SelectRows": "_select",
+    "SelectColumns": "_columns",
+    "MatMulGroup": "_matmul",
+    "RopeAttention": "_attention",
+    "NormAdd": "_norm_add",
+    "GatedAct": "_gated",
+}
+"""The operators that a step is made of, and the method that lowers each, for CPUs and GPUs."""
+
+
 @dataclass(frozen=True)
 class Buffer:
     """A matrix in the arena: byte offset, and floats from row to row."""
@@ -289,15 +301,7 @@ class Lowering:
 
     def lower(self, node: Node) -> list[Any]:
         """The steps of a node. Weights are named by constants; offsets come later."""
-        steps: list[Any] = {
-            "Embedding": self._embedding,
-            "SelectRows": self._select,
-            "SelectColumns": self._columns,
-            "MatMulGroup": self._matmul,
-            "RopeAttention": self._attention,
-            "NormAdd": self._norm_add,
-            "GatedAct": self._gated,
-        }[node.op](node)
+        steps: list[Any] = getattr(self, LOWERED[node.op])(node)
         return steps
 
     def _embedding(self, node: Node) -> list[Any]:

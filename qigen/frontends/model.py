@@ -266,6 +266,16 @@ class ModelMetadata:
                     digest.update(chunk)
         return digest.hexdigest()
 
+    def to_json(self) -> dict[str, object]:
+        """The manifest's ``source``. Reads all files for their checksum: call it once."""
+        return {
+            "path": str(self.path.resolve()),
+            "container": self.container,
+            "licence": self.licence,
+            "sha256": self.sha256(),
+            "notes": list(self.notes),
+        }
+
 
 @dataclass(frozen=True, eq=False)
 class LanguageModel:

@@ -629,14 +629,15 @@ def extreme_case(spec: MatmulSpec) -> Case:
 @pytest.mark.parametrize("index", range(len(NARROW)), ids=lambda i: identity(NARROW[i][0]))
 def test_extreme_sums_are_exact(index: int, libraries: Libraries) -> None:
     spec = NARROW[index][0]
-    if spec.format.name.endswith("_t8"):
-        pytest.skip("the sums of a rounded table are exact, its scale is not")
     if why_not(spec.isa):
         pytest.skip(why_not(spec.isa))
     c = extreme_case(spec)
     y = np.zeros((65, 64), np.float32)
     run(libraries.get(NARROW, index), spec, c, "store", 65, y, None)
-    assert np.array_equal(y[:, :ROWS], c.y)
+    if np.frexp(spec.format.scale_factor)[0] == 0.5:
+        assert np.array_equal(y[:, :ROWS], c.y)
+    else:  # the sums are exact, their product with the scale is rounded
+        assert np.abs(y[:, :ROWS] - c.y).max() <= 8 * U * np.abs(c.y).max()
 
 
 def test_a_wider_claim_overflows(libraries: Libraries) -> None:
