@@ -22,6 +22,8 @@ PLACES = {
     "runtime/src": "qigen/runtime/src",
     "runtime/include": "qigen/runtime/include",
     "runtime/cmake": "qigen/runtime/cmake",
+    "runtime/cuda": "qigen/runtime/cuda",
+    "runtime/host": "qigen/runtime/host",
 }
 
 
