@@ -17,7 +17,7 @@ from qigen.backends.base import Isa
 from qigen.backends.cpu.isa import ISAS
 from qigen.backends.cpu.isa import by_name as isa_by_name
 from qigen.backends.cpu.matmul import MatmulSpec
-from qigen.costmodel import Prediction, predict, schedules, space
+from qigen.costmodel import Prediction, predict, resources, schedules, space
 from qigen.costmodel.matmul import (
     activation_bytes,
     registers,
@@ -47,6 +47,7 @@ _WEIGHTS = {1: 2.0, 4: 1.0, 16: 1.0, 128: 2.0}
 _TOLERANCE = 1.05  # differences below are smaller than the model's error: take the simpler schedule
 _BLOCKS_OF_TOKENS = (16, 32, 64, 128, 256, 512)
 _RUNNERS_UP = 4
+_EQUAL = 5e-4  # shown as 0.0%
 
 
 @dataclass(frozen=True)
@@ -370,13 +371,51 @@ class _Search:
             predicted_instructions=prediction.instructions,
             bound=prediction.bound,
             runners_up=tuple(
-                Alternative(schedule_of(o), others[o], self.prediction(o, p, m).bound)
+                Alternative(
+                    schedule_of(o), others[o], self.prediction(o, p, m).bound,
+                    self._why_not(o, spec, p, m),
+                )
                 for o in ranked
             ),
             reason=_reason(spec, prediction, m, self.us(spec, p, m), others),
             measured_us=self.measured.get((spec, p.n, p.k, m), 0.0),
             roofline_us=prediction.roofline_us,
+            resources=tuple(
+                resources(spec, p.n, p.k, m, self.threads, self.machine, self.working_set)
+            ),
         )
+
+    def _why_not(self, other: MatmulSpec, spec: MatmulSpec, p: Product, m: int) -> str:
+        """Why ``other`` was not taken in place of ``spec``, in words: what it needs more of; or, if
+        it is faster for ``m`` tokens, what it would cost elsewhere."""
+        known = self.known[p.key]
+        if known and other not in known:
+            return "it was not measured, and others were"
+        behind = {b: self.us(other, p, b) / self.us(spec, p, b) - 1 for b in BUCKETS}
+        if abs(behind[m]) < _EQUAL and max(behind.values()) < _EQUAL:
+            return "not faster; the simpler one is taken"
+        if behind[m] > 0:
+            own, its = self.prediction(spec, p, m).limits, self.prediction(other, p, m).limits
+            more = {name: us - own.get(name, 0.0) for name, us in its.items()}
+            name = max(more, key=lambda name: more[name])
+            lost = f"{behind[m]:.1%} slower"
+            if more[name] > 1e-3 * self.us(spec, p, m):
+                lost += f": {name} takes {its[name]:.1f} us instead of {own.get(name, 0.0):.1f}"
+            return lost
+        score, its_score = (
+            sum(_WEIGHTS[b] * self.us(s, p, b) / self.us(spec, p, b) for b in BUCKETS)
+            for s in (spec, other)
+        )
+        worst = max(BUCKETS, key=lambda b: behind[b])
+        if its_score >= score:
+            bound = self.prediction(other, p, worst).bound
+            return (
+                f"{-behind[m]:.1%} faster here, {behind[worst]:.1%} slower for {worst} tokens "
+                f"(bound by {bound})"
+            )
+        if other.tiles != spec.tiles and spec.integer:
+            return "faster here; all int8 matrices of a model have the same register tiles"
+        return "faster by less than the model's error; the simpler one is taken"
 
 
 def packed_bytes(p: Product) -> int:

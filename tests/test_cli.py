@@ -99,6 +99,7 @@ def test_compile(run: Any, run_json: Any, stories_gguf: Path, tmp_path: Path) ->
     code, out, err = run("compile", stories_gguf, "-o", artifact, "--explain")
     assert code == 0 and err == ""
     assert "stories260K" in out and "512x64" in out
+    assert " cycles one after the other" in out and "<- binds" in out and "  roofline " in out
     assert qigen.load(artifact).info["max_seq"] == 512
     assert {file.name for file in tmp_path.iterdir()} == {"s.qgn", "sources"}
 

@@ -110,6 +110,16 @@ def test_choices_are_explained() -> None:
     for row in table:
         assert row["us"] > 0 and row["gops"] > 0 and row["bound"] in row["reason"]
         assert row["runners_up"]
+    for c in result.kernels:
+        busiest = max(c.resources, key=lambda r: r.us)
+        assert busiest.name.split()[0] == c.bound and 0 < busiest.us <= c.predicted_us
+        assert {"memory", "l3", "l2"} & {r.name for r in c.resources if r.kind == "bytes"}
+        assert {"dot", "load", "issue"} <= {
+            r.name for r in c.resources if r.kind == "instructions" and r.amount > 0
+        }
+        for a in c.runners_up:
+            slower = a.predicted_us > c.predicted_us * 1.001
+            assert a.reason and ("slower" in a.reason or not slower)
     choice = result.find("matmul", "q4_0", 1536, 512, 16)
     others = [a.predicted_us for a in choice.runners_up]
     assert others == sorted(others)

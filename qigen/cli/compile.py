@@ -26,6 +26,8 @@ from qigen.cli.output import (
 if TYPE_CHECKING:
     from qigen.artifact import Artifact
 
+_BAR = 24  # characters of the longest bar
+
 
 @command
 @click.argument("model", type=click.Path(path_type=Path))
@@ -211,6 +213,7 @@ def _explanation(artifact: Artifact) -> dict[str, Any]:
     """What --json --explain adds."""
     explained: dict[str, Any] = {"explain": artifact.explain()}
     if artifact.is_graph:
+        explained["formats"] = artifact.manifest["plan"].get("formats", [])
         explained["quantization"] = artifact.manifest["quantization"]
     return explained
 
@@ -224,7 +227,7 @@ def _print_graph(manifest: dict[str, Any]) -> None:
     limits = [{"size": name, "most": most} for name, most in interface["limits"].items()]
     print_rows("limits", limits)
     print_rows("kernels", manifest["plan"]["kernels"])
-    print_rows("formats", manifest["plan"].get("formats", []))
+    _print_explanation(manifest["plan"].get("formats", []))
     print_rows("quantization", manifest["quantization"])
     memory = manifest["memory"]
     row: dict[str, Any] = {"arena": "laid out for the sizes of each run"}
@@ -259,9 +262,36 @@ def _print_explanation(kernels: list[dict[str, Any]]) -> None:
             f"{size_text(kernel['predicted_bytes'])}"
         )
         click.echo(f"  {kernel['name']}: {schedule_text(schedule)}")
+        _print_roofline(kernel)
         if kernel["reason"]:
             click.echo(f"  {kernel['reason']}")
         for other in kernel["runners_up"]:
             differs = {k: v for k, v in other["schedule"].items() if schedule.get(k) != v}
             bound = f", bound by {other['bound']}" if other["bound"] else ""
-            click.echo(f"  or {schedule_text(differs)}: {other['predicted_us']:.1f} us{bound}")
+            why = f"; {other['reason']}" if other.get("reason") else ""
+            click.echo(
+                f"  or {schedule_text(differs)}: {other['predicted_us']:.1f} us{bound}{why}"
+            )
+
+
+def _print_roofline(kernel: dict[str, Any]) -> None:
+    """What each resource of the machine has to do for a kernel, the busiest marked."""
+    rows = kernel.get("resources", [])  # artifacts of older versions have none
+    if not rows:
+        return
+    most = max(row["us"] for row in rows)
+    for row in rows:
+        amount = {
+            "bytes": f"{size_text(row['amount'])} at {row['rate']:.0f} GB/s",
+            "instructions": f"{row['amount']:.3g} instructions, {row['rate']:.3g} a cycle",
+            "cycles": f"{row['amount']:.3g} cycles one after the other",
+            "barriers": f"{row['amount']:.0f} barrier",
+        }[row["kind"]]
+        filled = round(_BAR * row["us"] / most) if most else 0
+        mark = "  <- binds" if row["name"].split()[0] == kernel["bound"] else ""
+        bar = "#" * filled
+        click.echo(
+            f"  {row['name']:<9} {amount:<38} {row['us']:>10.1f} us  {bar:<{_BAR}}{mark}".rstrip()
+        )
+    roofline, us = kernel["roofline_us"], kernel["measured_us"] or kernel["predicted_us"]
+    click.echo(f"  roofline  {roofline:.1f} us, of which this is {roofline / us:.0%}")

@@ -40,6 +40,7 @@ from qigen.costmodel.instructions import (
 )
 from qigen.formats.algebra import Format
 from qigen.formats.layout import Layout, kblock_bytes, packed_bytes, packed_shape
+from qigen.ir.plan import Resource
 from qigen.targets import Machine
 from qigen.targets.machine import Rates
 
@@ -334,6 +335,49 @@ def predict(
     return Prediction(
         time + limits["barrier"], weights + x, instructions, bound, limits, moved, roof
     )
+
+
+def resources(
+    spec: MatmulSpec,
+    n: int,
+    k: int,
+    m: int,
+    threads: int,
+    machine: Machine,
+    working_set: int | None = None,
+) -> list[Resource]:
+    """What each resource has to do in one call, with the arguments of :func:`predict`: bytes by the
+    level that they come from, instructions by class of port, the chain, the barrier."""
+    prediction = predict(spec, n, k, m, threads, machine, working_set)
+    limits, rates = prediction.limits, _rates(machine, spec.isa)
+    row_blocks, kblocks, size = packed_shape(spec.format, (n, k), spec.layout)
+    per_thread = -(-row_blocks // threads)
+    busy = row_blocks / per_thread  # threads, if all had as much as the slowest
+    level, bandwidth = _home(machine, threads, working_set)
+    weights = packed_bytes(spec.format, (n, k), spec.layout)
+    found = [Resource(level, "bytes", weights, bandwidth / 1e3, limits[level])]
+    _, again = _reload(spec, machine, kblocks * size, prediction.bytes - weights, m)
+    for near, nbytes in again.items():
+        gb_s = {"l2": machine.l2_gb_s, "l3": machine.l3_gb_s}[near]
+        if nbytes:
+            us = per_thread * nbytes / gb_s / 1e3
+            found.append(Resource(f"reload {near}", "bytes", row_blocks * nbytes, busy * gb_s, us))
+    width = 64 / spec.isa.vectors  # bytes
+    l1 = machine.l1_gb_s or rates.per_cycle["load"] * width * rates.ghz
+    nbytes = prediction.traffic["l1"]
+    found.append(Resource("l1", "bytes", nbytes, busy * l1, nbytes / (busy * l1 * 1e3)))
+    cycles = rates.ghz * 1e3  # a microsecond
+    ports = {**rates.per_cycle, "vector": rates.vector, "issue": machine.issue_width}
+    for name, us in limits.items():
+        if name in ports and us:
+            amount = us * cycles * ports[name] * busy
+            found.append(Resource(name, "instructions", amount, ports[name], us))
+    for name in ("unpack", "latency"):
+        if limits.get(name):
+            found.append(Resource(name, "cycles", limits[name] * cycles, 0.0, limits[name]))
+    if limits["barrier"]:
+        found.append(Resource("barrier", "barriers", 1, 0.0, limits["barrier"]))
+    return found
 
 
 def _late(spec: MatmulSpec, machine: Machine, threads: int) -> float:

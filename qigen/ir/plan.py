@@ -22,12 +22,32 @@ PLAN_VERSION = 1
 
 
 @dataclass(frozen=True)
+class Resource:
+    """What a kernel needs of one resource of the machine.
+
+    ``kind`` says what ``amount`` counts: "bytes" (``rate`` in GB/s), "instructions" (``rate`` of a
+    core in a cycle), "cycles" of dependent instructions and "barriers" (``rate`` 0). ``us`` is what
+    the call would take if there were no other resource; amounts are of all threads.
+    """
+
+    name: str
+    kind: str
+    amount: float
+    rate: float
+    us: float
+
+    def __post_init__(self) -> None:
+        _check(self, f"resource {self.name}")
+
+
+@dataclass(frozen=True)
 class Alternative:
-    """A schedule that was considered and not chosen."""
+    """A schedule that was considered and not chosen; ``reason`` says why, in words."""
 
     schedule: dict[str, ScheduleValue]
     predicted_us: float
     bound: str = ""
+    reason: str = ""
 
     def __post_init__(self) -> None:
         _check(self, "runner-up")
@@ -42,7 +62,8 @@ class KernelChoice:
     ``schedule``: the backend's parameters (``m_tile``, ``row_tile``, ``kblocks``,
     ``prefetch_bytes``, ...). The predictions are for one call; ``bound`` says what limits it
     (``"memory"``, ``"instructions"``, ``"barrier"``). ``measured_us`` is 0 until somebody measures.
-    ``roofline_us`` is what no kernel with this arithmetic can beat on the machine.
+    ``roofline_us`` is what no kernel with this arithmetic can beat on the machine, ``resources``
+    what each resource of the machine has to do.
     """
 
     name: str
@@ -60,6 +81,7 @@ class KernelChoice:
     reason: str = ""
     measured_us: float = 0.0
     roofline_us: float = 0.0
+    resources: tuple[Resource, ...] = ()
 
     def __post_init__(self) -> None:
         _check(self, f"kernel {self.name}")
@@ -113,7 +135,12 @@ class Plan:
         """A dictionary that ``json.dumps`` accepts; :meth:`from_json` is its inverse."""
         data = dataclasses.asdict(self)
         data["kernels"] = [
-            {**kernel, "runners_up": list(kernel["runners_up"])} for kernel in data["kernels"]
+            {
+                **kernel,
+                "runners_up": list(kernel["runners_up"]),
+                "resources": list(kernel["resources"]),
+            }
+            for kernel in data["kernels"]
         ]
         return {"version": PLAN_VERSION, **data}
 
@@ -128,11 +155,12 @@ class Plan:
         for i, entry in enumerate(_list(fields.get("kernels", []), "plan.kernels")):
             where = f"plan.kernels[{i}]"
             kernel = dict(_mapping(entry, where))
-            runners = _list(kernel.get("runners_up", []), f"{where}.runners_up")
-            kernel["runners_up"] = tuple(
-                _build(Alternative, dict(_mapping(r, where)), f"{where}.runners_up[{j}]")
-                for j, r in enumerate(runners)
-            )
+            for name, part in (("runners_up", Alternative), ("resources", Resource)):
+                entries = _list(kernel.get(name, []), f"{where}.{name}")
+                kernel[name] = tuple(
+                    _build(part, dict(_mapping(e, where)), f"{where}.{name}[{j}]")
+                    for j, e in enumerate(entries)
+                )
             kernels.append(_build(KernelChoice, kernel, where))
         fields["kernels"] = tuple(kernels)
         plan: Plan = _build(cls, fields, "plan")

@@ -8,7 +8,7 @@ import pytest
 
 from qigen.backends.cpu.isa import ISAS
 from qigen.backends.cpu.matmul import MatmulSpec
-from qigen.costmodel import predict, roofline, schedules, space
+from qigen.costmodel import predict, resources, roofline, schedules, space
 from qigen.costmodel.matmul import (
     PREFETCH,
     TOKEN_TILES,
@@ -42,6 +42,30 @@ def test_decoding_is_bound_by_memory() -> None:
         assert p.limits["memory"] == pytest.approx(weights / ICELAKE.read_bandwidth(threads))
         assert p.limits["memory"] <= p.us < 1.1 * p.limits["memory"]
         assert weights < p.bytes < 1.01 * weights
+
+
+@pytest.mark.parametrize(("activations", "m"), [("int8", 1), ("int8", 64), ("f32", 5)])
+def test_resources_are_the_limits_in_detail(activations: str, m: int) -> None:
+    """Times are those of the prediction, amounts what takes so long at the machine's rates."""
+    spec, threads = kernel(activations=activations), 3
+    p = predict(spec, 1024, 1024, m, threads, ICELAKE)
+    rows_ = resources(spec, 1024, 1024, m, threads, ICELAKE)
+    found = {r.name: r for r in rows_}
+    assert len(found) == len(rows_)
+    for name, us in p.limits.items():
+        if name != "reload" and us:
+            assert found[name].us == us
+    assert sum(r.us for r in rows_ if r.name.startswith("reload")) == pytest.approx(
+        p.limits["reload"]
+    )
+    assert found["memory"].amount == 1024 * 1024 * 18 // 32
+    assert found["l1"].amount == p.traffic["l1"]
+    classes = [r for r in rows_ if r.kind == "instructions" and r.name not in ("issue", "vector")]
+    assert {"load", "fma"} <= {r.name for r in classes}
+    if activations == "int8":  # 4 weights of 16 rows by an activation each: exactly so many
+        assert found["dot"].amount == pytest.approx(1024 * 1024 * m / 64)
+        assert sum(r.amount for r in classes) < 1.5 * found["issue"].amount
+    assert found["barrier"].amount == 1
 
 
 def test_weights_in_the_caches_are_faster() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from qigen.errors import BadInput
-from qigen.ir.plan import Alternative, KernelChoice, Plan
+from qigen.ir.plan import Alternative, KernelChoice, Plan, Resource
 
 CHOICE = KernelChoice(
     name="gemv_q4_0_a8__avx512vnni_1x32",
@@ -21,7 +21,8 @@ CHOICE = KernelChoice(
     predicted_bytes=9437184,
     predicted_instructions=3.1e6,
     bound="memory",
-    runners_up=(Alternative({"row_tile": 16}, 201.0, "instructions"),),
+    runners_up=(Alternative({"row_tile": 16}, 201.0, "instructions", "more instructions"),),
+    resources=(Resource("memory", "bytes", 9437184, 40.0, 188.0),),
     reason="longest sequential stream that fits the registers",
 )
 PLAN = Plan("native", "avx512vnni", "int8", "f16", 2, 512, (CHOICE,))
@@ -56,6 +57,8 @@ def test_find() -> None:
         (["target"], None, "plan", "target must be a str"),
         (["kernel"], [], "plan", "no field 'kernel'; did you mean kernels"),
         (["kernels"], {}, "plan.kernels", "a list was expected"),
+        (["kernels", 0, "resources"], {}, "plan.kernels[0].resources", "a list was expected"),
+        (["kernels", 0, "resources", 0, "us"], -1, "resource memory", "a finite number"),
         (["kernels", 0], 3, r"plan.kernels[0]", "an object was expected"),
         (["kernels", 0, "n"], 0, f"kernel {CHOICE.name}", "n must be at least 1"),
         (["kernels", 0, "n"], -1, f"kernel {CHOICE.name}", "finite number from 0"),
