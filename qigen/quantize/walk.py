@@ -1,7 +1,8 @@
-"""A language model run layer by layer over many sequences at once.
+"""A language model run part by part over many sequences at once.
 
-Only what one layer hands to the next is kept, for all sequences; so a layer can be looked at,
-changed and run again before the next one sees its results.
+Only what one part hands to the next is kept, for all sequences. The parts begin with products, so
+that matrices can be looked at and changed before anything sees their results, and nothing runs
+twice.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ Watcher = Callable[[str, Array], None]
 
 @dataclass(frozen=True)
 class Segment:
-    """Nodes that follow each other and belong to one layer (or to none).
+    """Nodes that run between two sets of products, all of one layer (or of none).
 
     ``takes`` are the values that come from segments before, ``gives`` those that later ones need.
     """
@@ -37,27 +38,50 @@ class Segment:
     gives: tuple[str, ...]
 
     def products(self, graph: Graph) -> list[Node]:
-        """The products with constant matrices."""
+        """The products with constant matrices; their inputs are among ``takes``."""
         return [n for n in self.nodes if n.op == "MatMul" and graph.is_constant(n.inputs[1])]
 
 
 def segments(graph: Graph) -> list[Segment]:
-    """A flat graph cut into its layers."""
-    parts: list[list[Node]] = []
+    """A flat graph cut in front of its products, so that the inputs of all matrices of a segment
+    are known before any of them is used; products that do not depend on each other go together."""
+    stages = _stages(graph)
+    parts: dict[int, list[Node]] = {}
     for node in graph.nodes:
-        if not parts or parts[-1][0].layer != node.layer:
-            parts.append([])
-        parts[-1].append(node)
+        parts.setdefault(stages[node.name], []).append(node)
     result = []
     given = set(graph.inputs) | set(graph.constants)
-    for i, part in enumerate(parts):
+    ordered = [parts[stage] for stage in sorted(parts)]
+    later: list[set[str]] = [set(graph.outputs)]
+    for part in ordered[:0:-1]:
+        later.append(later[-1] | {name for node in part for name in node.inputs})
+    for part, needed in zip(ordered, reversed(later), strict=True):
         made = {name for node in part for name in node.outputs}
         read = {name for node in part for name in node.inputs if name} - made - given
-        later = {name for rest in parts[i + 1 :] for node in rest for name in node.inputs}
-        gives = made & later
+        gives = made & needed - set(graph.outputs)
         result.append(Segment(part[0].layer, tuple(part), tuple(sorted(read)),
                               tuple(sorted(gives))))
     return result
+
+
+def _stages(graph: Graph) -> dict[str, int]:
+    """How many products in a row come before a node, itself included. A write to a cache belongs to
+    the stage of what reads it."""
+    stages: dict[str, int] = {}
+    of_value: dict[str, int] = {}
+    writers: dict[str, Node] = {}
+    for node in graph.nodes:
+        stage = max((of_value.get(name, 0) for name in node.inputs), default=0)
+        if node.op == "MatMul" and graph.is_constant(node.inputs[1]):
+            stage += 1
+        for name in node.inputs:
+            if name in writers:
+                stages[writers[name].name] = stage
+        if schema.operator(node.op, node.name).effect:
+            writers |= dict.fromkeys(node.outputs, node)
+        stages[node.name] = stage
+        of_value |= dict.fromkeys(node.outputs, stage)
+    return stages
 
 
 class _Cache:
@@ -149,7 +173,8 @@ class Walk:
         """Run a segment for every sequence. ``watch``: what to call with values by name; if not
         ``advance``, the results are not kept and what only they need is not computed. ``step``
         hears of sequences done."""
-        wanted = set(watch or ())
+        watch = watch or {}
+        wanted = set(watch)
         nodes = _needed(segment.nodes, wanted | (set(segment.gives) if advance else set()))
         ev = _Evaluation(self.graph)
         results: dict[str, Array] = {}
@@ -161,7 +186,6 @@ class Walk:
                                         "rows": positions,
                                         **{name: self._kept[name][s] for name in segment.takes}}
             for name in wanted & set(values):
-                assert watch is not None
                 watch[name](name, values[name])
             ev.caches.clear()
             for i, node in enumerate(nodes):
@@ -170,7 +194,6 @@ class Walk:
                 for name, value in zip(node.outputs, outs, strict=True):
                     values[name] = value
                     if name in wanted:
-                        assert watch is not None
                         watch[name](name, value)
                 for name in node.inputs:
                     if last[name] == i and name not in segment.gives:

@@ -54,7 +54,7 @@ def test_a_walk_computes_what_the_interpreter_does(family):
     graph = build(FAMILIES[family])
     texts = sequences(3, 12)
     walk = Walk(graph, texts, memory=1 << 20)
-    assert [s.layer for s in walk.segments] == [None, 0, 1, None]
+    assert [s.layer for s in walk.segments] == [None, 0, 0, 0, 0, 1, 1, 1, 1, None]
     seen = []
     for segment in walk.segments[:-1]:
         walk.run(segment)
@@ -68,24 +68,26 @@ def test_a_walk_that_does_not_fit_into_memory(tmp_path):
     results = []
     for memory in (1 << 30, 1000):
         walk = Walk(graph, sequences(), memory=memory, scratch=tmp_path)
-        for segment in walk.segments[:2]:
+        for segment in walk.segments[:5]:
             walk.run(segment)
-        (value,) = walk._kept.values()
-        assert isinstance(value, np.memmap) == (memory == 1000)
-        results.append(np.array(value))
+        assert sorted(walk._kept) == ["l0.x_ffn", "l1.attn_norm"]
+        assert all(isinstance(v, np.memmap) == (memory == 1000) for v in walk._kept.values())
+        results.append(np.array(walk._kept["l1.attn_norm"]))
     np.testing.assert_array_equal(*results)
     assert not list(tmp_path.iterdir())
 
 
-def test_what_is_not_needed_is_not_computed():
+def test_the_inputs_of_matrices_are_there_before_they_are_used():
     graph = build(F32)
     walk = Walk(graph, sequences(), memory=1 << 20)
     walk.run(walk.segments[0])
-    seen = []
     one = walk.segments[1]
-    first = one.products(graph)[0].inputs[0]
-    del graph.constants[one.products(graph)[-1].inputs[1]]  # the last product cannot run
-    walk.run(one, {first: lambda name, value: seen.append(value.shape)}, advance=False)
+    products = one.products(graph)
+    assert [n.inputs[1] for n in products] == ["l0.q.w", "l0.k.w", "l0.v.w"]
+    seen = []
+    for node in products:  # none of them can run
+        graph.constants[node.inputs[1]] = None
+    walk.run(one, {one.takes[0]: lambda name, value: seen.append(value.shape)}, advance=False)
     assert seen == [(24, 64)] * 6
 
 
@@ -155,10 +157,10 @@ def test_a_killed_run_goes_on(tmp_path):
     with pytest.raises(Killed):
         quantize_model(graph, formats, texts, RECIPE, store=store, progress=stop_after_one)
     files = sorted(store.folder.iterdir())
-    assert len(files) == 1
+    assert len(files) == 4  # of the first layer: q, k and v; o; gate and up; down
     before = files[0].stat().st_mtime_ns
     again, same = quantize_model(graph, formats, texts, RECIPE, store=Store.of(tmp_path, "a run"))
-    assert files[0].stat().st_mtime_ns == before and len(list(store.folder.iterdir())) == 3
+    assert files[0].stat().st_mtime_ns == before and len(list(store.folder.iterdir())) == 12
     assert same == reports
     for name in formats:
         np.testing.assert_array_equal(again.constants[name].dequantize(),
@@ -248,9 +250,10 @@ def test_methods_by_text():
             parse(text)
 
 
-def test_segments_cut_by_layer():
+def test_segments_are_cut_in_front_of_products():
     graph = build(F32)
     parts = segments(graph)
-    assert [s.layer for s in parts] == [None, 0, 1, 2, None]
-    assert [len(s.products(graph)) for s in parts] == [0, 7, 7, 7, 1]
-    assert all(len(s.takes) == 1 for s in parts[1:])
+    assert [s.layer for s in parts] == [None, *([0] * 4 + [1] * 4 + [2] * 4), None]
+    assert [len(s.products(graph)) for s in parts] == [0, *([3, 1, 2, 1] * 3), 1]
+    assert all({n.inputs[0] for n in s.products(graph)} <= set(s.takes) for s in parts)
+    assert sorted(n.name for s in parts for n in s.nodes) == sorted(n.name for n in graph.nodes)

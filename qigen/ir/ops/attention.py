@@ -68,30 +68,34 @@ def attend(q: Array, positions: Array, attrs: Mapping[str, Any], ev: Evaluation)
         return q
     n_kv, hd = attrs["n_kv_heads"], attrs["head_dim"]
     shared = attrs["n_heads"] // n_kv
-    stop = int(positions.max()) + 1
     cache = ev.kv(attrs["state"])
     sealed = cache.sealed(positions)
-    j = np.arange(stop)
     out = np.empty_like(q)
     # rows that see the same numbers
     borders = {*range(0, len(positions), _ROWS), *(np.flatnonzero(np.diff(sealed)) + 1)}
     starts = [*sorted(int(b) for b in borders), len(positions)]
     for start, end in pairwise(starts):
-        keys, values = cache.read(stop, int(sealed[start]))
-        keys_t = keys.transpose(1, 2, 0)[:, None]  # [n_kv, 1, hd, stop]
-        values_t = values.transpose(1, 0, 2)[:, None]  # [n_kv, 1, stop, hd]
-        p = positions[start:end, None]
+        p = positions[start:end]
+        last = int(p.max()) + 1
+        keys, values = cache.read(last, int(sealed[start]))
+        j = np.arange(last)
+        hidden = j > p[:, None]
+        if attrs["window"]:
+            hidden |= j <= p[:, None] - attrs["window"]
+        # the query heads of a key head lie below each other: one product a key head
         rows = q[start:end].reshape(-1, n_kv, shared, hd).transpose(1, 2, 0, 3)
-        scores = (rows @ keys_t) * q.dtype.type(attrs["scale"])
+        rows = rows.reshape(n_kv, -1, hd) * q.dtype.type(attrs["scale"])
+        scores = np.matmul(rows, keys.transpose(1, 2, 0))  # [n_kv, shared * rows, last]
         if attrs["softcap"]:
             scores = softcap(scores, attrs["softcap"])
-        seen = j <= p
-        if attrs["window"]:
-            seen &= j > p - attrs["window"]
-        scores = np.where(seen, scores, -np.inf)
-        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-        weights /= weights.sum(axis=-1, keepdims=True)
-        mixed = (weights @ values_t).transpose(2, 0, 1, 3)
+        by_head = scores.reshape(n_kv, shared, end - start, last)
+        by_head += np.where(hidden, q.dtype.type(-np.inf), q.dtype.type(0))
+        scores -= scores.max(axis=-1, keepdims=True)
+        weights = np.exp(scores, out=scores)
+        total = weights.sum(axis=-1, keepdims=True)
+        mixed = weights @ values.transpose(1, 0, 2)  # [n_kv, shared * rows, hd]
+        mixed /= total
+        mixed = mixed.reshape(n_kv, shared, -1, hd).transpose(2, 0, 1, 3)
         out[start:end] = mixed.reshape(-1, q.shape[1])
     return out
 
