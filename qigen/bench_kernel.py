@@ -26,14 +26,20 @@ from qigen.errors import QigenError, Unsupported, UsageError
 from qigen.kernel_peers import PEERS
 from qigen.planner import Product, activations_for, packed_bytes
 from qigen.targets import Machine
-from qigen.tune import BYTES_AT_MOST, TIMES_CACHE, Tuner, home
+from qigen.tune import Tuner, home
 from qigen.tuning import Database
 from qigen.tuning.measure import Bench
 
 Progress = Callable[[str, int, int], None]
 
 ROUNDS = 5
-"""Calls of a side in a turn."""
+"""Calls of a side in a turn ..."""
+SECONDS = 0.1
+"""... and for so long at most, if one call is done."""
+
+_ROTATION_CACHES = 4
+_ROTATION_BYTES = 256 << 20
+_PASSES = 3  # over all weights, to measure the read bandwidth in a turn
 
 _ACCURATE = 0.02  # of the sum of |w x|: a peer may round activations to 8 bits
 
@@ -57,29 +63,49 @@ def bench_kernel(
     repeat: int = 7,
     jobs: int | None = None,
     progress: Progress | None = None,
-) -> list[dict[str, Any]]:
-    """Measures our kernel and the peers' for every product, number of tokens and threads.
+) -> Iterator[dict[str, Any]]:
+    """Measures our kernel and the peers' for every product, number of tokens and threads; each row
+    as soon as it is measured.
 
     The kernel is the tuned one if the database has one, else the model's choice. Weights rotate
-    over twice the last cache (up to 1 GiB), or stay in the caches with ``cached``. The keys of a
-    row are those of ``qigen bench-kernel --json``; times are medians of ``repeat`` turns. Our time
-    does not include the rounding of activations, which is another kernel; the peers' does.
+    over :func:`rotation` bytes, or stay in the caches with ``cached``. The keys of a row are those
+    of ``qigen bench-kernel --json``; times are medians of ``repeat`` turns. Our time does not
+    include the rounding of activations, which is another kernel; the peers' does.
 
     Raises UsageError, Unsupported if a peer is unknown or not installed.
     """
     if repeat < 1:
         raise UsageError("a benchmark needs at least one repeat")
     check_peers(peers)
-    report = progress or (lambda stage, done, total: None)
-    points = [(p, m, t) for p in products for m in tokens for t in threads]
-    rows = []
+    points = [
+        _Point(p, m, t, isa, machine, cached, repeat)
+        for p in products
+        for m in tokens
+        for t in threads
+    ]
+    return _rows(points, activations, peers, jobs, progress or (lambda stage, done, total: None))
+
+
+def _rows(
+    points: Sequence[_Point],
+    activations: str,
+    peers: Sequence[str],
+    jobs: int | None,
+    report: Progress,
+) -> Iterator[dict[str, Any]]:
     with Bench(toolchain.find_compiler(), jobs) as bench, Database() as data:
-        for done, (p, m, t) in enumerate(points):
+        for done, point in enumerate(points):
             report("measure", done, len(points))
-            row = _Point(p, m, t, isa, machine, cached, repeat)
-            rows.append(row.measure(bench, data, activations_for(p.format, activations), peers))
+            arithmetic = activations_for(point.p.format, activations)
+            yield point.measure(bench, data, arithmetic, peers)
         report("measure", len(points), len(points))
-    return rows
+
+
+def rotation(machine: Machine) -> int:
+    """Bytes of weights that pass between two calls with the same: four times the last cache, but no
+    more than 256 MiB, or one and a half times a cache that is larger still."""
+    l3 = machine.l3_bytes
+    return max(min(_ROTATION_CACHES * l3, _ROTATION_BYTES), 3 * l3 // 2)
 
 
 def check_peers(names: Sequence[str]) -> None:
@@ -121,7 +147,7 @@ class _Point:
         self.p, self.m, self.threads = p, m, threads
         self.isa, self.machine, self.repeat = isa, machine, repeat
         size = packed_bytes(p)
-        self.total = 0 if cached else min(BYTES_AT_MOST, TIMES_CACHE * machine.l3_bytes)
+        self.total = 0 if cached else rotation(machine)
         self.working_set = size if cached else max(self.total, machine.l3_bytes)
 
     def predict(self, spec: MatmulSpec) -> Prediction:
@@ -155,10 +181,11 @@ class _Point:
         abouts: dict[str, dict[str, Any]] = {}
         before = psutil.cpu_times()
         with contextlib.ExitStack() as stack:
-            run = stack.enter_context(
+            side = stack.enter_context(
                 bench.running(spec, p.n, p.k, m, self.threads, self.total)
             )
-            run(1)
+            (first,) = side.run(1)
+            rounds = max(1, min(ROUNDS, int(1e6 * SECONDS / first)))
             workers: dict[str, KernelWorker] = {}
             for name in peers:
                 try:
@@ -167,10 +194,13 @@ class _Point:
                 except Unsupported as error:
                     abouts[name] = {"unsupported": error.message}
             for _ in range(self.repeat):
-                ours.append(statistics.median(run(ROUNDS)))
+                ours.append(statistics.median(side.run(rounds)))
                 for name, worker in workers.items():
-                    times = worker.ask(do="run", rounds=ROUNDS)["us"]
+                    times = worker.ask(do="run", rounds=ROUNDS, seconds=SECONDS)["us"]
                     theirs[name].append(statistics.median(times))
+                if self.total:
+                    streams.append(statistics.median(side.stream(_PASSES)))
+            if not self.total:  # what is in the caches says nothing about the memory
                 streams.append(stream_read_gb_s(self.threads))
         after = psutil.cpu_times()
         us, stream = statistics.median(ours), statistics.median(streams)
@@ -229,61 +259,76 @@ class _Point:
             "format": self.p.format.name, "n": self.p.n, "k": self.p.k, "m": self.m,
             "threads": self.threads, "total": self.total,
         }  # fmt: skip
-        best: tuple[float, dict[str, Any]] | None = None
+        best: tuple[float, KernelWorker] | None = None
         failures: list[str] = []
-        for setting in PEERS[name].settings:
-            try:
-                with KernelWorker(name, **options, **setting) as worker:
-                    error = worker.ask(
-                        do="check", **{k: options[k] for k in ("format", "n", "k", "m")}
-                    )["largest"]
-                    if error > _ACCURATE:
-                        failures.append(f"its result is off by {error:.2g} of the sum of |w x|")
-                        continue
-                    us = min(worker.ask(do="run", rounds=3)["us"])
-            except Unsupported:
-                raise
-            except QigenError as problem:
-                failures.append(problem.message)
-                continue
-            if best is None or us < best[0]:
-                best = us, setting
-        if best is None:
-            raise Unsupported(f"it failed: {'; '.join(dict.fromkeys(failures))}")
-        with KernelWorker(name, **options, **best[1]) as worker:
+        with contextlib.ExitStack() as stack:
+            for setting in PEERS[name].settings:
+                try:
+                    with contextlib.ExitStack() as trial:
+                        worker = trial.enter_context(KernelWorker(name, **options, **setting))
+                        error = worker.ask(
+                            do="check", **{k: options[k] for k in ("format", "n", "k", "m")}
+                        )["largest"]
+                        if error > _ACCURATE:
+                            failures.append(f"its result is off by {error:.2g} of the sum of |w x|")
+                            continue
+                        us = min(worker.ask(do="run", rounds=3, seconds=SECONDS)["us"])
+                        if best is None or us < best[0]:
+                            stack.close()  # the best so far stays loaded, the one before does not
+                            stack.push(trial.pop_all())
+                            best = us, worker
+                except Unsupported:
+                    raise
+                except QigenError as problem:
+                    failures.append(problem.message)
+            if best is None:
+                raise Unsupported(f"it failed: {'; '.join(dict.fromkeys(failures))}")
+            worker = best[1]
             worker.ask(do="run", rounds=1)
-            about = {key: worker.loaded[key] for key in ("version", "setting")}
-            yield worker, about
+            yield worker, {key: worker.loaded[key] for key in ("version", "setting")}
 
 
 def markdown(rows: Sequence[dict[str, Any]], state: dict[str, Any]) -> str:
-    """The rows as a table, with the state of the machine above it."""
+    """The rows as a table, with the state of the machine below it."""
     peers = list(dict.fromkeys(name for row in rows for name in row["peers"]))
-    told = {
-        name: next((r["peers"][name]["version"] for r in rows if "version" in r["peers"][name]), "")
-        for name in peers
-    }
-    lines = [
-        f"{state['processor']}; {state['cores']} cores; {state['system']}; load average "
-        f"{state['load_average'][0]:.1f}; "
-        + ("; ".join(f"{name} {version}" for name, version in told.items()) or "no peers"),
-        "",
+    return "\n".join([*table_head(peers), *map(table_line, rows), "", about(rows, state)]) + "\n"
+
+
+def table_head(peers: Sequence[str]) -> list[str]:
+    """The first lines of the table of rows with these peers."""
+    return [
         "| weights | shape | M | threads | µs | spread | GB/s | of read bandwidth | GOPS | "
         "of roofline | predicted µs |" + "".join(f" {name} µs (ratio) |" for name in peers),
         "|---|---|" + "---:|" * (9 + len(peers)),
     ]
-    for row in rows:
-        cells = [
-            row["weights"], f"{row['n']}x{row['k']}", row["m"], row["threads"],
-            f"{row['us']:.1f}", f"{row['spread']:.0%}", f"{row['gb_s']:.1f}",
-            f"{row['fraction_of_stream']:.0%}", f"{row['gops']:.0f}",
-            f"{row['fraction_of_roofline']:.0%}", f"{row['predicted_us']:.1f}",
-        ]  # fmt: skip
-        for name in peers:
-            peer = row["peers"].get(name, {})
-            cells.append(f"{peer['us']:.1f} ({peer['ratio']:.2f})" if "us" in peer else "–")
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines) + "\n"
+
+
+def table_line(row: dict[str, Any]) -> str:
+    """A row as a line of the table."""
+    cells = [
+        row["weights"], f"{row['n']}x{row['k']}", row["m"], row["threads"],
+        f"{row['us']:.1f}", f"{row['spread']:.0%}", f"{row['gb_s']:.1f}",
+        f"{row['fraction_of_stream']:.0%}", f"{row['gops']:.0f}",
+        f"{row['fraction_of_roofline']:.0%}", f"{row['predicted_us']:.1f}",
+    ]  # fmt: skip
+    for peer in row["peers"].values():
+        cells.append(f"{peer['us']:.1f} ({peer['ratio']:.2f})" if "us" in peer else "–")
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def about(rows: Sequence[dict[str, Any]], state: dict[str, Any]) -> str:
+    """The machine and what it does besides, and the versions of the peers, in a line."""
+    told = {
+        name: peer["version"]
+        for row in rows
+        for name, peer in row["peers"].items()
+        if "version" in peer
+    }
+    return (
+        f"{state['processor']}; {state['cores']} cores; {state['system']}; load average "
+        f"{state['load_average'][0]:.1f}; "
+        + ("; ".join(f"{name} {version}" for name, version in told.items()) or "no peers")
+    )
 
 
 def plots(

@@ -5,6 +5,7 @@ Its result is compared with the same reference as our kernel's.
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -18,7 +19,7 @@ from qigen.tuning.problem import ROWS, random_rows, random_x
 
 def serve(peer: Peer, request: dict[str, Any]) -> dict[str, Any]:
     """Answers 'check' with the largest error by the sum of |w x|, 'run' with the microseconds of a
-    product in each of ``rounds`` runs."""
+    product in each of ``rounds`` runs, or as many as fit into ``seconds`` (one at least)."""
     if request["do"] == "check":
         peer.run()
         row, m, n, k = by_name(request["format"]), request["m"], request["n"], request["k"]
@@ -27,9 +28,12 @@ def serve(peer: Peer, request: dict[str, Any]) -> dict[str, Any]:
         error = np.abs(peer.result() - (x @ w.T)[:, order])
         magnitude = (np.abs(x) @ np.abs(w).T)[:, order]
         return {"largest": float((error / magnitude).max())}
-    times = []
+    times: list[float] = []
+    begin = time.perf_counter()
     for _ in range(request["rounds"]):
         start = time.perf_counter()
+        if times and start - begin > request.get("seconds", math.inf):
+            break
         count = peer.run()
         times.append((time.perf_counter() - start) * 1e6 / count)
     return {"us": times}

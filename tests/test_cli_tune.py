@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -127,8 +128,40 @@ def test_bench_kernel(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert [(r["m"], r["weights"]) for r in rows] == [(1, "q4_0"), (3, "q4_0")]
     code, out, _ = run(*arguments, "--markdown", tmp_path / "table.md")
     assert code == 0 and "of read bandwidth" in out
-    assert (tmp_path / "table.md").read_text() == out
+    table = (tmp_path / "table.md").read_text()
+    assert [line.count("|") for line in table.splitlines()[:4]] == [12] * 4
+    assert out.count("| q4_0 | 64x128 |") == table.count("| q4_0 | 64x128 |") == 2
     code, _, err = run(*arguments, "--vs", "abacus")
     assert code == 4 and "abacus" in err
     code, _, err = run("bench-kernel", "--shape", "1", "--weights", "q4_0")
     assert code == 2
+
+
+@pytest.mark.parametrize("done", [0, 1, 2])
+def test_an_interrupted_benchmark_keeps_its_rows(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, done: int
+) -> None:
+    row = {
+        "weights": "q4_0", "n": 64, "k": 128, "m": 1, "threads": 1, "us": 2.0, "spread": 0.1,
+        "gb_s": 3.0, "fraction_of_stream": 0.5, "gops": 4.0, "fraction_of_roofline": 0.6,
+        "predicted_us": 1.0, "peers": {},
+    }  # fmt: skip
+
+    def interrupted(*_: object, **__: object) -> Iterator[dict[str, Any]]:
+        for i in range(done):
+            yield row | {"m": i + 1}
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("qigen.bench_kernel.bench_kernel", interrupted)
+    arguments = ("bench-kernel", "--shape", "64x128", "--weights", "q4_0", "--isa", "scalar",
+                 "--markdown", tmp_path / "table.md")  # fmt: skip
+    code, out, err = run(*arguments, "--json")
+    assert code == 130 and "interrupted" in err
+    if done:
+        assert [r["m"] for r in json.loads(out)] == list(range(1, done + 1))
+    else:
+        assert json.loads(out)["error"]["kind"] == "interrupted"
+    code, out, err = run(*arguments)
+    assert code == 130 and out.count("| q4_0 |") == done
+    file = tmp_path / "table.md"
+    assert file.exists() == bool(done) and (not done or file.read_text().count("q4_0") == done)

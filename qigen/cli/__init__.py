@@ -31,6 +31,7 @@ from qigen.cli import (  # noqa: F401
 )
 from qigen.cli.errors import INTERRUPTED, PIPE_CLOSED, fail, report
 from qigen.cli.options import cli
+from qigen.cli.output import JsonList
 
 __all__ = ["cli", "main"]
 
@@ -40,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if arguments is None else arguments)
     # Taken from the raw arguments, because parsing them may fail.
     as_json, debug = "--json" in argv, "--debug" in argv
+    JsonList.begun = False
     try:
         with cli.make_context("qigen", argv) as context:
             cli.invoke(context)

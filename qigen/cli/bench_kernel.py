@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from qigen.cli.options import (
     numbers,
 )
 from qigen.cli.output import (
-    print_json,
+    JsonList,
     progress_bars,
 )
 
@@ -34,7 +36,10 @@ from qigen.cli.output import (
 @click.option("--repeat", type=Count, default=7, show_default=True, help="Turns; medians count.")
 @click.option("--cached", is_flag=True, help="The weights stay in the caches.")
 @click.option(
-    "--vs", default="", metavar="PEER[,PEER]", help="Take turns with onnxruntime, openvino, torch."
+    "--vs",
+    default="",
+    metavar="PEER[,PEER]",
+    help="Take turns with llama.cpp, onnxruntime, openvino, torch.",
 )
 @click.option("--jobs", type=Count, help="Compilers at a time. [default: all cores]")
 @click.option("--markdown", type=click.Path(path_type=Path), help="Also write the table here.")
@@ -52,32 +57,39 @@ def bench_kernel(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Measure single kernels beside the roofline and peers, weights from memory."""
+    """Measure single kernels beside the roofline and peers, weights from memory.
+
+    Every row is printed as soon as it is measured, and the file of --markdown written anew; what
+    was measured stays when the command is interrupted.
+    """
     from qigen import bench_kernel as benchmark
     from qigen.tune import native_machine, shapes_to_products
 
     machine, row = native_machine(isa)
     products = shapes_to_products(shapes, [name.strip() for name in weights.split(",")])
-    with progress_bars(as_json) as progress:
-        rows = benchmark.bench_kernel(
+    peers = list(dict.fromkeys(name.strip() for name in vs.split(",") if name.strip()))
+    rows: list[dict[str, Any]] = []
+    with progress_bars(as_json) as progress, _printed(as_json, peers, rows) as show:
+        for found in benchmark.bench_kernel(
             products,
             isa=row,
             machine=machine,
             tokens=numbers(tokens, "--m"),
             threads=numbers(threads, "--threads") if threads else (machine.cores,),
             activations=activations or "auto",
-            peers=[name.strip() for name in vs.split(",") if name.strip()],
+            peers=peers,
             progress=progress,
             **options,
-        )
-    table = benchmark.markdown(rows, benchmark.machine_state(machine))
-    if markdown is not None:
-        markdown.write_text(table, encoding="utf-8")
+        ):
+            rows.append(found)
+            show(found)
+            if markdown is not None:
+                state = benchmark.machine_state(machine)
+                markdown.write_text(benchmark.markdown(rows, state), encoding="utf-8")
     drawn = benchmark.plots(rows, plots, machine) if plots is not None else []
     if as_json:
-        print_json(rows)
         return
-    click.echo(table, nl=False)
+    click.echo("\n" + benchmark.about(rows, benchmark.machine_state(machine)))
     for row_ in rows:
         for name, peer in row_["peers"].items():
             about = peer.get("unsupported") or f"{peer['version']}, {peer['setting']}"
@@ -86,3 +98,30 @@ def bench_kernel(
             )
     for path in drawn:
         click.echo(path)
+
+
+@contextlib.contextmanager
+def _printed(
+    as_json: bool, peers: list[str], rows: list[dict[str, Any]]
+) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Prints each row when it comes: a line of the table, or an item of one list of JSON, which is
+    complete even if Ctrl-C or an error ends it."""
+    from qigen.bench_kernel import table_head, table_line
+
+    if not as_json:
+
+        def show(row: dict[str, Any]) -> None:
+            if len(rows) == 1:
+                click.echo("\n".join(table_head(peers)))
+            click.echo(table_line(row))
+
+        yield show
+        return
+    lines = JsonList()
+    try:
+        yield lines.add
+    except BaseException:
+        if rows:  # else what is printed is the error alone
+            lines.close()
+        raise
+    lines.close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from qigen.cli.output import print_json
+from qigen.cli.output import JsonList, print_json
 from qigen.errors import QigenError, UsageError
 
 INTERRUPTED = 130  # 128 + SIGINT
@@ -32,7 +32,7 @@ def report(error: Exception, as_json: bool) -> int:
 
 
 def fail(kind: str, message: str, where: str, code: int, as_json: bool) -> int:
-    if as_json:
+    if as_json and not JsonList.begun:  # standard output holds one value
         print_json({"error": {"kind": kind, "message": message, "where": where}})
     click.echo(f"qigen: {where}: {message}" if where else f"qigen: {message}", err=True)
     return code

@@ -22,6 +22,32 @@ def print_json(value: Any) -> None:
     click.echo(json.dumps(_finite(value), indent=1, ensure_ascii=False))
 
 
+class JsonList:
+    """A list of JSON on standard output, an item at a time; each is there as soon as it is added.
+
+    After an error or Ctrl-C the list is closed by :meth:`close`, and what is printed is whole; the
+    error then goes to standard error only, while ``begun``.
+    """
+
+    begun = False
+
+    def __init__(self) -> None:
+        self.count = 0
+        JsonList.begun = False
+
+    def add(self, value: Any) -> None:
+        """Prints the next item."""
+        text = json.dumps(_finite(value), ensure_ascii=False)
+        click.echo(("[\n" if self.count == 0 else ",\n") + text, nl=False)
+        sys.stdout.flush()
+        self.count += 1
+        JsonList.begun = True
+
+    def close(self) -> None:
+        """Ends the list."""
+        click.echo("\n]" if self.count else "[]")
+
+
 def _finite(value: Any) -> Any:
     """The value with null for the numbers that JSON does not have."""
     if isinstance(value, float):

@@ -59,4 +59,4 @@ def weight(format: Format, n: int, k: int) -> tuple[Array, Array]:
 def copies(nbytes: int, total: int, m: int) -> int:
     """How many weights one run goes through: as many as the caches do not hold, but for products
     so large that computing binds them."""
-    return max(1, min(_NODES, -(-total // nbytes), max(4, 4096 // m)))
+    return max(1, min(_NODES, -(-total // nbytes), max(4, 1024 // m)))

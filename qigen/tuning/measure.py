@@ -39,6 +39,15 @@ _CLEAR = 0.01  # differences below are not worth more turns
 _SILENCE = 60.0  # seconds without a word: it hangs
 
 
+@dataclass(frozen=True)
+class Running:
+    """A kernel that is loaded and right. ``run(R)``: microseconds of R calls, each on the next copy
+    of the weight; ``stream(P)``: GB/s of reading all copies P times, one stream a thread."""
+
+    run: Callable[[int], list[float]]
+    stream: Callable[[int], list[float]]
+
+
 @dataclass
 class Outcome:
     """What became of a candidate: ``status`` is 'ok', 'wrong', 'crash' or 'timeout'.
@@ -197,9 +206,8 @@ class Bench:
     @contextlib.contextmanager
     def running(
         self, spec: MatmulSpec, n: int, k: int, m: int, threads: int, total_bytes: int
-    ) -> Iterator[Callable[[int], list[float]]]:
-        """A kernel that was found right, as a function that runs it so many times and returns the
-        microseconds; QigenError if it is wrong or crashes."""
+    ) -> Iterator[Running]:
+        """A kernel that was found right; QigenError if it is wrong or crashes."""
         library = self.build([spec])[spec]
         outcomes = [Outcome(spec)]
         with tempfile.TemporaryDirectory(dir=self.folder) as name:
@@ -216,7 +224,10 @@ class Bench:
                     self._check(process, 0, 0, Path(name), cases, outcomes, (m, n))
                     if outcomes[0].message:
                         raise QigenError(outcomes[0].message, spec.name)
-                    yield lambda rounds: process.ask(f"rounds {rounds}")[0]
+                    yield Running(
+                        lambda rounds: process.ask(f"rounds {rounds}")[0],
+                        lambda passes: process.ask(f"stream {passes}")[0],
+                    )
             except _Died as died:
                 raise QigenError(str(died), spec.name) from None
 

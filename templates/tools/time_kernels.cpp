@@ -8,6 +8,8 @@
 //   check I FILE   runs kernel I and writes y, float32 [m][n]                -> "at I", "done"
 //   rounds R       R rounds, each of which runs every kernel once            -> "at I", then its
 //                  microseconds from barrier to barrier, for each; "done"
+//   stream P       reads all weights of kernel 0 P times, one sequential stream a thread
+//                                                  -> "at 0", then GB/s of each time; "done"
 #include <dlfcn.h>
 #include <pthread.h>
 #include <sched.h>
@@ -38,6 +40,24 @@ struct Side {
   uint8_t *w, *x;
   size_t weight, copies, next;
 };
+
+// A cache line: one register with AVX-512, two with AVX2, four with SSE.
+typedef uint64_t Line __attribute__((vector_size(64)));
+
+#if defined(__x86_64__)
+__attribute__((target_clones("default", "avx2", "avx512f")))
+#endif
+uint64_t read_lines(const Line* first, const Line* last) {
+  Line sums[8] = {};  // as many loads in flight
+  for (; last - first >= 8; first += 8) {
+    for (int i = 0; i < 8; ++i) sums[i] += first[i];
+  }
+  for (; first < last; ++first) sums[0] += *first;
+  for (int i = 1; i < 8; ++i) sums[0] += sums[i];
+  uint64_t total = 0;
+  for (size_t i = 0; i < sizeof(Line) / sizeof total; ++i) total += sums[0][i];
+  return total;
+}
 
 double now() {
   using Clock = std::chrono::steady_clock;
@@ -135,6 +155,21 @@ int main(int argc, char** argv) {
     return took;
   };
 
+  // reads all copies of a weight once; microseconds on thread 0
+  const auto read_all = [&](const Side& s, int t, qigen::Barrier& barrier) {
+    const size_t lines = s.copies * s.weight / sizeof(Line);
+    const auto at = [&](int part) {
+      const Line* first = reinterpret_cast<const Line*>(s.w);
+      return first + lines * static_cast<size_t>(part) / static_cast<size_t>(threads);
+    };
+    barrier.wait(t);
+    const double start = now();
+    const uint64_t sum = read_lines(at(t), at(t + 1));
+    __asm__ volatile("" : : "r"(sum));  // it is wanted
+    barrier.wait(t);
+    return now() - start;
+  };
+
   char line[4096], path[4000];
   size_t which = 0;
   int rounds = 0;
@@ -163,6 +198,17 @@ int main(int argc, char** argv) {
             const double us = call(sides[i], t, barrier);
             if (t == 0) std::printf("%.3f\n", us);
           }
+      });
+    } else if (std::sscanf(line, "stream %d", &rounds) == 1) {
+      std::printf("at 0\n");
+      std::fflush(stdout);
+      const Side& s = sides[0];
+      on_all([&](int t, qigen::Barrier& barrier) {
+        for (int r = 0; r < rounds; ++r) {
+          const double us = read_all(s, t, barrier);
+          const double bytes = static_cast<double>(s.copies * s.weight);
+          if (t == 0) std::printf("%.3f\n", bytes / us / 1e3);
+        }
       });
     } else {
       fail("an unknown command");
