@@ -86,7 +86,9 @@ def bench(
     ``decode``: single tokens after ``context`` others, in ``batch`` sequences at a time (64). No
     token is chosen. ``peers`` run ``peer_model``, by default the GGUF that the artifact was made
     of, with the same threads. 'tok_s' is the median of ``repeat`` runs, 'gb_s' the bytes of weights
-    read a second, 'ratio' ours by theirs.
+    read a second, 'first_token_s' the time from the loaded model to the logits after its first
+    prompt of ``prefill`` tokens (what is done at load or at first use is in one of 'load_s' and
+    'first_token_s'), 'ratio' ours by theirs, of speeds.
 
     Raises UsageError, BadInput, MachineMismatch; Unsupported if a peer is unknown or not installed.
     """
@@ -126,7 +128,7 @@ def bench(
         )
         stack.enter_context(ours)
         threads = ours.threads
-        run.warm_up(ours)
+        first = {"qigen": run.warm_up(ours)}
         sides = {"qigen": dict.fromkeys(PHASES, ours)}
         settings: dict[str, dict[str, Any]] = {}
         for name in peers:
@@ -138,7 +140,9 @@ def bench(
             for chosen in settings[name].values():
                 if chosen not in [known for known, _ in workers]:
                     worker = stack.enter_context(Worker(name, **options, **chosen))
-                    run.warm_up(worker)
+                    seconds = run.warm_up(worker)
+                    if chosen == settings[name]["prefill"]:
+                        first[name] = seconds
                     workers.append((chosen, worker))
             sides[name] = {
                 phase: next(w for known, w in workers if known == settings[name][phase])
@@ -170,6 +174,7 @@ def bench(
             "weight_bytes": weight_bytes,
             "peak_rss_bytes": memory[name]["peak_rss_bytes"],
             "load_s": side.load_s,
+            "first_token_s": first[name],
         }
         for phase in PHASES:
             runs = rates[name][phase]
@@ -203,6 +208,7 @@ def bench(
             )
             for phase in PHASES
         }
+        entry["ratio"]["first_token"] = first[name] / first["qigen"]
         entry["model"] = str(model)
         entry["version"] = importlib.metadata.version("llama-cpp-python")
         summary["peers"][name] = entry
@@ -226,10 +232,12 @@ class _Run:
         )["seconds"]
         return count * (1 if prefill else self.batch) / float(seconds)
 
-    def warm_up(self, worker: Worker) -> None:
-        """One run of each phase, so that memory is resident and clocks are up."""
-        for phase in PHASES:
-            self.rate(worker, phase)
+    def warm_up(self, worker: Worker) -> float:
+        """One run of each phase, so that memory is resident and clocks are up; the seconds of the
+        first, a prompt."""
+        first = self.tokens["prefill"] / self.rate(worker, "prefill")
+        self.rate(worker, "decode")
+        return first
 
     def best_settings(
         self, name: str, options: dict[str, Any], report: Progress

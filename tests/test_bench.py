@@ -23,6 +23,8 @@ SMALL = {"prefill": 32, "decode": 8, "repeat": 3}
 def check(side: dict[str, Any], stream: float, batch: int = 1) -> None:
     """The part of the result that all sides have."""
     assert side["threads"] >= 1 and side["load_s"] > 0
+    # the first prompt pays for what later ones find: it is never much faster than they are
+    assert side["first_token_s"] > 0.2 * 32 / max(side["prefill"]["runs"])
     assert side["peak_rss_bytes"] > 1 << 20 and side["weight_bytes"] > 1e6
     for phase, tokens in (("prefill", 32), ("decode", 8)):
         values = side[phase]
@@ -44,6 +46,16 @@ def test_result(stories_artifact: Any) -> None:
     assert result["machine"]["cores"] >= 1 and len(result["machine"]["load_average"]) == 3
     assert stages[0] == ("load", 0, 1) and stages[-1] == ("measure", 3, 3)
     json.dumps(result)
+
+
+def test_the_table(
+    stories_artifact: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    code = main(["bench", str(stories_artifact()), "--prefill", "16", "--decode", "4", "--repeat",
+                 "1", "--threads", "1"])  # fmt: skip
+    out = capsys.readouterr().out
+    assert code == 0 and "first token ms" in out and "peak memory" in out
 
 
 def test_batch_and_context(stories_artifact: Any) -> None:
@@ -72,6 +84,8 @@ def test_llama_cpp(
     check(peer, result["stream_read_gb_s"], batch=2)
     assert peer["threads"] == result["threads"] == 2
     assert peer["model"] == str(stories_gguf)
+    times = peer["first_token_s"] / result["first_token_s"]
+    assert peer["ratio"]["first_token"] == pytest.approx(times)
     for phase in ("prefill", "decode"):
         pairs = zip(result[phase]["runs"], peer[phase]["runs"], strict=True)
         assert peer["ratio"][phase] == statistics.median(a / b for a, b in pairs)

@@ -153,7 +153,8 @@ def _bench_language_model(
     print_table(
         (
             "", *(f">{phase} tok/s" for phase in PHASES), ">GB/s", ">of read bandwidth",
-            ">peak memory", ">load ms", *(f">ours/theirs {phase}" for phase in PHASES),
+            ">peak memory", ">load ms", ">first token ms",
+            *(f">ours/theirs {phase}" for phase in (*PHASES, "first token")),
         ),
         (
             (
@@ -163,7 +164,11 @@ def _bench_language_model(
                 f"{side['decode']['fraction_of_stream']:.0%}",
                 size_text(side["peak_rss_bytes"]),
                 f"{side['load_s'] * 1e3:.0f}",
-                *(f"{side['ratio'][phase]:.2f}" if "ratio" in side else "" for phase in PHASES),
+                f"{side['first_token_s'] * 1e3:.0f}",
+                *(
+                    f"{side['ratio'][phase]:.2f}" if "ratio" in side else ""
+                    for phase in (*PHASES, "first_token")
+                ),
             )
             for name, side in sides.items()
         ),
@@ -171,7 +176,8 @@ def _bench_language_model(
     click.echo(
         f"{result['model']} ({result['isa']}), {result['threads']} threads, prefill of "
         f"{result['prefill']['tokens']} and decode of {result['decode']['tokens']} tokens, "
-        f"{size_text(result['weight_bytes'])} of weights a token; memory reads "
+        f"first token after a prompt as long, {size_text(result['weight_bytes'])} of weights a "
+        "token; memory reads "
         f"{result['stream_read_gb_s']:.1f} GB/s; load average "
         f"{result['machine']['load_average'][0]:.1f}"
     )
