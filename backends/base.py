@@ -28,7 +28,8 @@ class Isa:
     share the loads of the activations where the registers hold the accumulators of both.
     ``code_max`` is the largest unsigned code that the byte dot product takes (127 where it
     multiplies signed bytes only): larger codes are centred. ``native_bf16``: an instruction
-    multiplies pairs of bf16.
+    multiplies pairs of bf16. ``tiles``: there are registers that hold matrices
+    (``vt_`` primitives).
     """
 
     name: str
@@ -43,6 +44,7 @@ class Isa:
     row_tile: int = 1
     code_max: int = 255
     native_bf16: bool = False
+    tiles: bool = False
     source: str = ""
 
     @property

@@ -162,7 +162,7 @@ def compile(
         check_gpu_options(activations, tune, isa, max_batch)
         if is_onnx(Path(model)):
             raise Unsupported("ONNX models have no GPU kernels yet; take a processor as the target")
-    pairs = _pairs("native" if gpus else target, isa)
+    pairs = _pairs("native" if gpus else target, isa, tiles=backend == "cpu")
     machine, row = pairs[0]
     if backend == "llvm":
         _check_llvm(emit, tune)
@@ -317,14 +317,19 @@ class Variant:
     layout_losses: dict[str, float]
 
 
-def _pairs(target: str, isa: str | None) -> list[tuple[targets.Machine, Isa]]:
+def _pairs(target: str, isa: str | None, tiles: bool) -> list[tuple[targets.Machine, Isa]]:
     """The machines that a target names, separated by commas, each with its instruction set; the
-    fastest first. Of targets with the same instruction set the first one counts."""
+    fastest first. Of targets with the same instruction set the first one counts. ``tiles``: the
+    backend knows tile registers."""
     names = target.split(",")
     pairs: dict[str, tuple[targets.Machine, Isa]] = {}
     for name in names:
         machine = targets.native() if name == "native" else targets.by_name(name)
-        row = isa_by_name(isa) if isa else isa_candidates(machine)[0]
+        known = [row for row in isa_candidates(machine) if tiles or not row.tiles]
+        row = isa_by_name(isa) if isa else known[0]
+        if row.tiles and not tiles:
+            raise Unsupported(f"the llvm backend has no tile registers; take {known[0].name} or "
+                              "leave --backend out")
         check_isa(row, machine, name == "native")
         pairs.setdefault(row.name, (machine, row))
     platforms = {(machine.architecture, machine.system) for machine, _ in pairs.values()}

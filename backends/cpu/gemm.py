@@ -47,12 +47,14 @@ MAX_INPUTS = 4
 @dataclass(frozen=True)
 class Tiles:
     """Register tiles: up to ``pixels`` by ``blocks`` row-blocks of 16 channels, twice as many
-    blocks where there are at most ``tall`` pixels. ``block_bytes`` of x stay in the L2 cache."""
+    blocks where there are at most ``tall`` pixels. ``block_bytes`` of x stay in the L2 cache.
+    ``matrix``: the tiles lie in tile registers."""
 
     pixels: int
     blocks: int
     tall: int
     block_bytes: int
+    matrix: bool = False
 
     @property
     def shapes(self) -> tuple[tuple[int, int], ...]:
@@ -71,6 +73,8 @@ def tiles_for(isa: Isa, arithmetic: str) -> Tiles:
     A tile holds pixels x blocks sums, the weights of its blocks and what broadcasts x. Where a dot
     product is emulated, the weights are split into halves and x into two broadcasts.
     """
+    if isa.tiles and arithmetic in ("u8s8", "bf16"):
+        return Tiles(16, 2, 0, 1 << 19, matrix=True)
     if not isa.features:
         return Tiles(2, 1, 0, 1 << 17)
     native = {"f32": True, "f32s8": True, "bf16": isa.native_bf16,

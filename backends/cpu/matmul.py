@@ -33,6 +33,9 @@ I32_MAX = 2**31 - 1
 DEFAULT_PREFETCH = 4096
 """Bytes ahead of the stream of weights that an int8 kernel of one token prefetches."""
 
+MATRIX_TOKENS = 4
+"""Tokens from which on tile registers multiply bf16: fewer would leave most of a tile empty."""
+
 PANEL = 128
 """Weights along K that the f32 kernels decode at a time: 16 rows x 128 x 4 bytes is 8 KiB of L1."""
 
@@ -176,6 +179,7 @@ def render_matmul(
             kblock=kblock,
             panel=max(PANEL // kblock, 1) * kblock,
             decode_rows=decode_rows,
+            matrix=MATRIX_TOKENS if spec.isa.tiles and spec.activations == "bf16" else 0,
             **common,
         )
         if decode_rows:

@@ -17,7 +17,7 @@ _X86: tuple[str, ...] = (
     "sse3", "ssse3", "sse4_1", "sse4_2", "popcnt", "avx", "f16c", "fma", "avx2", "bmi", "bmi2",
     "lzcnt", "movbe", "gfni", "avxvnni", "avxvnniint8", "avxifma", "avx512f", "avx512bw",
     "avx512dq", "avx512vl", "avx512cd", "avx512vbmi", "avx512vbmi2", "avx512vnni", "avx512bitalg",
-    "avx512vpopcntdq", "avx512ifma", "avx512bf16", "avx512fp16",
+    "avx512vpopcntdq", "avx512ifma", "avx512bf16", "avx512fp16", "amx_tile", "amx_int8", "amx_bf16",
 )  # fmt: skip
 _ARM: tuple[str, ...] = ("neon", "dotprod", "i8mm", "bf16", "sve")
 FEATURES: tuple[str, ...] = (*_X86, *_ARM)

@@ -10,6 +10,8 @@
 
 #ifdef __linux__
 #include <sched.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 #if defined(__x86_64__) || defined(__i386__)
 #include <cpuid.h>
@@ -25,10 +27,13 @@
 namespace qigen::runtime {
 namespace {
 
+constexpr uint64_t kTileFeatures =
+    CpuFeature::amx_tile | CpuFeature::amx_int8 | CpuFeature::amx_bf16;
+
 #if defined(__x86_64__) || defined(__i386__)
 
 // Registers that an instruction set needs and that the operating system must save: bits of XCR0.
-enum State : uint64_t { kNoState = 0, kYmm = 0x6, kZmm = 0xe6 };
+enum State : uint64_t { kNoState = 0, kYmm = 0x6, kZmm = 0xe6, kTiles = 0x60000 };
 
 // Results of cpuid in which features are looked up.
 enum Word { kLeaf1C, kLeaf7B, kLeaf7C, kLeaf7D, kLeaf7Sub1A, kLeaf7Sub1D, kExtendedC, kWords };
@@ -73,6 +78,9 @@ constexpr Row kRows[] = {
     {CpuFeature::avx512ifma, "avx512ifma", kLeaf7B, 21, kZmm},
     {CpuFeature::avx512bf16, "avx512bf16", kLeaf7Sub1A, 5, kZmm},
     {CpuFeature::avx512fp16, "avx512fp16", kLeaf7D, 23, kZmm},
+    {CpuFeature::amx_tile, "amx_tile", kLeaf7D, 24, kTiles},
+    {CpuFeature::amx_int8, "amx_int8", kLeaf7D, 25, kTiles},
+    {CpuFeature::amx_bf16, "amx_bf16", kLeaf7D, 22, kTiles},
 };
 
 // XCR0, read without the intrinsic because that would need -mxsave.
@@ -191,9 +199,35 @@ std::string cpu_feature_names(uint64_t bits) {
   return names;
 }
 
+bool tiles_granted(long (*request)(int code, unsigned long feature)) {
+  constexpr int kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
+  constexpr unsigned long kTileData = 18;     // XFEATURE_XTILEDATA
+  return request(kRequestPermission, kTileData) == 0;
+}
+
+uint64_t granted_features(uint64_t wanted) {
+  uint64_t granted = wanted & cpu_features();
+#if defined(__x86_64__) && defined(__linux__)
+  if (granted & CpuFeature::amx_tile) {
+    static const bool tiles = tiles_granted(
+        [](int code, unsigned long feature) { return syscall(SYS_arch_prctl, code, feature); });
+    if (!tiles) granted &= ~kTileFeatures;
+  }
+#endif
+  return granted;
+}
+
 void require_cpu(uint64_t required, const char* isa) {
-  const uint64_t missing = required & ~cpu_features();
+  const uint64_t missing = required & ~granted_features(required);
   if (!missing) return;
+  if (!(missing & ~cpu_features())) {
+    throw Failure(
+        QIGEN_MACHINE,
+        "the artifact is compiled for %s, but the system does not let this process use the "
+        "processor's tile registers (arch_prctl, ARCH_REQ_XCOMP_PERM): allow it, or compile the "
+        "model with --isa avx512bf16",
+        isa);
+  }
   throw Failure(
       QIGEN_MACHINE,
       "the artifact is compiled for %s, but this machine lacks %s; compile the model with "

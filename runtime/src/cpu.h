@@ -13,6 +13,13 @@ uint64_t cpu_features();
 // Names of the features in `bits`, separated by spaces.
 std::string cpu_feature_names(uint64_t bits);
 
+// Those of `wanted` that are there and that this process may use. Linux gives tile registers (AMX)
+// only to those who ask, and this asks for the whole process if they are wanted.
+uint64_t granted_features(uint64_t wanted);
+
+// Whether the system call arch_prctl, or what stands for it, gives the tile registers.
+bool tiles_granted(long (*request)(int code, unsigned long feature));
+
 // Throws QIGEN_MACHINE naming the features of `required` that are missing here.
 void require_cpu(uint64_t required, const char* isa);
 

@@ -15,7 +15,9 @@ constexpr int kMaxThreads = 1024;
 // none.
 const ModelDescription& fitting_variant() {
   const ModelDescription* variant = &qigen_model_description;
-  while ((variant->cpu_features & ~cpu_features()) != 0 && variant->next) variant = variant->next;
+  while (granted_features(variant->cpu_features) != variant->cpu_features && variant->next) {
+    variant = variant->next;
+  }
   return *variant;
 }
 

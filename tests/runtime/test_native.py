@@ -76,12 +76,31 @@ def test_features_are_those_of_the_kernel(probe: Path) -> None:
     flags = re.search(r"^flags\s*: (.*)$", cpuinfo, re.MULTILINE)
     if not flags:
         pytest.skip("no x86 machine")
-    linux = {flag.replace("_", "") for flag in flags[1].split()}
+    linux = set(flags[1].split()) | {flag.replace("_", "") for flag in flags[1].split()}
     linux |= {{"pni": "sse3", "abm": "lzcnt", "bmi1": "bmi"}.get(flag, flag) for flag in linux}
     rows = re.findall(r'\{CpuFeature::\w+, "([\w.]+)", k', (RUNTIME / "src/cpu.cpp").read_text())
     found = call(probe).stdout.splitlines()[0].split()[1:]
-    assert len(rows) == 30
+    assert len(rows) == 33
     assert set(found) == {row for row in rows if row.replace(".", "") in linux}
+
+
+def test_the_system_may_refuse_tile_registers(tmp_path: Path) -> None:
+    """With a processor that has them: whether the library runs is what arch_prctl says."""
+    source = (RUNTIME / "src/cpu.cpp").read_text()
+    made_up = source.replace("  uint64_t features = 0;\n  for (const Row& row",
+                             "  uint64_t features = kTileFeatures;\n  for (const Row& row", 1)
+    assert made_up != source
+    (tmp_path / "cpu.cpp").write_text(made_up)
+    program = tmp_path / "probe"
+    call("g++", "-std=c++17", "-pthread", "-I", INCLUDE, "-I", RUNTIME / "src",
+         HERE / "tiles_probe.cpp", tmp_path / "cpu.cpp", RUNTIME / "src/error.cpp",
+         "-o", program)  # fmt: skip
+    lines = call(program).stdout.splitlines()
+    assert lines[:2] == ["granted: 1 after 0x1023 18", "granted: 0 after 0x1023 18"]
+    if "amx_tile" in Path("/proc/cpuinfo").read_text():
+        assert lines[2] == "runs"
+    else:
+        assert lines[2].startswith("6: the artifact is compiled for amx, but the system does not")
 
 
 def test_usable_cores(probe: Path, tmp_path: Path) -> None:

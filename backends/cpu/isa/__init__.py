@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from qigen.backends.base import Isa
+from qigen.backends.cpu.isa.amx import AMX
 from qigen.backends.cpu.isa.avx2 import AVX2
 from qigen.backends.cpu.isa.avx512 import AVX512
 from qigen.backends.cpu.isa.avx512bf16 import AVX512BF16
@@ -17,7 +18,7 @@ from qigen.errors import Unsupported
 
 ISAS: dict[str, Isa] = {isa.name: isa for isa in (
     SCALAR,
-    AVX2, AVXVNNI, AVX512, AVX512VNNI, AVX512BF16,
+    AVX2, AVXVNNI, AVX512, AVX512VNNI, AVX512BF16, AMX,
     NEON, NEONDOT, NEONI8MM, NEONBF16,
 )}  # fmt: skip
 """Rows from the most portable to the fastest, one architecture after the other."""

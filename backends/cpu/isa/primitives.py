@@ -36,10 +36,15 @@ KINDS: dict[str, tuple[str, int]] = {
     "x4": ("int8", 4),
     "u4": ("uint8", 4),
     "x2": ("uint16", 2),
+    "tile32*": ("int32", 256),
+    "tilef*": ("float32", 256),
+    "tileu8*": ("uint8", 1024),
+    "tiles8*": ("int8", 1024),
+    "tilebf*": ("uint16", 512),
 }
 """Operand kinds: element type and count. 'vb' is a vi seen as 64 bytes, 'vp' as 16 pairs of bf16
 bits; 'half*' are f16 bits; 'x4', 'u4' and 'x2' the activations of a dot product of signed bytes,
-unsigned bytes or bf16."""
+unsigned bytes or bf16; 'tile..' the 16 rows of a tile register."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,7 @@ class Primitive:
     ``or_else`` is a second result that is also right. ``call`` is the C++ expression, ``{0}``,
     ``{1}``.. its arguments and ``{out}`` where it stores its result; it defaults to a plain call.
     ``ulps`` is how far a float may lie from the rounded meaning. ``narrow`` marks what only ISAs
-    whose ``signed_dot`` is set need.
+    whose ``signed_dot`` is set need, ``tiles`` what only those with tile registers do.
     """
 
     name: str
@@ -70,6 +75,7 @@ class Primitive:
     or_else: Callable[..., Array] | None = None
     ulps: float = 0
     narrow: bool = False
+    tiles: bool = False
 
     @property
     def label(self) -> str:
@@ -145,12 +151,34 @@ def _bf16(x: Array) -> Array:
     return np.asarray((bits + np.uint32(0x7FFF) + (bits >> 16 & 1)) >> 16).astype(np.uint16)
 
 
-def _dot_bf16(acc: Array, w: Array, x: Array) -> Array:
-    def values(bits: Array) -> Array:
-        return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+def _bf16_values(bits: Array) -> Array:
+    return np.asarray((bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64))
 
-    products = values(w).reshape(len(w), LANES, 2) * values(x)[:, None, :]
+
+def _dot_bf16(acc: Array, w: Array, x: Array) -> Array:
+    products = _bf16_values(w).reshape(len(w), LANES, 2) * _bf16_values(x)[:, None, :]
     return _f32(acc + products.sum(axis=2))
+
+
+def _tile_u8s8(z: Array, a: Array, b: Array) -> Array:
+    """int32 [cases, 256]: z [16][16] + a [16][64] by b [16 steps][16 columns][4]."""
+    left = a.reshape(-1, 16, 16, 4).astype(np.int64)
+    right = b.reshape(-1, 16, 16, 4).astype(np.int64)
+    return _wrap(np.einsum("bmks,bkns->bmn", left, right).reshape(len(z), -1) + z)
+
+
+def _tile_bf16(z: Array, a: Array, b: Array) -> Array:
+    """float32 [cases, 256]: z + a [16][32] by b [16 steps][16 columns][2], summed in float64."""
+    left, right = (_bf16_values(x).reshape(-1, 16, 16, 2) for x in (a, b))
+    return _f32(z + np.einsum("bmks,bkns->bmn", left, right).reshape(len(z), -1))
+
+
+def _tile_call(dot: str) -> str:
+    """A product of whole tile registers, with the primitives that fill and empty them."""
+    return (
+        "(vt_configure(16, 0), vt_load<0>({0}, 64), vt_load<2>({1}, 64), vt_load<3>({2}, 64), "
+        f"{dot}<0, 2, 3>(), vt_store<0>({{out}}, 64), vt_release())"
+    )
 
 
 def _words_at(a: Array) -> Array:
@@ -167,6 +195,11 @@ def _zip(a: Array, b: Array) -> Array:
 def _shifts(name: str, meaning: Callable[[int, Array], Array]) -> Iterator[Primitive]:
     for n in _SHIFTS:
         yield Primitive(name, (_VI,), "vi", partial(meaning, n), f"{name}<{n}>({{0}})")
+
+
+TILE_NAMES = ("vt_configure", "vt_release", "vt_zero", "vt_load", "vt_store", "vt_dot_u8s8",
+              "vt_dot_bf16")  # fmt: skip
+"""The functions of a header with tile registers."""
 
 
 PRIMITIVES: tuple[Primitive, ...] = (
@@ -299,6 +332,12 @@ PRIMITIVES: tuple[Primitive, ...] = (
               lambda even, odd: np.stack([_bf16(even), _bf16(odd)], axis=2).reshape(len(even), -1)),
     Primitive("vf_dot_bf16", (Operand("vf", 0, 1e4), Operand("vp", *_POSITIVE_BF16),
                               Operand("x2", *_POSITIVE_BF16)), "vf", _dot_bf16, ulps=2),
+    # tile registers: whole ones (the tests of the kernels have parts of them)
+    Primitive("vt_dot_u8s8", (Operand("tile32*"), Operand("tileu8*"), Operand("tiles8*")),
+              "tile32*", _tile_u8s8, _tile_call("vt_dot_u8s8"), tiles=True),
+    Primitive("vt_dot_bf16", (Operand("tilef*", 0, 1e4), Operand("tilebf*", *_POSITIVE_BF16),
+                              Operand("tilebf*", *_POSITIVE_BF16)), "tilef*", _tile_bf16,
+              _tile_call("vt_dot_bf16"), ulps=16, tiles=True),
 )
 """Every function of an ISA header, and the intrinsic-free meaning of each."""
 
@@ -320,5 +359,5 @@ ELEMENTWISE: tuple[Primitive, ...] = (
 
 
 def names() -> frozenset[str]:
-    """The functions that a complete ISA header defines, those for narrow lanes left out."""
-    return frozenset(p.name for p in PRIMITIVES if not p.narrow)
+    """The functions that a complete ISA header defines, but for those of narrow lanes and tiles."""
+    return frozenset(p.name for p in PRIMITIVES if not (p.narrow or p.tiles))

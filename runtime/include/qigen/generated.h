@@ -56,6 +56,9 @@ struct CpuFeature {
   static constexpr uint64_t avx512ifma = 1ull << 30;
   static constexpr uint64_t avx512bf16 = 1ull << 31;
   static constexpr uint64_t avx512fp16 = 1ull << 32;
+  static constexpr uint64_t amx_tile = 1ull << 33;
+  static constexpr uint64_t amx_int8 = 1ull << 34;
+  static constexpr uint64_t amx_bf16 = 1ull << 35;
   static constexpr uint64_t neon = 1ull << 48;
   static constexpr uint64_t dotprod = 1ull << 49;
   static constexpr uint64_t i8mm = 1ull << 50;

@@ -7,6 +7,7 @@ import hashlib
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,11 @@ FLAGS = ("-std=c++17", "-O2", "-ffp-contract=off", "-fno-math-errno", "-Wall", "
          "-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-uninitialized", "-Wno-unused-function")
 SANITIZERS = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all",
               "-fno-omit-frame-pointer")
+
+
+EMULATED_TILES = replace(ISAS["scalar"], name="emulated_tiles",
+                         template="cpu/isa/emulated_tiles.h.j2", native_bf16=True, tiles=True)
+"""The portable row with tile registers in plain C++, which do what those of AMX do."""
 
 
 class MatmulArgs(ctypes.Structure):

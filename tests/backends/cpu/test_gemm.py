@@ -37,7 +37,7 @@ from tests.backends.cpu.gemm_build import (
     load,
     run,
 )
-from tests.backends.cpu.kernel_build import compiler, why_not
+from tests.backends.cpu.kernel_build import EMULATED_TILES, compiler, why_not
 
 Array = npt.NDArray[Any]
 
@@ -53,6 +53,7 @@ GUARD = 0x5A  # bytes of y where nothing may be written
 GATED = (Step("mul", ("acc", "in0")), Step("add", ("t0", "in1")), Step("relu", ("t1",)))
 """relu(acc * in0 + in1): one input by channel, one by output."""
 KINDS = ("channel", "full")
+ROWS = {**ISAS, EMULATED_TILES.name: EMULATED_TILES}
 SLOPE = 2.0  # what the chain multiplies errors by: in0 lies in [-2, 2]
 
 GEMMS: tuple[dict[str, Any], ...] = (
@@ -80,6 +81,8 @@ DEPTHWISE: tuple[dict[str, Any], ...] = (
 def specs(isa: Isa) -> tuple[list[GemmSpec], list[DepthwiseSpec]]:
     """The kernels under test; a row that differs from another in bf16 only has that one."""
     gemms = [GemmSpec(isa, **about) for about in GEMMS]
+    if isa.tiles:
+        return [s for s in gemms if s.tiles.matrix], []
     if isa.native_bf16:
         return [s for s in gemms if s.arithmetic == "bf16"], []
     return gemms, [DepthwiseSpec(isa, **about) for about in DEPTHWISE]
@@ -94,16 +97,16 @@ class Library:
 
 @functools.cache
 def library(isa_name: str, folder: Path) -> Library:
-    isa = ISAS[isa_name]
+    isa = ROWS[isa_name]
     gemms, depthwise = specs(isa)
     kernels = [gemm.render_gemm(s) for s in gemms] + [gemm.render_depthwise(s) for s in depthwise]
     return Library(load(build(folder, isa, [*kernels, gemm.render_prepare(isa)])), gemms, depthwise)
 
 
-@pytest.fixture(params=list(ISAS))
+@pytest.fixture(params=list(ROWS))
 def lib(request: pytest.FixtureRequest, pytestconfig: pytest.Config) -> Library:
-    if why_not(ISAS[request.param]):
-        pytest.skip(why_not(ISAS[request.param]))
+    if why_not(ROWS[request.param]):
+        pytest.skip(why_not(ROWS[request.param]))
     return library(request.param, pytestconfig.cache.mkdir("kernels"))
 
 
@@ -307,6 +310,7 @@ class Shape:
 SHAPES = {
     "product": Shape(37, 20, 40),
     "one_row": Shape(1, 35, 77),
+    "deep": Shape(21, 270, 48),
     "few_rows": Shape(3, 64, 100),
     "tiny": Shape(1, 1, 1),
     "pointwise": Shape(9, 24, 56, rows=3, images=2, gap=3),
@@ -645,7 +649,11 @@ def test_unused_inputs_are_refused() -> None:
 @pytest.mark.parametrize("isa", ISAS.values(), ids=lambda isa: isa.name)
 @pytest.mark.parametrize("kind", list(gemm.PER))
 def test_tiles_fit_the_registers(isa: Isa, kind: str) -> None:
-    for blocks, pixels in gemm.tiles_for(isa, kind).shapes:
+    tiles = gemm.tiles_for(isa, kind)
+    if tiles.matrix:
+        assert (tiles.pixels, tiles.blocks, tiles.tall) == (16, 2, 0)  # two registers of sums
+        return
+    for blocks, pixels in tiles.shapes:
         assert pixels * blocks + blocks + 1 <= isa.registers
 
 

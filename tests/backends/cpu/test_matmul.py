@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import re
+import shutil
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -45,7 +47,15 @@ from qigen.formats import (
 )
 from qigen.formats.algebra import as_float32, mask_field
 from tests.backends.cpu.foreign import foreign
-from tests.backends.cpu.kernel_build import MatmulArgs, build, compiler, load, pointer, why_not
+from tests.backends.cpu.kernel_build import (
+    EMULATED_TILES,
+    MatmulArgs,
+    build,
+    compiler,
+    load,
+    pointer,
+    why_not,
+)
 
 Array = npt.NDArray[Any]
 
@@ -452,6 +462,9 @@ def default_specs() -> list[tuple[MatmulSpec, tuple[str, ...]]]:
     for name, kind in (("fp6_e2m3", "int8"), ("fp5_e2m2", "int8-token"), ("nf4g64_t8", "int8")):
         specs += [(MatmulSpec(CATALOG[name], Layout(), isa, kind, (2, 1)), ("store",))
                   for isa in (AVX2, AVX512VNNI)]  # tables of 64, 32 and 16 bytes
+    for name in ("q4_0", "u3g32", "bf16"):
+        spec = MatmulSpec(CATALOG[name], Layout(), EMULATED_TILES, "bf16", (2, 1))
+        specs.append((spec, ("store", "silu")))
     return specs
 
 
@@ -570,7 +583,22 @@ def test_kernels_compile_where_they_cannot_run(isa: Isa, libraries: Libraries) -
         pytest.skip("its kernels run here")
     kernels = [render_matmul(MatmulSpec(CATALOG[name], Layout(), isa, kind, (2, 1)), ("store",))
                for name, kind in (("bf16", "bf16"), ("q4_0", "bf16"), ("u5g64", "int8"))]
-    build(libraries.folder, isa, kernels, [p for p in PRIMITIVES if not p.narrow])
+    library = build(libraries.folder, isa, kernels, [
+        p for p in PRIMITIVES if not p.narrow and (isa.tiles or not p.tiles)])
+    if isa.tiles and shutil.which("objdump"):
+        text = subprocess.run(["objdump", "-d", library], check=True, capture_output=True,
+                              text=True).stdout
+        for instruction in ENCODINGS:
+            assert re.search(instruction, text), instruction
+
+
+ENCODINGS = (
+    r"c4 e2 78 49 \S.*\bldtilecfg ", r"c4 e2 78 49 c0 +\ttilerelease",
+    r"c4 e2 7b 49 \S.*\btilezero %tmm", r"c4 .2 7b 4b .*\btileloadd .*,%tmm2",
+    r"c4 .2 7a 4b .*\btilestored %tmm0,", r"c4 e2 61 5e c2 +\ttdpbusd %tmm3,%tmm2,%tmm0",
+    r"c4 e2 62 5c c2? .*\btdpbf16ps %tmm3,%tmm2,%tmm0",
+)  # fmt: skip
+"""How the instructions for tile registers are encoded (Intel SDM, volume 2), as objdump shows."""
 
 
 def test_catalog_is_covered() -> None:

@@ -12,23 +12,38 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from qigen.backends.base import Isa
 from qigen.backends.cpu.isa import ISAS
 from qigen.backends.cpu.isa.primitives import (
     ELEMENTWISE,
     KINDS,
     PRIMITIVES,
+    TILE_NAMES,
     Operand,
     Primitive,
     names,
 )
 from qigen.codegen.render import render
-from tests.backends.cpu.kernel_build import build, call_primitive, load, why_not
+from tests.backends.cpu.kernel_build import (
+    EMULATED_TILES,
+    build,
+    call_primitive,
+    load,
+    why_not,
+)
 
 Array = npt.NDArray[Any]
 
 ALL = (*PRIMITIVES, *ELEMENTWISE)
-CASES = [(isa, index) for isa in ISAS.values() for index, p in enumerate(ALL)
-         if not p.narrow or isa.signed_dot]
+ROWS = {**ISAS, EMULATED_TILES.name: EMULATED_TILES}
+
+
+def needed(p: Primitive, isa: Isa) -> bool:
+    return (not p.narrow or isa.signed_dot) and (not p.tiles or isa.tiles)
+
+
+CASES = [(isa, index) for isa in ISAS.values() for index, p in enumerate(ALL) if needed(p, isa)]
+CASES += [(EMULATED_TILES, index) for index, p in enumerate(ALL) if p.tiles]
 RANDOM = 4096  # values of a random argument
 
 EDGES = {
@@ -111,9 +126,8 @@ def agrees(got: Array, want: Array, ulps: float) -> Array:
 @pytest.fixture(scope="module")
 def libraries(pytestconfig: pytest.Config) -> dict[str, ctypes.CDLL]:
     folder = pytestconfig.cache.mkdir("kernels")
-    return {isa.name: load(build(folder, isa, primitives=[
-                p for p in ALL if not p.narrow or isa.signed_dot]))
-            for isa in ISAS.values() if not why_not(isa)}
+    return {isa.name: load(build(folder, isa, primitives=[p for p in ALL if needed(p, isa)]))
+            for isa in ROWS.values() if not why_not(isa)}
 
 
 @pytest.mark.parametrize(("isa", "index"), CASES,
@@ -122,7 +136,7 @@ def test_primitive(isa: Any, index: int, libraries: dict[str, ctypes.CDLL]) -> N
     if why_not(isa):
         pytest.skip(why_not(isa))
     p = ALL[index]
-    mine = [q for q in ALL if not q.narrow or isa.signed_dot]
+    mine = [q for q in ALL if needed(q, isa)]
     if p.name == "vq_dot":  # codes up to what the ISA takes
         high = min(isa.code_max, (isa.dot_limit or 1 << 16) // 254)
         p = replace(p, arguments=(p.arguments[0], Operand("vb", 0, high), p.arguments[2]))
@@ -146,16 +160,17 @@ def test_half_precision_is_exhaustive(libraries: dict[str, ctypes.CDLL]) -> None
     assert len(np.unique(arguments(load_f16, np.random.default_rng(0))[0])) == 1 << 16
 
 
-@pytest.mark.parametrize("isa", ISAS.values(), ids=lambda isa: isa.name)
+@pytest.mark.parametrize("isa", ROWS.values(), ids=lambda isa: isa.name)
 def test_header_is_complete(isa: Any) -> None:
     """A header defines each primitive of the table and nothing else under their prefixes."""
     header = render(isa.template)
-    found = set(re.findall(r"^ *QG_(?:INLINE|CALL) \w+ (v[fibq]_\w+)\(", header, re.M))
+    found = set(re.findall(r"^ *QG_(?:INLINE|CALL) \w+ (v[fibqt]_\w+)\(", header, re.M))
     narrow = {p.name for p in PRIMITIVES if p.narrow} if isa.signed_dot else set()
-    assert found == names() | narrow
+    assert found == names() | narrow | (set(TILE_NAMES) if isa.tiles else set())
 
 
-@pytest.mark.parametrize("isa", [i for i in ISAS.values() if i.architecture in ("", "x86_64")],
+@pytest.mark.parametrize("isa", [i for i in ISAS.values()
+                                 if i.architecture in ("", "x86_64") and not i.tiles],
                          ids=lambda isa: isa.name)
 def test_ir_is_complete(isa: Any) -> None:
     """templates/llvm/primitives.ll.j2 has what the llvm backend needs in place of the header; its

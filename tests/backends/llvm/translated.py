@@ -30,7 +30,7 @@ def x86_isas() -> tuple[Isa, ...]:
     """The rows that the backend has primitives for and this machine can run."""
     from qigen.backends.cpu.isa import ISAS
 
-    rows = [isa for isa in ISAS.values() if isa.architecture in ("", "x86_64")]
+    rows = [isa for isa in ISAS.values() if isa.architecture in ("", "x86_64") and not isa.tiles]
     return tuple(isa for isa in rows if not kernel_build.why_not(isa))
 
 
