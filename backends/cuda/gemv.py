@@ -8,8 +8,17 @@ from typing import Any
 from qigen.backends.cpu.decode import decode_plan
 from qigen.codegen.render import render
 from qigen.errors import Unsupported
-from qigen.formats.algebra import Format
-from qigen.formats.layout import Layout, field_planes, kblock_bytes, packed_shape
+from qigen.formats.algebra import MINIFLOATS, Format
+from qigen.formats.layout import (
+    Layout,
+    field_offsets,
+    field_planes,
+    head_bytes,
+    kblock_bytes,
+    packed_shape,
+    row_offsets,
+    shared_offsets,
+)
 
 LAYOUT = Layout(rows=16, blocks=1)
 """Weights lie on the GPU as they do on the CPU: one packing for both."""
@@ -18,35 +27,6 @@ MAX_M = 8
 """Rows of activations that a GEMV takes at most."""
 
 _TYPES = {8: "char", 16: "short", 32: "int"}
-
-
-_FIELDS = {"codes", "d", "m", "dmin", "sub", "submin", "e"}
-
-
-def supports(format: Format) -> bool:
-    """Whether the template decodes ``format``: scalar codes or an integer table, with f16 or e8m0
-    scales and minima of blocks, and dense floats."""
-    if format.float_kind:
-        return True
-    fields = format.fields
-    return (
-        {f.name for f in fields} <= _FIELDS
-        and (format.has("d") or format.has("e"))
-        and all(f.scope == "block" for f in fields)
-        and all(f.number in ("", "f16") for f in fields)
-        and not (format.values or format.minifloat or format.vector or format.mask)
-        and format.zero == int(format.zero)
-    )
-
-
-def check_format(format: Format, where: str = "") -> None:
-    """Unsupported if :func:`supports` refuses the format."""
-    if not supports(format):
-        raise Unsupported(
-            f"format {format.name} has no GPU kernel yet; requantize to a GGUF or group format "
-            "such as u4g32",
-            where or format.name,
-        )
 
 
 @dataclass(frozen=True)
@@ -84,10 +64,9 @@ def render_gemv(spec: GemvSpec) -> str:
     """CUDA text of ``spec.name(float* y, int y_stride, float* x, int x_stride, packed weight, n, k,
     kblocks[, bias][, residual, residual_stride])`` for y [m, n] and x [m, k], strides in floats.
 
-    Accumulates in float32 in a fixed order. Raises Unsupported for m outside of 1 to 8 and
-    for formats that :func:`supports` refuses.
+    Every row of the format catalog has a kernel. Accumulates in float32 in a fixed order. Raises
+    Unsupported for m outside of 1 to 8.
     """
-    check_format(spec.format)
     if not 1 <= spec.m <= MAX_M:
         raise Unsupported(f"GEMV takes 1 to 8 rows of activations, not {spec.m}", spec.format.name)
     return render(
@@ -98,7 +77,7 @@ def render_gemv(spec: GemvSpec) -> str:
         bias=spec.bias,
         residual=spec.residual,
         tail=spec.tail,
-        **_decoding(spec.format),
+        **decoding(spec.format),
     )
 
 
@@ -127,20 +106,34 @@ class EmbeddingSpec:
 
 def render_embedding(spec: EmbeddingSpec) -> str:
     """CUDA text of ``spec.name(float* y, int y_stride, packed table, int* tokens, k, kblocks,
-    float factor)``: y[t] = factor * row tokens[t]. Raises Unsupported as :func:`render_gemv`."""
-    check_format(spec.format)
+    float factor)``: y[t] = factor * row tokens[t]."""
     return render(
-        "cuda/embedding.cu.j2", name=spec.name, threads=spec.threads, **_decoding(spec.format)
+        "cuda/embedding.cu.j2", name=spec.name, threads=spec.threads, **decoding(spec.format)
     )
 
 
-def _decoding(format: Format) -> dict[str, Any]:
+def decoding(format: Format) -> dict[str, Any]:
     """The parameters of templates/cuda/decode.j2."""
+    rows, blocks = row_offsets(format, LAYOUT), field_offsets(format, LAYOUT)
+    first, first_bytes = shared_offsets(format)
+    codes = field_planes(format, format.field("codes"))
     return {
         "format": format,
         "plan": None if format.float_kind else decode_plan(format, LAYOUT),
-        "lane_bits": field_planes(format, format.field("codes"))[0].word_bits,
+        "lane_bits": codes[0].word_bits,
         "kblock": format.block * LAYOUT.blocks,
         "kblock_bytes": kblock_bytes(format, LAYOUT),
+        "head_bytes": head_bytes(format, LAYOUT),
+        "first_bytes": first_bytes,
+        "offsets": {
+            "tensor_lut": first.get("lut"),
+            "row_lut": rows.get(("lut", 0)),
+            "block_lut": blocks.get(("lut", 0, 0)),
+            "book": first.get("book"),
+            "book_bytes": 2 * format.field("book").count if format.has("book") else 0,
+            "columns": first.get("qc"),
+            "column_values": rows.get(("qv", 0)),
+        },
+        "small_floats": MINIFLOATS,
         "types": _TYPES,
     }

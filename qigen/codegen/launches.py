@@ -197,9 +197,8 @@ class GpuLowering:
         return _weight(name)
 
     def matrix(self, name: str) -> tuple[Format, Argument]:
-        """The format of a constant matrix, and the matrix. Unsupported without a kernel for it."""
+        """The format of a constant matrix, and the matrix."""
         format = catalog.by_name(self.graph.values[name].dtype)
-        gemv.check_format(format, name)
         self.tensors.setdefault(name, PackedTensor(name, (name,), GpuPacking(format, LAYOUT)))
         return format, _weight(name)
 

@@ -36,14 +36,37 @@ void Launch::loadMatrix(Warp& w, const Instruction& i, uint32_t lanes) {
   }
 }
 
+// Metadata of mma.sp for 16-bit numbers: 4 bits say which two of four numbers of a row of A there
+// are, the lower index first. A lane's word has row l / 4 in its lower half and row l / 4 + 8 in
+// the upper one, of 16 numbers along k; the selector says which lanes of every four give theirs:
+// one of them for k = 16, the first or second two for k = 32.
+void Launch::findPlaces(Warp& w, const Instruction& i, uint8_t (&places)[16][32]) {
+  const Operand &metadata = i.operands[4], &selector = i.operands[5];
+  const uint64_t* words = values(w, metadata);
+  const int givers = i.depth / 16, which = int(values(w, selector)[0]);
+  if (which < 0 || which >= 4 / givers) fail(w, i, "a selector out of range");
+  for (int row = 0; row < 16; ++row) {
+    for (int four = 0; four < i.depth / 4; ++four) {
+      const int lane = row % 8 * 4 + which * givers + four / 4;
+      if (!(defined(w, metadata) >> lane & 1)) fail(w, i, "metadata that nobody computed");
+      const uint32_t pair = uint32_t(words[lane]) >> (row / 8 * 16 + four % 4 * 4) & 15;
+      const int first = pair & 3, second = pair >> 2;
+      if (first >= second) fail(w, i, "metadata whose indices do not ascend");
+      places[row][2 * four] = uint8_t(4 * four + first);
+      places[row][2 * four + 1] = uint8_t(4 * four + second);
+    }
+  }
+}
+
 // m16n8k<depth>: fragments as the PTX ISA lays them out. A register holds `each` elements that
 // follow one another in k; lane l has row (A) or column (B) l / 4. Sums are exact or in double and
-// rounded once: tensor cores may round differently in the last places.
+// rounded once: tensor cores may round differently in the last places. Of a sparse A (mma.sp) the
+// fragments hold two of every four numbers of a row.
 void Launch::multiplyMatrices(Warp& w, const Instruction& i, uint32_t lanes) {
   if (lanes != kAllLanes) fail(w, i, "mma by a part of a warp");
   const Type result = i.matrix[0], left = i.matrix[1], right = i.matrix[2];
   const int bits = bitsOf(left) > 16 ? 16 : bitsOf(left), each = 32 / bits;
-  const int nb = i.depth / (4 * each), na = 2 * nb;
+  const int nb = i.depth / (4 * each), na = i.sparse ? nb : 2 * nb;
   const Operand *d = &i.operands[0], *a = &i.operands[1], *b = &i.operands[2], *c = &i.operands[3];
   const auto part = [&](const Operand& o, int n) -> const Operand& {
     const Operand& p = o.kind == Operand::list ? o.parts.at(n) : o;
@@ -54,12 +77,15 @@ void Launch::multiplyMatrices(Warp& w, const Instruction& i, uint32_t lanes) {
     const uint64_t v = word >> (bits * n) & ((1ull << bits) - 1);
     return asDouble(type, v);
   };
-  double A[16][64], B[64][8];
+  double A[16][64] = {}, B[64][8];
+  uint8_t places[16][32];  // of the numbers of a sparse A along k
+  if (i.sparse) findPlaces(w, i, places);
   for (int r = 0; r < na; ++r) {
     const uint64_t* words = values(w, part(*a, r));
     for (int l = 0; l < kLanes; ++l) {
       for (int e = 0; e < each; ++e) {
-        A[l / 4 + 8 * (r & 1)][l % 4 * each + (r >> 1) * 4 * each + e] = element(left, words[l], e);
+        const int row = l / 4 + 8 * (r & 1), column = l % 4 * each + (r >> 1) * 4 * each + e;
+        A[row][i.sparse ? places[row][column] : column] = element(left, words[l], e);
       }
     }
   }

@@ -337,6 +337,14 @@ void Launch::arithmetic(Warp& w, const Instruction& i, uint32_t lanes) {
         d[l] = v ? __builtin_clzll(v) - (64 - bits) : bits;
       });
       return;
+    case Op::op_bfind:  // of a negative number the highest zero; all ones if there is no such bit
+      forLanes(lanes, [&](int l) {
+        uint64_t v = a[l] & mask;
+        if (isSigned(i.type) && (v >> (bits - 1) & 1)) v = ~v & mask;
+        const int found = v ? 63 - __builtin_clzll(v) : -1;
+        d[l] = uint32_t(found < 0 || !i.shiftAmount ? found : bits - 1 - found);
+      });
+      return;
     case Op::op_brev:
       forLanes(lanes, [&](int l) {
         uint64_t r = 0;

@@ -149,6 +149,7 @@ class Launch {
 
   // collective.cpp
   void loadMatrix(Warp&, const Instruction&, uint32_t lanes);
+  void findPlaces(Warp&, const Instruction&, uint8_t (&places)[16][32]);
   void multiplyMatrices(Warp&, const Instruction&, uint32_t lanes);
   void shuffle(Warp&, const Instruction&, uint32_t lanes);
   void vote(Warp&, const Instruction&, uint32_t lanes);

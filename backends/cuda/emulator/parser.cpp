@@ -523,6 +523,10 @@ class Parser {
       i.left = m == "l";
     } else if (m == "wrap") {
       i.wraps = true;
+    } else if (m == "shiftamt") {
+      i.shiftAmount = true;
+    } else if (i.op == Op::op_mma && m == "sp::ordered_metadata") {
+      i.sparse = true;
     } else if (m == "warp") {
       i.warpBarrier = true;
     } else if (m == "to") {
@@ -552,7 +556,12 @@ class Parser {
     if (found != least.end() && i.operands.size() < found->second) unknown(i.text);
     const bool convert = i.op == Op::op_cvt;
     if ((i.round == Round::zero && !convert) || (i.flushes && i.type != Type::f32)) unknown(i.text);
-    if (i.op == Op::op_mma && !i.depth) unknown(i.text);
+    if (i.op == Op::op_mma && (!i.depth || i.operands.size() != (i.sparse ? 6 : 4))) {
+      unknown(i.text);
+    }
+    if (i.sparse && (bitsOf(i.matrix[1]) != 16 || i.matrix[0] == Type::f16 || i.depth < 16)) {
+      unknown(i.text);
+    }
     if (i.op == Op::op_cp && i.text.find("bulk") != std::string::npos) unknown(i.text);
     for (const Operand& o : i.operands) {
       if (o.kind == Operand::label && i.op != Op::op_bra) unknown(o.name + " in " + i.text);

@@ -54,14 +54,15 @@ bool isSigned(Type type);                 // s4 to s64
 Type typeNamed(const std::string& name);  // none if there is no such type
 
 // Every opcode that the interpreter knows; the names are those of the PTX ISA.
-#define PTX_OPCODES(X)                                                                          \
-  X(add)                                                                                        \
-  X(sub)                                                                                        \
-  X(mul) X(mad) X(fma) X(div) X(rem) X(min) X(max) X(neg) X(abs) X(and) X(or) X(xor) X(not)     \
-      X(cnot) X(shl) X(shr) X(shf) X(lop3) X(prmt) X(bfe) X(bfi) X(popc) X(clz) X(brev) X(dp4a) \
-          X(setp) X(selp) X(mov) X(cvt) X(cvta) X(ld) X(st) X(atom) X(red) X(bra) X(bar)        \
-              X(barrier) X(ret) X(exit) X(cp) X(ldmatrix) X(mma) X(shfl) X(vote) X(activemask)  \
-                  X(membar) X(fence) X(createpolicy) X(prefetch) X(ex2) X(lg2) X(rcp) X(sqrt)   \
+#define PTX_OPCODES(X)                                                                           \
+  X(add)                                                                                         \
+  X(sub)                                                                                         \
+  X(mul)                                                                                         \
+  X(mad) X(fma) X(div) X(rem) X(min) X(max) X(neg) X(abs) X(and) X(or) X(xor) X(not) X(cnot)     \
+      X(shl) X(shr) X(shf) X(lop3) X(prmt) X(bfe) X(bfi) X(popc) X(clz) X(bfind) X(brev) X(dp4a) \
+          X(setp) X(selp) X(mov) X(cvt) X(cvta) X(ld) X(st) X(atom) X(red) X(bra) X(bar)         \
+              X(barrier) X(ret) X(exit) X(cp) X(ldmatrix) X(mma) X(shfl) X(vote) X(activemask)   \
+                  X(membar) X(fence) X(createpolicy) X(prefetch) X(ex2) X(lg2) X(rcp) X(sqrt)    \
                       X(rsqrt) X(trap) X(nanosleep)
 
 enum class Op : uint8_t {
@@ -116,6 +117,8 @@ struct Instruction {
   int vector = 1;  // .v2, .v4; matrices of ldmatrix
   int depth = 0;   // k of mma
   bool saturate = false, flushes = false, transposed = false, left = false, wraps = false;
+  bool shiftAmount = false;   // bfind: by how much to shift the found bit to the top
+  bool sparse = false;        // mma.sp: A has 2 of 4 numbers, the metadata says which
   bool warpBarrier = false;   // bar.warp.sync
   bool converges = false;     // every live lane of the warp must come here together
   bool synchronizes = false;  // an acquire or volatile access: others may run before the next

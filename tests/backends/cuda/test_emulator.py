@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from qigen.backends.cuda import toolchain
 from qigen.backends.cuda.emulator import EmulatedDevice, Finding, Schedule
 from qigen.toolchain import find_compiler
 
@@ -247,6 +248,76 @@ def test_mma_fragments(shape: str, out: str, kind: str, k: int) -> None:
                 assert got[lane, r] == pair.view(np.uint32)[0]
             else:
                 assert got[lane, r] == word(want[row + 8 * (r // 2), 2 * quad + r % 2])
+
+
+@pytest.mark.parametrize("kind", ["f16", "bf16"])
+@pytest.mark.parametrize(("k", "selector"), [(16, 0), (16, 3), (32, 0), (32, 1)])
+def test_mma_of_a_sparse_matrix(kind: str, k: int, selector: int) -> None:
+    """Section "Multiply-and-Accumulate Instruction: mma.sp": two of every four numbers of A, and
+    metadata in one (k = 16) or two (k = 32) of the four lanes of a row."""
+    rng = np.random.default_rng(k + selector)
+    kept = np.sort(rng.random((16, k // 4, 4)).argsort(axis=2)[..., :2], axis=2)
+    values = rng.integers(-8, 9, (16, k // 4, 2)) / 4
+    A = np.zeros((16, k // 4, 4))
+    np.put_along_axis(A, kept, values, axis=2)
+    B, C = rng.integers(-8, 9, (k, 8)) / 4, rng.integers(-9, 9, (16, 8)).astype(np.float32)
+
+    def raw(x: Array) -> Array:
+        return x.astype(np.float16 if kind == "f16" else ml_dtypes.bfloat16).view(np.uint16)
+
+    packed, nb = values.reshape(16, k // 2), k // 8
+    a, b, c = (np.zeros((32, n), np.uint32) for n in (nb, nb, 4))
+    e = np.full(32, 0xDEADBEEF, np.uint32)  # what other lanes hold does not count
+    for lane in range(32):
+        row, quad = lane // 4, lane % 4
+        for r in range(nb):
+            column = 2 * quad + 8 * (r // 2)
+            a[lane, r] = raw(packed[row + r % 2 * 8, column : column + 2]).view(np.uint32)[0]
+            b[lane, r] = raw(B[8 * r + 2 * quad : 8 * r + 2 * quad + 2, row].copy()).view(
+                np.uint32)[0]
+        for r in range(4):
+            c[lane, r] = C[row + 8 * (r // 2), 2 * quad + r % 2].view(np.uint32)
+        part = quad - selector * (k // 16)
+        if 0 <= part < k // 16:
+            pairs = (kept[..., 0] | kept[..., 1] << 2)[:, 4 * part : 4 * part + 4]
+            halves = (pairs << 4 * np.arange(4)).sum(axis=1)
+            e[lane] = halves[row] | halves[row + 8] << 16
+    names = [f"%{i}" for i in range(4 + 2 * nb + 4 + 1)]
+    lists = [names[:4], names[4 : 4 + nb], names[4 + nb : 4 + 2 * nb], names[-5:-1]]
+    text = ", ".join("{" + ", ".join(part) + "}" for part in lists)
+    inputs = [*(f'"r"(a[t * {nb} + {i}])' for i in range(nb)),
+              *(f'"r"(b[t * {nb} + {i}])' for i in range(nb)),
+              *(f'"f"(c[t * 4 + {i}])' for i in range(4)), '"r"(e[t])']
+    source = f"""typedef unsigned u; extern "C" __global__
+      void k(const u* a, const u* b, float* c, const u* e) {{ int t = threadIdx.x; float d[4];
+      asm volatile("mma.sp::ordered_metadata.sync.aligned.m16n8k{k}.row.col.f32.{kind}.{kind}.f32 "
+        "{text}, {names[-1]}, {selector};" : {", ".join(f'"=f"(d[{i}])' for i in range(4))}
+        : {", ".join(inputs)});
+      for (int i = 0; i < 4; ++i) c[t * 4 + i] = d[i]; }}"""
+    got = run(source, a, b, c, e)[2].view(np.float32)
+    want = A.reshape(16, k) @ B + C
+    for lane in range(32):
+        for r in range(4):
+            assert got[lane, r] == want[lane // 4 + 8 * (r // 2), 2 * (lane % 4) + r % 2]
+    toolchain.compile_cubin("sparse", source, "sm_80")  # ptxas takes it
+    with pytest.raises(Finding, match="do not ascend"):
+        run(source, a, b, c, np.zeros_like(e))
+
+
+def test_highest_bit() -> None:
+    """bfind: the highest one, or zero of a negative number, or what shifts it to the top."""
+    text = """extern "C" __global__ void k(const int* x, int* o) { int t = threadIdx.x;
+      asm("bfind.u32 %0, %1;" : "=r"(o[t]) : "r"(x[t]));
+      asm("bfind.s32 %0, %1;" : "=r"(o[t + 32]) : "r"(x[t]));
+      asm("bfind.shiftamt.u32 %0, %1;" : "=r"(o[t + 64]) : "r"(x[t])); }"""
+    x = np.random.default_rng(1).integers(-(2**31), 2**31, 32).astype(np.int32)
+    x[:4] = 0, -1, 1, -(2**31)
+    got = run(text, x, np.zeros(96, np.int32))[1].reshape(3, 32)
+    for i, v in enumerate(x.tolist()):
+        highest = (v & 0xFFFFFFFF).bit_length() - 1
+        assert got[0, i] == highest
+        assert got[1, i] == (~v if v < 0 else v).bit_length() - 1
+        assert got[2, i] == (31 - highest if highest >= 0 else -1)
 
 
 @pytest.mark.parametrize("trans", [False, True])

@@ -291,11 +291,6 @@ def test_targets_that_cannot_be_compiled(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_format_without_a_kernel_is_refused_by_tensor(tmp_path: Path) -> None:
-    with pytest.raises(Unsupported, match=r"token_embd.weight.*nf4g64 has no GPU kernel"):
-        compile(STORIES, tmp_path / "x.qgn", target="sm_80", weights="nf4g64")
-
-
 def test_inspect_and_targets_name_the_gpus(
     stories: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -19,7 +19,7 @@ from qigen.errors import MachineMismatch, ToolchainError, Unsupported, UsageErro
 from qigen.formats import by_name, packed_shape
 from qigen.ir.ops.elementwise import activate
 from qigen.ir.ops.rope import rotate
-from tests.backends.cuda.test_gemv import random_weight
+from tests.backends.cpu.test_matmul import random_tensor
 
 Array = npt.NDArray[Any]
 CAPACITY = 320  # positions of a cache
@@ -54,11 +54,12 @@ def test_the_same_through_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
 # -- rows and numbers -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["q4_0", "q6_k", "bf16", "f32"])
+@pytest.mark.parametrize("name", ["q4_0", "q6_k", "bf16", "f32", "nf4g64", "aqlm_2x8",
+                                  "s4g128_2of4_o3", "s4gchannel_c32", "lut3_channel"])  # fmt: skip
 def test_embedding(name: str) -> None:
     spec = EmbeddingSpec(by_name(name))
     k, tokens = 2 * max(spec.format.block, 24), np.array([3, 36, 0, 17], np.int32)
-    table = random_weight(name, 37, k)
+    table = random_tensor(spec.format, 37, k)
     device = make_device(Schedule("random"))
     kernel = device.load(spec.name, render_embedding(spec))[spec.name]
     stride = k + 8
@@ -77,7 +78,7 @@ def test_embedding(name: str) -> None:
 def test_gemv_adds_bias_and_residual_in_place(bias: bool, residual: bool) -> None:
     spec = GemvSpec(by_name("q4_0"), 2, bias=bias, residual=residual)
     n, k, stride = 37, 64, 48
-    weight, x, y, b = random_weight("q4_0", n, k), normal(2, 80), normal(2, stride), normal(n)
+    weight, x, y, b = random_tensor(spec.format, n, k), normal(2, 80), normal(2, stride), normal(n)
     device = make_device(Schedule("random"))
     kernel = device.load(spec.name, render_gemv(spec))[spec.name]
     at = device.upload(y)
