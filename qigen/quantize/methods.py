@@ -19,7 +19,10 @@ from qigen.errors import BadInput, Unsupported, UsageError
 from qigen.formats.algebra import Float32Array, Format, QuantizedTensor
 from qigen.quantize.gptq import gptq
 from qigen.quantize.hessian import Statistics, check_hessian, importance, output_error
+from qigen.quantize.hqq import hqq
 from qigen.quantize.rtn import Clip, quantize_rtn
+from qigen.quantize.tables import kmeans
+from qigen.quantize.ternary import ternary
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,23 @@ def _gptq(w: Float32Array, fmt: Format, hessian: Float32Array | None, *, damping
     return Result(tensor, factor.damping, int(factor.dead.sum()))
 
 
+def _kmeans(w: Float32Array, fmt: Format, hessian: Float32Array | None, *,
+            steps: int = 60) -> Result:
+    if steps < 1:
+        raise UsageError("method kmeans needs at least 1 step")
+    return Result(kmeans(w, fmt, importance(hessian), steps=steps))
+
+
+def _hqq(w: Float32Array, fmt: Format, hessian: Float32Array | None, *, p: float = 0.7,
+         beta: float = 10.0, kappa: float = 1.01, steps: int = 20) -> Result:
+    return Result(hqq(w, fmt, p=p, beta=beta, kappa=kappa, steps=steps))
+
+
+def _ternary(w: Float32Array, fmt: Format, hessian: Float32Array | None, *,
+             scale: str = "absmean") -> Result:
+    return Result(ternary(w, fmt, scale=scale))
+
+
 def _of_codes(fmt: Format) -> str:
     if fmt.float_kind or fmt.vector:
         return "it has no codes of single weights"
@@ -103,10 +123,35 @@ def _having(field: str, wanted: str) -> Callable[[Format], str]:
     return lambda fmt: _of_codes(fmt) or ("" if fmt.has(field) else f"it has no {wanted}")
 
 
+def _table(fmt: Format) -> str:
+    return "" if fmt.has("lut") and not fmt.mask and not fmt.has("oc") else (
+        "it has no table that is data; take lut4_tensor_g64, lut3_channel or the like")
+
+
+def _zero(fmt: Format) -> str:
+    plain = not (fmt.has("sub") or fmt.mask or fmt.has("oc") or fmt.has("qc"))
+    float_zero = fmt.has("z") and fmt.field("z").number
+    return "" if plain and fmt.min_sign == 1 and (fmt.has("m") or float_zero) else (
+        "its groups have no float zero point or minimum; take a format such as u4g64 or h4g64")
+
+
+def _three_levels(fmt: Format) -> str:
+    levels = fmt.levels if not (fmt.vector or fmt.float_kind or fmt.has("lut")) else ()
+    three = sorted({float(v) for v in levels}) == [-1.0, 0.0, 1.0]
+    plain = three and {f.name for f in fmt.fields} == {"codes", "d"}
+    return "" if plain else "its values are not -1, 0 and 1; take ternary2 or ternary5"
+
+
 METHODS: dict[str, Method] = {row.name: row for row in (
     Method("rtn", "", "round to nearest", _rtn, False),
     Method("clip", "AWQ, OmniQuant (clipping)", "round to nearest, each group's range searched",
            _clip, False),
+    Method("hqq", "Badri and Shaji 2023, HQQ",
+           "zero points of least p-norm, without data", _hqq, False, _zero),
+    Method("kmeans", "Kim et al. 2023, arXiv:2306.07629 (SqueezeLLM); Lloyd 1982; Max 1960",
+           "tables by k-means, columns weighted by the Hessian's diagonal", _kmeans, False, _table),
+    Method("ternary", "Ma et al. 2024, arXiv:2402.17764 (BitNet b1.58)",
+           "round to -1, 0 and 1 times the mean magnitude", _ternary, False, _three_levels),
     Method("gptq", "Frantar et al. 2023, arXiv:2210.17323",
            "rounding with feedback by the inverse Hessian", _gptq, True, _of_codes),
     Method("spqr", "Dettmers et al. 2023, arXiv:2306.03078",

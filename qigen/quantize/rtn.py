@@ -109,7 +109,7 @@ def check_rounding(fmt: Format, k: int) -> None:
                           "format with outliers, such as s4g128_o3", fmt.name)
 
 
-def _groups(chunk: Float32Array, fmt: Format) -> Float32Array:
+def grouped(chunk: Float32Array, fmt: Format) -> Float32Array:
     """[n, K] as [n, groups, group]; a short last group is filled so that it changes nothing.
 
     The fill is the last weight where the range counts and zero where the magnitude does.
@@ -165,7 +165,7 @@ def coded(chunk: Float32Array, fmt: Format, table: Float32Array | None = None,
         return _with_outliers(chunk, fmt, clip)
     if fmt.mask is not None:
         return _masked(chunk, fmt, clip)
-    x = _groups(chunk, fmt)
+    x = grouped(chunk, fmt)
     search = _Search(x, fmt, clip)
     if fmt.has("lut"):
         part = _by_table(x, fmt, table, search)
@@ -560,11 +560,11 @@ _SAMPLE = 1 << 16
 
 
 def lloyd(x: Float32Array, count: int, importance: Float32Array | None = None,
-          steps: int = _LLOYD_STEPS) -> Float32Array:
+          steps: int = _LLOYD_STEPS, start: Float32Array | None = None) -> Float32Array:
     """float32 [groups, count]: the centres of the values [groups, size], sorted.
 
     ``importance`` [groups, size], if given, weighs every value (Lloyd 1982, Max 1960; weighted as
-    SqueezeLLM does). The first centres are the quantiles.
+    SqueezeLLM does). The first centres are ``start`` [groups, count], ascending, or the quantiles.
     """
     groups, size = x.shape
     order = np.argsort(x, axis=1, kind="stable")
@@ -578,7 +578,7 @@ def lloyd(x: Float32Array, count: int, importance: Float32Array | None = None,
     mass = np.concatenate([zeros, np.cumsum(h, axis=1)], 1)
     sums = np.concatenate([zeros, np.cumsum(h * ordered, axis=1)], 1)
     quantiles = ((np.arange(count) + 0.5) * size / count).astype(np.int64)
-    centres = ordered[:, quantiles.clip(0, size - 1)]
+    centres = ordered[:, quantiles.clip(0, size - 1)] if start is None else start
     for _ in range(steps):
         middles = (centres[:, 1:] + centres[:, :-1]) / np.float32(2)
         if size <= 256:
@@ -604,7 +604,7 @@ def tensor_table(w: Float32Array, fmt: Format, clip: Clip | None = None) -> Floa
     if not fmt.has("lut") or fmt.field("lut").scope != "tensor":
         return None
     step = max(1, w.size // _SAMPLE)
-    x = _groups(np.ascontiguousarray(w[:: max(1, min(step, len(w)))][:1024]), fmt)
+    x = grouped(np.ascontiguousarray(w[:: max(1, min(step, len(w)))][:1024]), fmt)
     magnitude = np.abs(x).max(axis=2, keepdims=True)
     scaled = _divided(x, np.broadcast_to(magnitude, x.shape)).reshape(1, -1)
     search = _Search(x, fmt, clip)
@@ -629,13 +629,13 @@ def _by_table(x: Float32Array, fmt: Format, table: Float32Array | None,
         steps = _LLOYD_STEPS if len(search.factors) == 1 else _SEARCH_STEPS
         tables = lloyd(x.reshape(n * groups, size), fmt.field("lut").count, h, steps)
         bits, values = _stored(tables.reshape(n, groups, -1), fmt, "lut")
-        return {"lut": bits, "codes": _nearest_entry(x, values)}
+        return {"lut": bits, "codes": nearest_entry(x, values)}
     bits, values = _stored(np.ascontiguousarray(table.reshape(1, 1, -1)), fmt, "lut")
     magnitude = np.abs(x).max(axis=2, keepdims=True)
     best: tuple[Array, Array, Array] | None = None
     for factor in search.factors:
         d_bits, d = _stored(magnitude * np.float32(factor), fmt)
-        codes = _nearest_entry(_divided(x, np.broadcast_to(d, x.shape)), values)
+        codes = nearest_entry(_divided(x, np.broadcast_to(d, x.shape)), values)
         error = search.error(values[0, 0][codes] * d - x)
         if best is None:
             best = codes, d_bits, error
@@ -647,7 +647,7 @@ def _by_table(x: Float32Array, fmt: Format, table: Float32Array | None,
     return {"lut": bits, "d": best[1], "codes": best[0]}
 
 
-def _nearest_entry(x: Float32Array, values: Float32Array) -> Array:
+def nearest_entry(x: Float32Array, values: Float32Array) -> Array:
     """The nearest of ascending ``values`` [.., .., count] to every number of its group."""
     middles = (values[..., 1:] + values[..., :-1]) / np.float32(2)
     codes = np.zeros(x.shape, np.uint8)
