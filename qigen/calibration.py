@@ -87,8 +87,9 @@ class Rounding:
 
     def recipe(self, calibrated: bool) -> Recipe:
         """What :mod:`qigen.quantize` goes by; raises as :meth:`Recipe.check` does."""
-        method, options = parse(self.method or ("gptq" if calibrated else "rtn"))
-        found = Recipe(method, options, self.samples, self.context, self.memory)
+        *before, (method, options) = parse(self.method or ("gptq" if calibrated else "rtn"))
+        found = Recipe(method, options, self.samples, self.context, self.memory,
+                       before=tuple(before))
         found.check()
         return found
 
@@ -107,8 +108,9 @@ def quantize_language_model(
     """
     fmt = by_name(rounding.format)
     recipe = rounding.recipe(rounding.calibration is not None)
-    names = chosen(graph, fmt, rounding.keep)
-    if recipe.method == "rtn":  # nothing is looked at: matrices are rounded as they are written
+    names = chosen(graph, fmt, rounding.keep, bool(recipe.preparations))
+    # where nothing is looked at, matrices are rounded as they are written
+    if recipe.method == "rtn" and not recipe.preparations:
         return requantized(graph, fmt, rounding.keep), []
     sequences = None
     if rounding.calibration is not None:
@@ -118,7 +120,7 @@ def quantize_language_model(
     told = None if sequences is None else hashlib.sha256(sequences.tobytes()).hexdigest()
     store = Store.of(
         toolchain.cache_folder() / "quantized", VERSION, source.metadata.sha256(), fmt.name, names,
-        recipe.method, sorted(recipe.options.items()), told, recipe.sequential,
+        recipe.before, recipe.method, sorted(recipe.options.items()), told, recipe.sequential,
     )
     return quantize_model(graph, dict.fromkeys(names, fmt), sequences, recipe, store=store,
                           progress=report)
@@ -196,6 +198,10 @@ class GraphRounder:
     def __init__(self, graph: Graph, rounding: Rounding, told: str, report: Progress) -> None:
         self.format = by_name(rounding.format)
         self.recipe = rounding.recipe(rounding.calibration is not None)
+        if self.recipe.preparations:
+            raise Unsupported(f"method {self.recipe.preparations[0][0]} folds scales or rotations "
+                              "into neighbours, which is done for language models alone; take "
+                              "method gptq or clip")
         self.keep = rounding.keep
         self.outcomes: list[dict[str, Any]] = []
         self._statistics: dict[str, Statistics] = {}

@@ -1,14 +1,15 @@
 """The table of quantization methods: one row each, the work in a file of its own.
 
-A method brings one matrix to one format. What changes a matrix and its neighbours first (scales
-that are folded, rotations) is in :mod:`qigen.quantize.prepare`.
+A method brings one matrix to one format. Some change the whole model first, so that it is easier to
+quantize and computes the same (:mod:`qigen.quantize.prepare`); these go before others, as in
+"hadamard+gptq".
 """
 
 from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from qigen.formats.algebra import Float32Array, Format, QuantizedTensor
 from qigen.quantize.gptq import gptq
 from qigen.quantize.hessian import Statistics, check_hessian, importance, output_error
 from qigen.quantize.hqq import hqq
+from qigen.quantize.prepare import Preparation, awq, rotate, smoothquant
 from qigen.quantize.rtn import Clip, quantize_rtn
 from qigen.quantize.tables import kmeans
 from qigen.quantize.ternary import ternary
@@ -63,20 +65,38 @@ Quantizer = Callable[..., Result]
 @dataclass(frozen=True)
 class Method:
     """``function(w, format, hessian, **options)``; ``hessian`` float32 [K, K], or None where the
-    method does not need one. ``fits`` says what is wrong with a format, '' if nothing is."""
+    method does not need one. ``fits`` says what is wrong with a format, '' if nothing is.
+
+    ``prepare`` changes a whole model before its matrices are rounded. A matrix alone has no
+    neighbours for that: it is only rounded. ``minimises`` is for the documents.
+    """
 
     name: str
     source: str
     about: str
+    minimises: str
     function: Quantizer
     needs_hessian: bool
     fits: Callable[[Format], str] = lambda fmt: ""
+    prepare: Preparation | None = None
 
     @property
     def options(self) -> dict[str, inspect.Parameter]:
-        """The options by name."""
-        parameters = inspect.signature(self.function).parameters
-        return {name: p for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
+        """The options by name, those of the preparation among them."""
+        return {**_options_of(self.prepare), **_options_of(self.function)}
+
+    def split(self, options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """(the options of the preparation, those of the rounding)."""
+        first = _options_of(self.prepare)
+        return ({name: value for name, value in options.items() if name in first},
+                {name: value for name, value in options.items() if name not in first})
+
+
+def _options_of(function: Callable[..., Any] | None) -> dict[str, inspect.Parameter]:
+    if function is None:
+        return {}
+    parameters = inspect.signature(function).parameters
+    return {name: p for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
 
 
 def _rtn(w: Float32Array, fmt: Format, hessian: Float32Array | None) -> Result:
@@ -143,27 +163,41 @@ def _three_levels(fmt: Format) -> str:
 
 
 METHODS: dict[str, Method] = {row.name: row for row in (
-    Method("rtn", "", "round to nearest", _rtn, False),
-    Method("clip", "AWQ, OmniQuant (clipping)", "round to nearest, each group's range searched",
-           _clip, False),
+    Method("rtn", "", "round to nearest", "the distance of every weight", _rtn, False),
+    Method("clip", "AWQ (clipping); OmniQuant, Shao et al. 2023, arXiv:2308.13137",
+           "round to nearest, each group's range searched",
+           "Σ h (w − q)² of a group, h the diagonal of the Hessian (1 without data)", _clip, False),
     Method("hqq", "Badri and Shaji 2023, HQQ",
-           "zero points of least p-norm, without data", _hqq, False, _zero),
+           "zero points of groups by half-quadratic splitting, without data",
+           "Σ |w − q|^p of a group, p = 0.7", _hqq, False, _zero),
     Method("kmeans", "Kim et al. 2023, arXiv:2306.07629 (SqueezeLLM); Lloyd 1982; Max 1960",
-           "tables by k-means, columns weighted by the Hessian's diagonal", _kmeans, False, _table),
-    Method("ternary", "Ma et al. 2024, arXiv:2402.17764 (BitNet b1.58)",
-           "round to -1, 0 and 1 times the mean magnitude", _ternary, False, _three_levels),
+           "tables by k-means, weighted by the inputs",
+           "Σ h (w − t[c])² over tables t and codes c", _kmeans, False, _table),
+    Method("ternary", "Ma et al. 2024, arXiv:2402.17764 (BitNet b1.58); `scale=least`: Li and Liu "
+           "2016, arXiv:1605.04711", "round to −1, 0 and 1 times the mean magnitude",
+           "nothing (absmean); Σ (w − q)² of a group (least)", _ternary, False, _three_levels),
     Method("gptq", "Frantar et al. 2023, arXiv:2210.17323",
-           "rounding with feedback by the inverse Hessian", _gptq, True, _of_codes),
+           "rounding with feedback by the inverse Hessian",
+           "E‖x (W − Q)ᵀ‖², weight by weight", _gptq, True, _of_codes),
     Method("spqr", "Dettmers et al. 2023, arXiv:2306.03078",
-           "gptq with the most sensitive weights apart", _gptq, True,
+           "gptq with the most sensitive weights apart", "as gptq", _gptq, True,
            _having("oc", "outliers; take spqr3, or a format that ends in _o3")),
     Method("quik", "Ashkboos et al. 2023, arXiv:2310.09259",
-           "gptq with the columns of the greatest inputs apart", _gptq, True,
+           "gptq with the columns of the greatest inputs apart", "as gptq", _gptq, True,
            _having("qc", "columns apart; take a format that ends in _c32")),
     Method("sparsegpt", "Frantar and Alistarh 2023, arXiv:2301.00774",
-           "N:M pruning and rounding with feedback", _gptq, True,
+           "N:M pruning and rounding with feedback", "as gptq", _gptq, True,
            lambda fmt: _of_codes(fmt) or ("" if fmt.mask else
                                           "it has no mask; take a format such as s4g128_2of4")),
+    Method("awq", "Lin et al. 2023, arXiv:2306.00978",
+           "scales of columns searched and folded into norms, up and v; then clip",
+           "E‖x (W − Q(W s) / s)ᵀ‖² over s = mean|x|^a", _clip, False, prepare=awq),
+    Method("smoothquant", "Xiao et al. 2022, arXiv:2211.10438",
+           "scales of columns folded into norms, for int8 activations; then rtn",
+           "nothing: s = max|x|^alpha / max|w|^(1 − alpha)", _rtn, False, prepare=smoothquant),
+    Method("hadamard", "Ashkboos et al. 2024, arXiv:2404.00456 (QuaRot, what is offline)",
+           "the residual stream and the values of heads rotated; then clip",
+           "nothing: outliers are spread over all columns", _clip, False, prepare=rotate),
 )}
 """The methods by name."""
 
@@ -178,9 +212,26 @@ def by_name(name: str) -> Method:
     return METHODS[name]
 
 
-def parse(text: str) -> tuple[str, dict[str, Any]]:
-    """(method, options) of ``gptq`` or ``gptq:order=act,damping=0.05``; UsageError for what makes
-    no sense."""
+Step = tuple[str, dict[str, Any]]
+"""A method by name, and its options."""
+
+
+def parse(text: str) -> tuple[Step, ...]:
+    """The steps of ``gptq``, ``gptq:order=act,damping=0.05`` or ``hadamard:seed=1+gptq``.
+
+    UsageError for options that make no sense, and for methods before the last one that do not
+    change a model.
+    """
+    steps = tuple(_step(part) for part in text.split("+"))
+    for name, _ in steps[:-1]:
+        if METHODS[name].prepare is None:
+            known = ", ".join(row.name for row in METHODS.values() if row.prepare)
+            raise UsageError(f"method {name} rounds, so that nothing can come after it; before a "
+                             f"+ there may be {known}")
+    return steps
+
+
+def _step(text: str) -> Step:
     name, _, rest = text.partition(":")
     known = by_name(name).options
     options: dict[str, Any] = {}
@@ -198,7 +249,7 @@ def parse(text: str) -> tuple[str, dict[str, Any]]:
     return name, options
 
 
-def check_options(method: Method, options: dict[str, Any]) -> None:
+def check_options(method: Method, options: Mapping[str, Any]) -> None:
     """UsageError if the method does not know one of the options."""
     for name in options:
         if name not in method.options:
@@ -243,7 +294,7 @@ def quantize_matrix(
         bad = int(np.argmin(np.isfinite(w).all(axis=1)))
         raise BadInput(f"row {bad} of the weight has a NaN or an infinity; repair the model first",
                        fmt.name)
-    result = row.function(w, fmt, h, **options)
+    result = row.function(w, fmt, h, **row.split(options)[1])
     error, relative = output_error(w, result.tensor.dequantize(), h)
     wanted = options.get("damping", 0.01)
     if result.damping is not None and result.damping > wanted:

@@ -9,6 +9,7 @@ run that was killed goes on from there.
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -31,6 +32,7 @@ from qigen.ir.graph import Graph, constant_shape, load_constant
 from qigen.quantize import methods
 from qigen.quantize.hessian import Statistics, output_error
 from qigen.quantize.methods import Report
+from qigen.quantize.prepare import Task
 from qigen.quantize.walk import Segment, Walk
 
 Progress = Callable[[str, int, int], None]
@@ -55,6 +57,7 @@ _RUNS_KEPT = 4
 class Recipe:
     """How matrices are quantized: a method of :mod:`qigen.quantize.methods` and its options.
 
+    ``before`` are methods whose preparation of the model goes first, with their options.
     ``samples`` sequences of ``context`` tokens are looked at; ``memory`` bounds what is kept of
     them. ``sequential``: a layer sees the results of the quantized ones before it.
     """
@@ -65,11 +68,23 @@ class Recipe:
     context: int = CONTEXT
     memory: int = MEMORY
     sequential: bool = True
+    before: tuple[methods.Step, ...] = ()
+
+    @property
+    def preparations(self) -> list[tuple[str, Callable[[Task], None]]]:
+        """What changes the model first, by name and in order."""
+        found: list[tuple[str, Callable[[Task], None]]] = []
+        for name, options in (*self.before, (self.method, self.options)):
+            row = methods.by_name(name)
+            if row.prepare is not None:
+                found.append((name, functools.partial(row.prepare, **row.split(options)[0])))
+        return found
 
     def check(self) -> None:
         """Unsupported for a method that there is not, UsageError for options it does not have and
         for numbers that make no sense."""
-        methods.check_options(methods.by_name(self.method), dict(self.options))
+        for name, options in (*self.before, (self.method, self.options)):
+            methods.check_options(methods.by_name(name), options)
         if self.samples < 1 or self.context < _LEAST_TOKENS:
             raise UsageError(f"{self.samples} samples of {self.context} tokens are too few; take "
                              f"at least 1 of {_LEAST_TOKENS}")
@@ -207,7 +222,7 @@ def quantize_model(
     if sequences is None and method.needs_hessian:
         raise UsageError(f"method {method.name} needs calibration data; give a text, or take "
                          "method clip or rtn")
-    graph = graph.copy()
+    graph = prepared(graph, formats, sequences, recipe, store, report)
     reports: list[dict[str, Any]] = []
     tables = {node.inputs[1] for node in graph.nodes if node.op == "Embedding"}
     work = _Work(graph, formats, recipe, store, reports)
@@ -250,6 +265,16 @@ def quantize_model(
     return graph, reports
 
 
+def prepared(graph: Graph, formats: Mapping[str, Format],
+             sequences: npt.NDArray[np.int32] | None, recipe: Recipe, store: Store,
+             progress: Progress) -> Graph:
+    """A copy of the graph that computes the same, changed by the preparations of the recipe."""
+    task = Task(graph.copy(), formats, sequences, recipe.memory, store, progress)
+    for _, prepare in recipe.preparations:
+        prepare(task)
+    return task.graph
+
+
 @dataclass
 class _Work:
     graph: Graph
@@ -271,6 +296,8 @@ class _Work:
                 self.graph.values[name] = replace(self.graph.values[name], dtype=data.format.name)
 
     def note(self, name: str, outcome: Report) -> None:
+        outcome = replace(outcome, method="+".join(
+            [*(name for name, _ in self.recipe.before), outcome.method]))
         self.latest.append({"matrix": name, **outcome.to_json()})
 
     def known(self, part: str, names: Sequence[str]) -> dict[str, Array | QuantizedTensor]:

@@ -86,15 +86,17 @@ def with_byte_tables(graph: Graph, activations: str | None) -> tuple[Graph, tupl
     return result, tuple(notes)
 
 
-def chosen(graph: Graph, fmt: Format, keep: Sequence[str] = ()) -> list[str]:
-    """The matrices of a graph that come to ``fmt``: all that are not in it and whose names none of
-    the patterns ``keep`` (as of shells) fits. UsageError for a pattern that fits no matrix."""
+def chosen(graph: Graph, fmt: Format, keep: Sequence[str] = (),
+           again: bool = False) -> list[str]:
+    """The matrices of a graph that come to ``fmt``: all that are not in it (``again``: also those)
+    and whose names none of the patterns ``keep`` (as of shells) fits. UsageError for a pattern that
+    fits no matrix."""
     names = [name for name, data in graph.constants.items() if len(constant_shape(data)) == 2]
     for pattern in keep:
         if not any(fnmatchcase(name, pattern) for name in names):
             shown = ", ".join(names[:3])
             raise UsageError(f"no matrix is called {pattern}; there are {shown} ...")
-    return [name for name in names if graph.values[name].dtype != fmt.name
+    return [name for name in names if (again or graph.values[name].dtype != fmt.name)
             and not any(fnmatchcase(name, pattern) for pattern in keep)]
 
 

@@ -236,15 +236,18 @@ def test_wrong_use():
 
 
 def test_methods_by_text():
-    assert parse("gptq") == ("gptq", {})
+    assert parse("gptq") == (("gptq", {}),)
     assert parse("gptq:order=act,damping=0.05,clip=false") == (
-        "gptq", {"order": "act", "damping": 0.05, "clip": False})
+        ("gptq", {"order": "act", "damping": 0.05, "clip": False}),)
+    assert parse("hadamard:seed=3+awq+gptq") == (("hadamard", {"seed": 3}), ("awq", {}),
+                                                 ("gptq", {}))
     for text, error, words in (
         ("gptq:damping=much", UsageError, "is a float; give, for example, damping=0.01"),
         ("gptq:damping", UsageError, "is a float"),
         ("gptq:clip=maybe", UsageError, "is a bool"),
         ("gptq:beam=1", UsageError, "no option 'beam'"),
         ("best", Unsupported, "'best' is not known"),
+        ("gptq+rtn", UsageError, r"before a \+ there may be awq, smoothquant, hadamard"),
     ):
         with pytest.raises(error, match=words):
             parse(text)
