@@ -80,7 +80,7 @@ from qigen.planner import (
 )
 from qigen.quantize.model import MEMORY, SAMPLES
 from qigen.quantize.weights import with_byte_tables
-from qigen.tune import remember, tune_model, tune_products
+from qigen.tune import remember, remembered, tune_model, tune_products
 
 DEFAULT_MAX_SEQ = 4096
 """Positions of a session when the user does not say: what the model was made for, up to this."""
@@ -138,8 +138,10 @@ def compile(
     folder of such. ``memory`` bounds the bytes that calibration takes. Layers that a run before has
     finished (it may have been killed) are not quantized again.
 
-    ``tune`` is "model" or "off" (the cost model chooses) or "measure":
-    candidates are measured on this machine first, and threads and prefill block of the model after.
+    ``tune`` is "model" (the cost model chooses, among what was measured on this machine before if
+    anything was: in the tuning database, or by the package's makers), "off" (the cost model alone)
+    or "measure": candidates are measured on this machine first, and threads and prefill block of
+    the model after.
     ``emit`` says what the artifact's code is: a shared "library", a "static" one to link into a
     program, or "source": C++ with a CMakeLists.txt that builds it. ``backend``: "cpu" compiles C++
     with a compiler, "llvm" the same kernels with llvmlite and no compiler at all.
@@ -242,6 +244,13 @@ def compile(
     source = dataclasses.replace(source, metadata=about)
 
     measured: Measured | None = None
+    if tune == "model" and target == "native" and backend == "cpu":
+        measured, note = remembered(
+            products(graph), isa=row, machine=machine, threads=threads or machine.cores
+        )
+        if note:
+            about = dataclasses.replace(source.metadata, notes=(*source.metadata.notes, note))
+            source = dataclasses.replace(source, metadata=about)
     if tune == "measure":
         measured, _ = tune_products(
             products(graph),

@@ -8,6 +8,7 @@ cost model, or from measurements where there are any.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from qigen.costmodel.matmul import (
     tile_lists,
     token_tiles,
 )
-from qigen.errors import BadInput, UsageError
+from qigen.errors import BadInput, QigenError, UsageError
 from qigen.formats.algebra import Format
 from qigen.formats.catalog import by_name
 from qigen.formats.layout import Layout
@@ -40,7 +41,8 @@ BUCKETS = (1, 4, 16, 128)
 ACTIVATIONS = ("auto", "f32", "bf16", "int8", "int8-token")
 
 Measured: TypeAlias = Mapping[tuple[MatmulSpec, int, int, int], float]
-"""Microseconds of a call by (kernel, n, k, m), measured with the plan's number of threads."""
+"""Microseconds of a call by (kernel, n, k, m), measured with the plan's number of threads; infinity
+if the kernel crashed or was wrong, so that it is never chosen."""
 
 _OP = "matmul"
 _WEIGHTS = {1: 2.0, 4: 1.0, 16: 1.0, 128: 2.0}
@@ -162,10 +164,15 @@ def shared_layouts(
 
 
 def plan_products(
-    products: Sequence[Product], isa: Isa, machine: Machine, activations: str, threads: int
+    products: Sequence[Product],
+    isa: Isa,
+    machine: Machine,
+    activations: str,
+    threads: int,
+    measured: Measured | None = None,
 ) -> tuple[dict[tuple[str, int, int], MatmulSpec], list[KernelChoice]]:
     """The kernels of matrices by (format, N, K), and the entries of a plan that say why."""
-    search = _Search(list(products), isa, machine, activations, threads, {})
+    search = _Search(list(products), isa, machine, activations, threads, measured or {})
     chosen = search.choose()
     return chosen, [search.choice(p, chosen[p.key], m) for p in products for m in BUCKETS]
 
@@ -243,6 +250,8 @@ class _Search:
         """Median of measured over predicted time of each product and number of tokens."""
         ratios: dict[tuple[str, int, int, int], list[float]] = {}
         for (spec, n, k, m), us in self.measured.items():
+            if math.isinf(us):
+                continue
             predicted = predict(
                 spec, n, k, m, self.threads, self.machine, self.working_set
             ).us
@@ -253,8 +262,9 @@ class _Search:
         """The kernels of each product that were measured for all numbers of tokens: a mere
         prediction does not stand against them."""
         times: dict[tuple[MatmulSpec, int, int], set[int]] = {}
-        for spec, n, k, m in self.measured:
-            times.setdefault((spec, n, k), set()).add(m)
+        for (spec, n, k, m), us in self.measured.items():
+            if not math.isinf(us):
+                times.setdefault((spec, n, k), set()).add(m)
         found: dict[tuple[str, int, int], list[MatmulSpec]] = {p.key: [] for p in self.products}
         for (spec, n, k), tokens in times.items():
             key = spec.format.name, n, k
@@ -357,6 +367,7 @@ class _Search:
             for other in schedules(p.format, p.k, self.isa, spec.activations, self.machine)
             if other != spec
         }
+        others = {other: us for other, us in others.items() if math.isfinite(us)}
         ranked = sorted(others, key=lambda other: others[other])[:_RUNNERS_UP]
         return KernelChoice(
             name=spec.name,
@@ -438,6 +449,9 @@ def _scores(options: Sequence[Any], us: Callable[[Any, int], float]) -> list[flo
     """Weighted sums over the buckets of each option's time relative to the best there."""
     times = [[us(option, m) for m in BUCKETS] for option in options]
     best = [min(column) for column in zip(*times, strict=True)]
+    if not all(map(math.isfinite, best)):
+        raise QigenError("every kernel of a matrix crashed or was wrong when it was measured; "
+                         "qigen tune --again measures them anew, --tune off trusts them")
     return [
         sum(_WEIGHTS[m] * t / b for m, t, b in zip(BUCKETS, row, best, strict=True))
         for row in times

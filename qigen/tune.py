@@ -6,10 +6,12 @@ as it is measured, so that an interruption loses nothing.
 
 from __future__ import annotations
 
+import functools
+import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,6 +79,93 @@ def home(working_set: int, machine: Machine) -> str:
     return "cache" if working_set <= machine.l3_bytes // 2 else "memory"
 
 
+def _known(
+    data: Database | None,
+    p: Product,
+    m: int,
+    where: str,
+    isa: Isa,
+    threads: int,
+    machine: str,
+    compiler: str,
+    kernel: Callable[[MatmulSpec], str],
+) -> dict[MatmulSpec, Entry]:
+    """Valid entries for a product: the user's, then those that came with the package.
+
+    Of the latter the compiler may be another: it makes other code of the same source, but hardly
+    another order.
+    """
+    wanted = {
+        "machine": machine, "n": p.n, "k": p.k, "m": m, "threads": threads, "home": where
+    }  # fmt: skip
+    entries = list(data.entries(**wanted, compiler=compiler)) if data is not None else []
+    entries += [
+        e for e in database.shipped() if all(getattr(e, c) == v for c, v in wanted.items())
+    ]
+    found: dict[MatmulSpec, Entry] = {}
+    for entry in entries:
+        if entry.spec["format"] != p.format.name or entry.spec["isa"] != isa.name:
+            continue
+        spec = spec_from_json(entry.spec)
+        if spec not in found and kernel(spec) == entry.kernel:
+            found[spec] = entry
+    return found
+
+
+def _times(p: Product, entries: Mapping[int, Mapping[MatmulSpec, Entry]]) -> Measured:
+    """What the planner takes, from the entries of a product by number of tokens. A kernel that
+    failed once is not to be trusted with any number of tokens."""
+    bad = {spec for known in entries.values() for spec, e in known.items() if e.status != "ok"}
+    times = {
+        (spec, p.n, p.k, m): entry.us
+        for m, known in entries.items()
+        for spec, entry in known.items()
+        if spec not in bad
+    }
+    return times | {(spec, p.n, p.k, m): math.inf for spec in bad for m in BUCKETS}
+
+
+def _working_set(products: Iterable[Product]) -> int:
+    """Bytes of weights that pass through the caches in a step."""
+    return sum(max(1, p.uses) * packed_bytes(p) for p in products)
+
+
+def remembered(
+    products: Sequence[Product], *, isa: Isa, machine: Machine, threads: int
+) -> tuple[Measured, str]:
+    """What was measured before of the products of a model on this machine, without measuring: from
+    the user's database, else from what came with the package.
+
+    Returns what ``plan_model`` takes as ``measured``, and a sentence for the user if the database
+    cannot be used (a model can do without).
+    """
+    key, note = database.machine_key(machine), ""
+    where = home(_working_set(products), machine)
+    data: Database | None = None
+    try:
+        if database.database_file().exists():
+            data = Database()
+    except QigenError as error:
+        note = f"{error}; kernels are chosen without it"
+    try:
+        if data is None and not any(e.machine == key for e in database.shipped()):
+            return {}, note
+        compiler = database.compiler_key(toolchain.find_compiler().version)
+        kernel = functools.lru_cache(None)(lambda spec: kernel_text(spec)[1])
+        times: dict[tuple[MatmulSpec, int, int, int], float] = {}
+        for p in products:
+            entries = {
+                m: _known(data, p, m, where, isa, threads, key, compiler, kernel) for m in BUCKETS
+            }
+            times.update(_times(p, entries))
+        return times, note
+    except BadInput as error:  # an entry that is none
+        return {}, f"{error}; kernels are chosen without it"
+    finally:
+        if data is not None:
+            data.__exit__()
+
+
 class Tuner:
     """Measures products with the database at hand. Use as a context manager."""
 
@@ -120,21 +209,10 @@ class Tuner:
 
     def known(self, p: Product, m: int, where: str) -> dict[MatmulSpec, Entry]:
         """Valid entries of the database for a product, else those that came with the package."""
-        wanted = {
-            "machine": self.key, "compiler": database.compiler_key(self.compiler.version),
-            "n": p.n, "k": p.k, "m": m, "threads": self.threads, "home": where,
-        }  # fmt: skip
-        entries = list(self.data.entries(**wanted))
-        entries += [
-            e for e in database.shipped() if all(getattr(e, c) == v for c, v in wanted.items())
-        ]
-        found: dict[MatmulSpec, Entry] = {}
-        for entry in entries:
-            spec = spec_from_json(entry.spec)
-            fits = spec.format == p.format and spec.isa == self.isa and spec not in found
-            if fits and self.kernel(spec) == entry.kernel:
-                found[spec] = entry
-        return found
+        return _known(
+            self.data, p, m, where, self.isa, self.threads, self.key,
+            database.compiler_key(self.compiler.version), self.kernel,
+        )  # fmt: skip
 
     def tune(
         self,
@@ -170,7 +248,7 @@ class Tuner:
 
         libraries = self.bench.build(missing, done) if missing else {}
         steps = [(p, m) for p in products for m in buckets]
-        measured: dict[tuple[MatmulSpec, int, int, int], float] = {}
+        entries: dict[tuple[str, int, int], dict[int, Mapping[MatmulSpec, Entry]]] = {}
         rows = []
         for step, (p, m) in enumerate(steps):
             self.report("measure", step, len(steps))
@@ -179,11 +257,12 @@ class Tuner:
                 self._measure(p, m, {s: libraries[s] for s in new}, where, total, seconds)
             known = self.known(p, m, where)
             own = [s for s in candidates[p.key] if s in known]
-            for spec, entry in known.items():
-                if entry.status == "ok":
-                    measured[spec, p.n, p.k, m] = entry.us
+            entries.setdefault(p.key, {})[m] = known
             rows.append(self._row(p, m, own, known, len(new), working_set))
         self.report("measure", len(steps), len(steps))
+        measured: dict[tuple[MatmulSpec, int, int, int], float] = {}
+        for p in products:
+            measured.update(_times(p, entries[p.key]))
         return measured, rows
 
     def _measure(
@@ -283,7 +362,7 @@ def tune_products(
         products, isa, machine, activations, threads, None if exhaustive else top
     )
     if working_set is None:
-        working_set = sum(max(1, p.uses) * packed_bytes(p) for p in products)
+        working_set = _working_set(products)
     tuner = Tuner(isa, machine, threads, data=data, jobs=jobs, again=again, progress=progress)
     with tuner:
         return tuner.tune(products, candidates, working_set, buckets, seconds)

@@ -98,7 +98,8 @@ def test_llama_cpp(
         return result
 
     monkeypatch.setattr("qigen.bench.bench", stored)
-    arguments = ["bench", "x.qgn", "--vs", "llama.cpp", "--peer-model", "x.gguf", "--repeat", "3"]
+    arguments = ["bench", str(stories_artifact()), "--vs", "llama.cpp", "--peer-model", "x.gguf",
+                 "--repeat", "3"]  # fmt: skip
     assert main([*arguments, "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == result
     assert asked["peers"] == ["llama.cpp"] and asked["peer_model"] == Path("x.gguf")

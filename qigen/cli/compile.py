@@ -74,7 +74,8 @@ _BAR = 24  # characters of the longest bar
     type=click.Choice(["model", "measure", "off"]),
     default="model",
     show_default=True,
-    help="Schedules by the cost model, or also measured.",
+    help="Kernels by the cost model and what was measured before, measured now, or by the cost "
+    "model alone.",
 )
 @click.option(
     "--shape",

@@ -49,6 +49,11 @@ from qigen.errors import UsageError
     show_default=True,
     help="For a product and number of tokens at most.",
 )
+@click.option(
+    "--defaults",
+    is_flag=True,
+    help="With export: of this machine what comes with the package. [file: in the package]",
+)
 @click.option("--jobs", type=Count, help="Compilers at a time. [default: all cores]")
 def tune(
     what: tuple[str, ...],
@@ -58,13 +63,15 @@ def tune(
     isa: str | None,
     tokens: str | None,
     threads: int,
+    defaults: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
     """Measure the best candidates of a model's kernels on this machine and remember them.
 
-    What is measured is used by `compile --tune measure`. For an artifact its threads and prefill
-    block are measured too. `export FILE` and `import FILE` share the database as JSON.
+    What is measured is used by every later `compile` for this machine. For an artifact its threads
+    and prefill block are measured too. `export FILE` and `import FILE` share the database as JSON;
+    `export --defaults [FILE]` writes what comes with the package for this machine.
     """
     from qigen.planner import BUCKETS
     from qigen.tune import (
@@ -76,8 +83,10 @@ def tune(
     )
 
     if what[:1] in (("export",), ("import",)):
-        _share(what, bool(shapes), as_json)
+        _share(what, bool(shapes), defaults, as_json)
         return
+    if defaults:
+        raise UsageError("--defaults is for qigen tune export")
     if len(what) + bool(shapes) != 1:
         raise UsageError("name one model, or shapes with --shape; see qigen tune --help")
     machine, row = native_machine(isa)
@@ -144,14 +153,24 @@ def tune(
     click.echo(f"{sum(r.measured for r in rows)} measurements in {seconds:.1f} s")
 
 
-def _share(what: tuple[str, ...], shapes: bool, as_json: bool) -> None:
-    """`tune export FILE` and `tune import FILE`."""
+def _share(what: tuple[str, ...], shapes: bool, defaults: bool, as_json: bool) -> None:
+    """`tune export FILE`, `tune export --defaults [FILE]` and `tune import FILE`."""
+    from qigen import targets
     from qigen.tuning import Database
+    from qigen.tuning.database import defaults_file, machine_key
 
-    if len(what) != 2 or shapes:
+    if shapes or (defaults and what[0] == "import"):
+        raise UsageError(f"qigen tune {what[0]} takes one file and nothing else")
+    if defaults and len(what) == 1:
+        what = (*what, str(defaults_file(targets.native())))
+    if len(what) != 2:
         raise UsageError(f"qigen tune {what[0]} takes one file and nothing else")
     with Database() as data:
-        if what[0] == "export":
+        if defaults:
+            count = data.export_defaults(what[1], machine_key(targets.native()))
+            summary = {"file": what[1], "entries": count}
+            text = f"{what[1]}: {count} measurements of this machine"
+        elif what[0] == "export":
             count = data.export(what[1])
             summary = {"file": what[1], "entries": count}
             text = f"{what[1]}: {count} measurements"

@@ -276,6 +276,25 @@ class Database:
         Path(path).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
         return len(found)
 
+    def export_defaults(self, path: str | os.PathLike[str], machine: str) -> int:
+        """Writes what comes with the package for a kind of machine: its kernels that are right,
+        those of the sources of today; how many there are. An entry a line, ordered, so that a
+        later measurement changes few lines."""
+        from qigen.tuning.measure import kernel_text
+
+        kernel = functools.lru_cache(None)(lambda spec: kernel_text(spec)[1])
+        found = [
+            e
+            for e in self.entries(machine=machine, status="ok")
+            if kernel(spec_from_json(e.spec)) == e.kernel
+        ]
+        lines = [json.dumps(dataclasses.asdict(e), sort_keys=True) for e in found]
+        text = ",\n".join(lines)
+        Path(path).write_text(
+            f'{{"qigen_tuning": {FORMAT}, "entries": [\n{text}\n]}}\n', encoding="utf-8"
+        )
+        return len(found)
+
     def import_(self, path: str | os.PathLike[str]) -> tuple[int, int]:
         """Takes the entries of an exported file in; (how many were new, how many there are).
 
@@ -347,6 +366,12 @@ def checked(values: dict[str, Any]) -> Entry:
     if values["status"] == "ok" and not values["us"]:
         raise ValueError("it has no time")
     return Entry(**values)
+
+
+def defaults_file(machine: Machine) -> Path:
+    """Where the measurements of a kind of machine come with the package."""
+    name = "-".join(machine.archspec) or machine.architecture
+    return DEFAULTS / f"{name}-{machine_key(machine)}.json"
 
 
 @functools.lru_cache(maxsize=1)
