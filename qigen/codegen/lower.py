@@ -7,7 +7,7 @@ steps are equal but for the places of their weights share one function and a tab
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -211,6 +211,7 @@ class Program:
     kernels: dict[MatmulSpec, tuple[tuple[str, ...], bool]]
     barriers: int
     token_tiles: tuple[int, ...]
+    matrices: tuple[tuple[int, int, int], ...] = ()
     weights_bytes: int = 0
     uid: bytes = bytes(32)
     symbol: str = "qigen_model_description"  # of the description that the runtime reads
@@ -647,7 +648,21 @@ def lower_program(
         kernels={s: (tuple(sorted(e)), r) for s, (e, r) in lowering.kernels.items()},
         barriers=lowering.barriers,
         token_tiles=_token_tiles(lowering.kernels),
+        matrices=_matrices([step for _, steps in runs for step in steps], offsets),
         **about,
+    )
+
+
+def _matrices(
+    steps: Sequence[Any], offsets: Mapping[str, int]
+) -> tuple[tuple[int, int, int], ...]:
+    """(offset, bytes, number of the step) of every matrix, in the order in which rows are dealt
+    out to threads."""
+    products = [step for step in steps if isinstance(step, MatmulStep)]
+    return tuple(
+        (offsets[s.weight], s.blocks * s.cost, number)
+        for number, step in enumerate(products)
+        for s in step.segments
     )
 
 

@@ -108,6 +108,10 @@ typedef struct qigen_model_info {
   uint64_t weights_bytes; /* size of weights.bin */
   uint64_t arena_bytes;   /* scratch memory of a step, all threads together */
   uint64_t kv_bytes_per_position;
+  const char* placement; /* where the weights lie on machines with several memory nodes: "shared"
+                            (in the page cache), or "partitioned", "interleaved" or "replicated"
+                            over them. The environment variable QIGEN_PLACEMENT chooses one of
+                            these; "auto" (the default) is what is predicted to be read fastest */
 } qigen_model_info;
 
 /* Fills as many bytes of *info as info->struct_size says. */

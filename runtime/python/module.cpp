@@ -157,6 +157,7 @@ py::dict info(const qigen::Model& model) {
   dict["weights_bytes"] = info.weights_bytes;
   dict["arena_bytes"] = info.arena_bytes;
   dict["kv_bytes_per_position"] = info.kv_bytes_per_position;
+  dict["placement"] = info.placement ? info.placement : "shared";
   return dict;
 }
 

@@ -9,6 +9,7 @@
 #include <thread>
 
 #ifdef __linux__
+#include <pthread.h>
 #include <sched.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -275,7 +276,33 @@ long long read_number(const std::string& path, long long otherwise) {
   return read_numbers(path, &numbers) && numbers[0] > 0 ? numbers[0] : otherwise;
 }
 
-// The numbers of a list like "0-3,8".
+struct Place {
+  Core core;
+  int sibling;  // how many cores of the same physical one come before it
+};
+
+// Reorders equal places so that the first `count` of them are dealt out over the nodes, those of a
+// node side by side.
+void spread_over_nodes(std::vector<Place>::iterator begin, std::vector<Place>::iterator end,
+                       std::ptrdiff_t count) {
+  std::vector<int> turn;  // of each place: how many of its node come before it
+  for (auto place = begin; place != end; ++place) {
+    turn.push_back(static_cast<int>(std::count_if(
+        begin, place, [&](const Place& other) { return other.core.node == place->core.node; })));
+  }
+  std::vector<std::pair<int, Place>> order;
+  for (auto place = begin; place != end; ++place) {
+    order.push_back({turn[static_cast<size_t>(place - begin)], *place});
+  }
+  std::stable_sort(order.begin(), order.end(),
+                   [](const auto& a, const auto& b) { return a.first < b.first; });
+  std::transform(order.begin(), order.end(), begin, [](const auto& pair) { return pair.second; });
+  std::stable_sort(begin, begin + count,
+                   [](const Place& a, const Place& b) { return a.core.node < b.core.node; });
+}
+
+}  // namespace
+
 std::vector<int> read_list(const std::string& path) {
   std::ifstream file(path);
   std::vector<int> found;
@@ -288,14 +315,32 @@ std::vector<int> read_list(const std::string& path) {
   return found;
 }
 
-}  // namespace
+std::vector<int> cores_of_node(const std::vector<Core>& cores, int node) {
+  std::vector<int> found;
+  for (const Core& core : cores) {
+    if (core.node == node) found.push_back(core.id);
+  }
+  return found;
+}
 
-std::vector<Core> ordered_cores(const std::vector<int>& cores, const std::string& root) {
-  struct Place {
-    Core core;
-    int sibling;  // how many cores of the same physical one come before it
-    int node;
-  };
+#ifdef __linux__
+void keep_on_cores(std::thread& thread, const std::vector<int>& cores) {
+  if (cores.empty()) return;
+  const int most = *std::max_element(cores.begin(), cores.end()) + 1;
+  const size_t bytes = CPU_ALLOC_SIZE(most);
+  cpu_set_t* set = CPU_ALLOC(most);
+  if (!set) return;
+  CPU_ZERO_S(bytes, set);
+  for (const int core : cores) CPU_SET_S(core, bytes, set);
+  pthread_setaffinity_np(thread.native_handle(), bytes, set);
+  CPU_FREE(set);
+}
+#else
+void keep_on_cores(std::thread&, const std::vector<int>&) {}
+#endif
+
+std::vector<Core> ordered_cores(const std::vector<int>& cores, const std::string& root,
+                                int spread) {
   const std::string system = root + "/sys/devices/system/";
   const std::vector<int> atoms = read_list(root + "/sys/devices/cpu_atom/cpus");
   const std::vector<int> nodes = read_list(system + "node/online");
@@ -329,13 +374,24 @@ std::vector<Core> ordered_cores(const std::vector<int>& cores, const std::string
       ++node;
     }
     const long long speed = most > 0 && speeds[i] > 0 ? speeds[i] * kFullSpeed / most : kFullSpeed;
-    places.push_back({{id, static_cast<int>(std::max(1ll, speed))}, before, node});
+    const int node_id =
+        node < static_cast<int>(nodes.size()) ? nodes[static_cast<size_t>(node)] : 0;
+    places.push_back({{id, static_cast<int>(std::max(1ll, speed)), node_id}, before});
   }
   std::stable_sort(places.begin(), places.end(), [](const Place& a, const Place& b) {
     if (a.sibling != b.sibling) return a.sibling < b.sibling;
     if (a.core.speed != b.core.speed) return a.core.speed > b.core.speed;
-    return a.node < b.node;
+    return a.core.node < b.core.node;
   });
+  if (spread > 0 && spread < static_cast<int>(places.size())) {
+    const auto last = places.begin() + spread - 1;
+    const auto equal = [&](const Place& place) {
+      return place.sibling == last->sibling && place.core.speed == last->core.speed;
+    };
+    const auto begin = std::find_if(places.begin(), places.end(), equal);
+    const auto end = std::find_if_not(begin, places.end(), equal);
+    spread_over_nodes(begin, end, last + 1 - begin);
+  }
   std::vector<Core> result;
   for (const Place& place : places) result.push_back(place.core);
   return result;

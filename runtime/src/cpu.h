@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <string>
+#include <thread>
 #include <vector>
 
 namespace qigen::runtime {
@@ -26,10 +27,11 @@ void require_cpu(uint64_t required, const char* isa);
 // Ids of the cores in this thread's affinity mask, ascending.
 std::vector<int> allowed_cores();
 
-// A core and its speed beside the fastest one's, in 1/1024.
+// A core, its speed beside the fastest one's in 1/1024, and its memory node.
 struct Core {
   int id;
   int speed;
+  int node;
 };
 
 // The order in which threads take cores: fast ones before slow ones, one of each physical core
@@ -37,7 +39,20 @@ struct Core {
 // system declares: cpu_capacity (arm64); for Intel's efficiency cores (devices/cpu_atom) half, as
 // their vector units are half as wide, by the ratio of the highest clocks. `root` is put before
 // /sys; without it cores are equal.
-std::vector<Core> ordered_cores(const std::vector<int>& cores, const std::string& root = "");
+// Of equal cores, `spread` threads take as many on each node (0: they fill one node after the
+// other).
+std::vector<Core> ordered_cores(const std::vector<int>& cores, const std::string& root = "",
+                                int spread = 0);
+
+// The ids of the cores of a memory node.
+std::vector<int> cores_of_node(const std::vector<Core>& cores, int node);
+
+// Lets a thread run on some cores alone. Only a preference: cores that were taken away meanwhile
+// are no reason to fail.
+void keep_on_cores(std::thread& thread, const std::vector<int>& cores);
+
+// The numbers of a list like "0-3,8" in a file; none if it cannot be read.
+std::vector<int> read_list(const std::string& path);
 
 // Speeds from a list like "1024,1024,512", for threads in their order; throws QIGEN_USAGE for
 // anything else. The last one is that of all further threads.

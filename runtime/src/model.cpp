@@ -1,6 +1,7 @@
 #include "model.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 
 #include "cpu.h"
@@ -58,6 +59,38 @@ int pool_threads(const ModelDescription& description, int32_t asked) {
   return description.open_device ? 1 : threads;
 }
 
+// Few threads take as many cores on each memory node.
+std::vector<Core> cores_for(const ModelDescription& description, int threads) {
+  const bool spread = description.weights_bytes >= kCachedWeights;
+  return ordered_cores(allowed_cores(), "", spread ? threads : 0);
+}
+
+Load load_of(const ModelDescription& description, int threads, const std::vector<Core>& cores,
+             bool pin) {
+  Load load{description.weights_bytes, {}, {}, description.matrices != nullptr};
+  for (int t = 0; t < threads; ++t) {
+    const Core& core = cores[static_cast<size_t>(t) % cores.size()];
+    load.thread_nodes.push_back(core.node);
+    load.thread_speeds.push_back(pin ? core.speed : 1);
+  }
+  // speeds of the threads that the user declares count for all
+  if (const char* declared = std::getenv("QIGEN_CORE_SPEEDS")) {
+    load.thread_speeds = parse_speeds(declared, threads);
+  }
+  return load;
+}
+
+Placement placement_of(const Topology& topology, const Load& load) {
+  const char* asked = std::getenv("QIGEN_PLACEMENT");
+  return parse_placement(asked ? asked : "auto", choose_placement(topology, load), load);
+}
+
+ThreadPool::Stay stay_of(bool pin, Placement placement) {
+  if (pin) return ThreadPool::Stay::kOnCore;
+  const bool by_node = placement == Placement::kPartitioned || placement == Placement::kReplicated;
+  return by_node ? ThreadPool::Stay::kOnNode : ThreadPool::Stay::kAnywhere;
+}
+
 int spin_time(int32_t asked) {
   if (asked == 0) return ThreadPool::kDefaultSpinUs;
   return std::max(asked, 0);
@@ -69,15 +102,24 @@ Model::Model(const std::string& folder, const qigen_load_options& options)
     : description_(checked_description()),
       weights_(open_weights(folder + "/weights.bin", description_)),
       vocabulary_(open_vocabulary(folder + "/vocab.bin", description_.vocab)),
-      pool_(pool_threads(description_, options.threads), options.pin != 0,
-            spin_time(options.spin_us)),
+      cores_(cores_for(description_, pool_threads(description_, options.threads))),
+      load_(load_of(description_, pool_threads(description_, options.threads), cores_,
+                    options.pin != 0)),
+      topology_(read_topology(cores_)),
+      placement_(description_.open_device ? Placement::kShared : placement_of(topology_, load_)),
+      pool_(pool_threads(description_, options.threads), stay_of(options.pin != 0, placement_),
+            spin_time(options.spin_us), cores_),
+      placed_(weights_.data(), placement_, topology_, cores_, load_, description_.matrices,
+              description_.n_matrices),
       arena_(description_.open_device
                  ? 0
                  : description_.arena_bytes + pool_.threads() * description_.arena_bytes_per_thread,
              "arena", description_.graph ? Pages::kHuge : Pages::kSmall),
       graph_(description_.graph ? std::make_unique<Graph>(*description_.graph) : nullptr),
       device_(description_.open_device ? description_.open_device(description_, weights_.data())
-                                       : nullptr) {}
+                                       : nullptr) {
+  pool_.set_weights(placed_.copies());
+}
 
 void Model::check_tokens(const int32_t* tokens, int32_t n) const {
   for (int32_t i = 0; i < n; ++i) {
@@ -126,6 +168,7 @@ void Model::get_info(qigen_model_info* info) const {
   full.weights_bytes = description_.weights_bytes;
   full.arena_bytes = device_ ? description_.arena_bytes : arena_.size();
   full.kv_bytes_per_position = description_.kv_bytes_per_position;
+  full.placement = placed_.description().c_str();
   std::memcpy(info, &full, std::min(info->struct_size, sizeof full));
 }
 

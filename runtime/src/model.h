@@ -8,6 +8,7 @@
 #include "device.h"
 #include "graph.h"
 #include "memory.h"
+#include "placement.h"
 #include "qigen.h"
 #include "thread_pool.h"
 #include "vocab.h"
@@ -48,7 +49,12 @@ class Model {
   const ModelDescription& description_;
   MappedFile weights_;
   Vocabulary vocabulary_;
+  std::vector<Core> cores_;
+  Load load_;
+  Topology topology_;
+  Placement placement_;
   ThreadPool pool_;
+  PlacedWeights placed_;
   LazyMemory arena_;
   std::unique_ptr<Graph> graph_;
   std::unique_ptr<Device> device_;

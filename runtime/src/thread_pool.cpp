@@ -49,21 +49,6 @@ class SignalsBlocked {
 #endif
 };
 
-// Only a preference: a core that was taken away meanwhile is no reason to fail.
-#ifdef __linux__
-void pin_to_core(std::thread& thread, int core) {
-  const size_t bytes = CPU_ALLOC_SIZE(core + 1);
-  cpu_set_t* set = CPU_ALLOC(core + 1);
-  if (!set) return;
-  CPU_ZERO_S(bytes, set);
-  CPU_SET_S(core, bytes, set);
-  pthread_setaffinity_np(thread.native_handle(), bytes, set);
-  CPU_FREE(set);
-}
-#else
-void pin_to_core(std::thread&, int) {}
-#endif
-
 }  // namespace
 
 Turnstile::Turn::Turn(Turnstile& turnstile) : turnstile_(turnstile) {
@@ -81,18 +66,15 @@ Turnstile::Turn::~Turn() {
   if (others) turnstile_.advanced_.notify_all();
 }
 
-ThreadPool::ThreadPool(int threads, bool pin, int spin_us)
+ThreadPool::ThreadPool(int threads, Stay stay, int spin_us, const std::vector<Core>& cores)
     : threads_(threads), spin_us_(spin_us), barrier_(threads) {
   // Threads get work by the speed of their cores: declared by the user, or, if they stay on their
   // cores, by the system.
-  std::vector<int> cores, speeds;
-  for (const Core& core : ordered_cores(allowed_cores())) {
-    cores.push_back(core.id);
-    speeds.push_back(core.speed);
-  }
+  std::vector<int> speeds;
+  for (const Core& core : cores) speeds.push_back(core.speed);
   if (const char* declared = std::getenv("QIGEN_CORE_SPEEDS")) {
     speeds = parse_speeds(declared, threads);
-  } else if (!pin) {
+  } else if (stay != Stay::kOnCore) {
     speeds.clear();
   }
   std::vector<int32_t> sums = {0};
@@ -104,7 +86,7 @@ ThreadPool::ThreadPool(int threads, bool pin, int spin_us)
   }
   if (!equal) shares_ = sums;
   try {
-    start_workers(pin, cores);
+    start_workers(stay, cores);
   } catch (...) {
     stop_workers();
     throw;
@@ -113,11 +95,13 @@ ThreadPool::ThreadPool(int threads, bool pin, int spin_us)
 
 ThreadPool::~ThreadPool() { stop_workers(); }
 
-void ThreadPool::start_workers(bool pin, const std::vector<int>& cores) {
+void ThreadPool::start_workers(Stay stay, const std::vector<Core>& cores) {
   [[maybe_unused]] SignalsBlocked blocked;
   for (int thread = 1; thread < threads_; ++thread) {
     workers_.emplace_back([this, thread] { work(thread); });
-    if (pin) pin_to_core(workers_.back(), cores[static_cast<size_t>(thread) % cores.size()]);
+    const Core& core = cores[static_cast<size_t>(thread) % cores.size()];
+    if (stay == Stay::kOnCore) keep_on_cores(workers_.back(), {core.id});
+    if (stay == Stay::kOnNode) keep_on_cores(workers_.back(), cores_of_node(cores, core.node));
   }
 }
 
@@ -134,7 +118,7 @@ void ThreadPool::stop_workers() {
 void ThreadPool::run(Function function, const Step& step) {
   Turnstile::Turn turn(turnstile_);
   [[maybe_unused]] DefaultFloatingPoint floating_point;
-  if (threads_ == 1) return function(step, 0, 1, barrier_);
+  if (threads_ == 1) return call(function, step, 0);
 
   function_ = function;
   step_ = &step;
@@ -148,15 +132,22 @@ void ThreadPool::run(Function function, const Step& step) {
     }
     wake_.notify_all();
   }
-  function(step, 0, threads_, barrier_);
+  call(function, step, 0);
   for (uint32_t looks = 0; unfinished_.load(std::memory_order_acquire) > 0; ++looks) relax(looks);
+}
+
+void ThreadPool::call(Function function, const Step& step, int thread) {
+  if (copies_.empty()) return function(step, thread, threads_, barrier_);
+  Step own = step;
+  own.weights = copies_[static_cast<size_t>(thread)];
+  function(own, thread, threads_, barrier_);
 }
 
 void ThreadPool::work(int thread) {
   [[maybe_unused]] DefaultFloatingPoint floating_point;
   for (uint32_t seen = 0;; ++seen) {
     if (!wait_for_job(seen)) return;
-    function_(*step_, thread, threads_, barrier_);
+    call(function_, *step_, thread);
     unfinished_.fetch_sub(1, std::memory_order_release);
   }
 }

@@ -6,6 +6,7 @@
 #include <thread>
 #include <vector>
 
+#include "cpu.h"
 #include "qigen/generated.h"
 
 namespace qigen::runtime {
@@ -38,8 +39,12 @@ class ThreadPool {
 
   static constexpr int kDefaultSpinUs = 200;
 
-  // threads >= 1; spin_us: how long a worker looks for the next step before it sleeps.
-  ThreadPool(int threads, bool pin, int spin_us);
+  // Where workers stay; thread 0 is the application's, and stays where that has it.
+  enum class Stay { kAnywhere, kOnNode, kOnCore };
+
+  // threads >= 1, which take the cores in their order; spin_us: how long a worker looks for the
+  // next step before it sleeps.
+  ThreadPool(int threads, Stay stay, int spin_us, const std::vector<Core>& cores);
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;
@@ -49,19 +54,24 @@ class ThreadPool {
   // Sums of the speeds of the threads before each and of all, [threads + 1]; null if all are equal.
   const int32_t* shares() const { return shares_.empty() ? nullptr : shares_.data(); }
 
+  // Weights of each thread, which replace those of a step.
+  void set_weights(const std::vector<const uint8_t*>& copies) { copies_ = copies; }
+
   // Runs function(step, t, threads, barrier) on all threads and returns when all have returned.
   // Waits until it is this caller's turn.
   void run(Function function, const Step& step);
 
  private:
-  void start_workers(bool pin, const std::vector<int>& cores);
+  void start_workers(Stay stay, const std::vector<Core>& cores);
   void stop_workers();
   void work(int thread);
+  void call(Function function, const Step& step, int thread);
   bool wait_for_job(uint32_t seen);
 
   const int threads_;
   const int spin_us_;
   std::vector<int32_t> shares_;
+  std::vector<const uint8_t*> copies_;
   Turnstile turnstile_;
   Barrier barrier_;
   std::vector<std::thread> workers_;

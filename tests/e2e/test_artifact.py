@@ -355,6 +355,22 @@ def test_other_processors(
         assert len(text) >= 8 and reference()[1].startswith(text)
 
 
+@pytest.mark.parametrize("placement", ["partitioned", "interleaved", "replicated"])
+def test_placements(
+    stories: Stories, example: Callable[[str], Path], placement: str
+) -> None:
+    """What is for machines with several memory nodes computes the same here."""
+    data = json.loads((STORIES / "reference.json").read_text())
+    arguments = [*map(str, data["prompt_ids"]), "-n", "8"]
+    done = subprocess.run(
+        [example("c_embed"), stories(isa="scalar"), *arguments], capture_output=True, text=True,
+        env={**os.environ, "QIGEN_PLACEMENT": placement},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    text = done.stdout.removesuffix("\n").encode()
+    assert len(text) >= 8 and reference()[1].startswith(text)
+
+
 # -- sanitizers -----------------------------------------------------------------------------------
 
 LONG = (("context", 640), ("n_layers", 2))

@@ -189,6 +189,13 @@ namespace runtime {
 class Device;
 }
 
+// A packed matrix that every step reads from its first row to its last. The matrices of one step of
+// the program (`step`, ascending) are one sequence of rows, of which each thread reads a piece.
+struct Matrix {
+  uint64_t offset, bytes;  // in weights.bin
+  int32_t step;
+};
+
 // What the runtime has to know about the generated code.
 struct ModelDescription {
   uint32_t abi;  // QIGEN_ABI_VERSION of the headers that it was generated for
@@ -218,6 +225,8 @@ struct ModelDescription {
   runtime::Device* (*open_device)(const ModelDescription&, const uint8_t* weights) = nullptr;
   const void* device_program = nullptr;  // what open_device reads
   uint64_t kv_bytes_per_session = 0;     // what a cache takes besides its positions
+  const Matrix* matrices = nullptr;  // where each thread's rows lie; null: not dealt out by rows
+  int32_t n_matrices = 0;
 };
 
 // Hidden although its name begins like the exported ones.
