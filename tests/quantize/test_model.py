@@ -88,7 +88,7 @@ def test_the_inputs_of_matrices_are_there_before_they_are_used():
     for node in products:  # none of them can run
         graph.constants[node.inputs[1]] = None
     walk.run(one, {one.takes[0]: lambda name, value: seen.append(value.shape)}, advance=False)
-    assert seen == [(24, 64)] * 6
+    assert seen == [(6 * 24, 64)]
 
 
 def test_gptq_beats_rounding_layer_by_layer_and_as_a_whole():
