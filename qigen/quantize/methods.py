@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from qigen.errors import BadInput, Unsupported, UsageError
 from qigen.formats.algebra import Float32Array, Format, QuantizedTensor
+from qigen.quantize.aqlm import aqlm
 from qigen.quantize.gptq import gptq
 from qigen.quantize.hessian import Statistics, check_hessian, importance, output_error
 from qigen.quantize.hqq import hqq
@@ -131,6 +132,12 @@ def _ternary(w: Float32Array, fmt: Format, hessian: Float32Array | None, *,
     return Result(ternary(w, fmt, scale=scale))
 
 
+def _aqlm(w: Float32Array, fmt: Format, hessian: Float32Array | None, *, beam: int = 4,
+          rounds: int = 3, steps: int = 12) -> Result:
+    assert hessian is not None
+    return Result(aqlm(w, fmt, hessian, beam=beam, rounds=rounds, steps=steps))
+
+
 def _of_codes(fmt: Format) -> str:
     if fmt.float_kind or fmt.vector:
         return "it has no codes of single weights"
@@ -189,6 +196,10 @@ METHODS: dict[str, Method] = {row.name: row for row in (
            "N:M pruning and rounding with feedback", "as gptq", _gptq, True,
            lambda fmt: _of_codes(fmt) or ("" if fmt.mask else
                                           "it has no mask; take a format such as s4g128_2of4")),
+    Method("aqlm", "Egiazarian et al. 2024, arXiv:2401.06118",
+           "codebooks: beam search over codes, books by least squares",
+           "E‖x (W − Q)ᵀ‖² over codes, books and scales in turn", _aqlm, True,
+           lambda fmt: "" if fmt.vector else "it has no codebooks; take aqlm_2x8 or aqlm_1x16"),
     Method("awq", "Lin et al. 2023, arXiv:2306.00978",
            "scales of columns searched and folded into norms, up and v; then clip",
            "E‖x (W − Q(W s) / s)ᵀ‖² over s = mean|x|^a", _clip, False, prepare=awq),
