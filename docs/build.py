@@ -44,6 +44,8 @@ def _codes(fmt: Format) -> str:
         return "base 3, 5 a byte"
     if fmt.vector:
         return f"{fmt.code_bits} bits for {fmt.vector} weights"
+    if fmt.words:
+        return f"{fmt.words} words of {fmt.code_bits} bits for {fmt.block} weights"
     if not fmt.integer:
         return f"{fmt.code_bits} bits: {fmt.map_kind}"
     low, high = (value - fmt.zero for value in fmt.mapped_range)
@@ -70,7 +72,8 @@ def rounded_formats() -> str:
     rows: dict[str, list[Format]] = {}
     for fmt in CATALOG.values():
         if fmt.ggml_type is None:
-            family = re.match(r"[suzh]\d(?=g\w+$)|bipolar|aqlm|lut\d_[a-z]+|nf\d|fp4", fmt.name)
+            several = r"[suzh]\d(?=g\w+$)|bipolar|aqlm|qmoe|lut\d_[a-z]+|nf\d|fp4"
+            family = re.match(several, fmt.name)
             rows.setdefault(family[0] if family else fmt.name, []).append(fmt)
     return markdown(
         ("names", "bits a weight", "V(c) − Z", "scale", "zero or minimum", "written from"),

@@ -12,9 +12,12 @@ from dataclasses import dataclass, replace
 
 from qigen.formats.algebra import Field, Format
 from qigen.formats.layout import Layout, field_offsets, field_planes, row_offsets
+from qigen.formats.words import ENTRY
 
 ACTIVATION_GROUP = 32
 """Activations are quantized in groups of this many values along K."""
+
+_WORD_INSTRUCTIONS = 8  # to copy an entry of a dictionary behind the one before
 
 STEP = 4
 """Weights of one row that a byte dot product consumes."""
@@ -80,6 +83,8 @@ class Step:
     packed: tuple[Step, ...] = ()
     kept: tuple[Kept, ...] = ()
     stream: Stream | None = None
+    row: bool = False
+    """Whether the codes lie expanded, row by row: those of words of a dictionary."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +146,15 @@ class DecodePlan:
     """Byte offset in the row-block of a table that is a row field."""
     outliers: tuple[Outlier, ...] = ()
     vectors: tuple[VectorRead, ...] = ()
+    words: tuple[tuple[PlaneRead, ...], ...] = ()
+    """The words of every source block of the K-block, one after the other."""
+    word_masks: tuple[int, ...] = ()
+
+    @property
+    def row_stride(self) -> int:
+        """Bytes from the expanded codes of a row to those of the next: the last entry of a row
+        may reach that far."""
+        return self.kblock + ENTRY if self.words else 0
 
     @property
     def has_minimum(self) -> bool:
@@ -158,6 +172,7 @@ class DecodePlan:
     def unpack_instructions(self) -> int:
         """Vector instructions that turn one K-block's words into step vectors (cost model)."""
         count = 0
+        count += 16 * _WORD_INSTRUCTIONS * len(self.words)
         for segment in self.segments:
             for step in segment.steps:
                 if step.digit is not None:
@@ -327,6 +342,7 @@ def decode_plan(format: Format, layout: Layout) -> DecodePlan:
     segments = []
     outliers: list[Outlier] = []
     vectors: list[VectorRead] = []
+    words: list[tuple[PlaneRead, ...]] = []
     for block in range(layout.blocks):
         if format.vector:
             books = codes.count * format.vector // format.block
@@ -341,11 +357,16 @@ def decode_plan(format: Format, layout: Layout) -> DecodePlan:
                 for v in range(format.block // format.vector)
             ]
             continue
+        words += [
+            _lane_reads(format, codes, block, i, offsets, seen) for i in range(format.words)
+        ]
         for k in range(0, format.block, length):
             group = k // format.group
             new_group = k % format.group == 0
             steps = tuple(
-                _masked_step(format, block, j, offsets, seen)
+                Step(block * format.block + j, (), None, row=True)
+                if format.words
+                else _masked_step(format, block, j, offsets, seen)
                 if format.mask
                 else _code_step(format, codes, block, j, offsets, seen)
                 for j in range(k, k + length, STEP)
@@ -397,7 +418,7 @@ def decode_plan(format: Format, layout: Layout) -> DecodePlan:
     return DecodePlan(
         format, layout, layout.blocks * format.block, tuple(segments), length,
         tuple(masks), tuple(lane_masks), *_row_reads(format, layout), tuple(outliers),
-        tuple(vectors),
+        tuple(vectors), tuple(words), tuple(sorted({r.mask for w in words for r in w if r.masked})),
     )
 
 

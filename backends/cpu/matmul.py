@@ -25,6 +25,7 @@ from qigen.formats.layout import (
     row_offsets,
     shared_bytes,
 )
+from qigen.formats.words import ENTRY
 
 ACTIVATION_MAX = 127
 """Largest magnitude of a quantized activation."""
@@ -164,6 +165,8 @@ def render_matmul(
         "book_bytes": (2 * f.vector << f.code_bits) if f.vector else 0,
         "small_floats": f.minifloat is not None
         or any(field.number in MINIFLOATS for field in f.fields),
+        "zero_code": int(f.zero) if f.has("dict") else 0,
+        "entry_bytes": ENTRY,
         "lut_offset": field_offsets(f, spec.layout).get(("lut", 0, 0), 0),
     }
     entries = tuple(spec.entry(e) for e in epilogues)

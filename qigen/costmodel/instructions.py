@@ -249,9 +249,9 @@ def kernel_counts(spec: MatmulSpec, tokens: int, rows: int) -> KernelCounts:
     text = re.sub(r"//[^\n]*", "", _rendered(replace(spec, tiles=(tokens,))))
     if spec.integer:
         _, inside, outside = _loop(_function(text, f"tile_{tokens}x{rows}"))
-        return KernelCounts(
-            _looped(inside, spec.isa, 1), counted({}), count_text(outside, spec.isa)
-        )
+        kblock = _looped(inside, spec.isa, 1)
+        _expand(kblock, spec, inside, text)
+        return KernelCounts(kblock, counted({}), count_text(outside, spec.isa))
     header, inside, outside = _loop(_function(text, f"fma_{tokens}"))
     unrolled = re.search(r"k \+= (\d+)", header)
     steps = spec.format.block * spec.layout.blocks / (2 if spec.activations == "bf16" else 1)
@@ -259,11 +259,27 @@ def kernel_counts(spec: MatmulSpec, tokens: int, rows: int) -> KernelCounts:
     panel = _function(text, "row_block")
     unpack = counted({})
     if "decode(" in panel:
-        unpack = _looped(_function(text, "decode"), spec.isa, 1)
+        body = _function(text, "decode")
+        unpack = _looped(body, spec.isa, 1)
+        _expand(unpack, spec, body, text)
     for packing in re.findall(r"[^\n]*vi_pack_bf16[^\n]*", panel):
         for kind, n in _looped(packing, spec.isa, steps).items():
             unpack[kind] += n
     return KernelCounts(kblock, unpack, count_text(outside, spec.isa))
+
+
+_WORD = {"instructions": 9.0, "load": 4.0, "store": 2.0}
+"""What a word of a dictionary takes in a row: its entry is found, copied and measured."""
+
+
+def _expand(count: Count, spec: MatmulSpec, caller: str, text: str) -> None:
+    """Adds what the expansion of words takes that ``caller`` asks for."""
+    times = caller.count("expand_words(")
+    if times:
+        words = 16 * spec.format.words * spec.layout.blocks
+        once = count_text(_function(text, "expand_words"), spec.isa)
+        for kind in {*once, *_WORD}:
+            count[kind] += times * (once[kind] + words * _WORD.get(kind, 0.0))
 
 
 def _looped(text: str, isa: Isa, times: float) -> Count:

@@ -13,6 +13,8 @@ table of integers or floats, a small float, or an entry of a table that is data 
 Fields of scope 'row' are stored once a row, those of scope 'tensor' once a weight. A codebook
 (field 'book') has vectors of ``vector`` weights: their sum over the books, times S, are the
 weights.
+A dictionary (tensor field 'dict') has runs of codes of various lengths: the codes of a block are
+those of its words, the elements of 'codes', one after the other (:mod:`qigen.formats.words`).
 A mask N:M keeps N of every M weights, whose places are in the field 'ix' (or set bits of 'bm', one
 of M bits for every M weights); the others are zero.
 Outliers (fields 'oc' and 'ov') add ov[j] to the weight oc[j] of the block; columns apart (tensor
@@ -33,6 +35,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qigen.errors import BadInput, Unsupported
+from qigen.formats.words import ENTRY, expanded_words
 
 if TYPE_CHECKING:
     from qigen.formats.layout import Layout
@@ -221,6 +224,16 @@ class Format:
                 and not self.has("sub") and not self.has("e"))
 
     @property
+    def single_codes(self) -> bool:
+        """Whether every weight has a code of its own: neither vectors nor words of a dictionary."""
+        return not (self.vector or self.has("dict"))
+
+    @property
+    def dot_order(self) -> bool:
+        """Whether codes lie in dot order (:mod:`qigen.formats.layout`)."""
+        return self.code_bits <= 8 and self.single_codes and not self.has("bm")
+
+    @property
     def sparsity(self) -> str:
         """Mask and residual in words: '2:4', '3 outliers of 256', or ''."""
         words = [f"{self.mask[0]}:{self.mask[1]}"] if self.mask else []
@@ -263,6 +276,11 @@ class Format:
         """How many values a code may have."""
         return self.used or (3 if self.base3 else 1 << self.code_bits)
 
+    @property
+    def words(self) -> int:
+        """Words of a block of a format with a dictionary, else 0."""
+        return self.field("codes").count if self.has("dict") else 0
+
     @cached_property
     def hole(self) -> int:
         """The code whose value is zero, which stands where a mask keeps nothing; Unsupported if
@@ -302,7 +320,9 @@ class Format:
                               "f32 or bf16 activations, or an integer format", self.name)
         if self.byte_table is not None:
             return min(self.byte_table), max(self.byte_table)
-        return 0, 2 if self.base3 else (1 << self.code_bits) - 1
+        if self.base3 or self.has("dict"):
+            return 0, self.level_count - 1
+        return 0, (1 << self.code_bits) - 1
 
     @property
     def map_kind(self) -> str:
@@ -313,6 +333,8 @@ class Format:
             return f"e{self.minifloat.exponent}m{self.minifloat.mantissa}"
         if self.vector:
             return "codebook"
+        if self.has("dict"):
+            return "dictionary"
         if self.has("lut"):
             return f"table a {self.field('lut').scope}"
         if self.values is not None:
@@ -438,6 +460,8 @@ def validate(tensor: QuantizedTensor, where: str) -> None:
     """
     if tensor.format.mask is not None:
         _validate_mask(tensor, where)
+    if tensor.format.has("dict"):
+        _validate_words(tensor, where)
     if tensor.format.has("qc"):
         columns = tensor.fields["qc"].reshape(-1).astype(np.int64)
         if (np.diff(columns) < 0).any() or columns.max(initial=0) >= tensor.shape[1]:
@@ -445,7 +469,9 @@ def validate(tensor: QuantizedTensor, where: str) -> None:
                            "sort them", where)
     for field in tensor.format.fields:
         array = tensor.fields[field.name]
-        few = tensor.format.used if field.name == "codes" else None
+        few = None
+        if field.name == "codes" and tensor.format.single_codes:
+            few = tensor.format.used
         limit = few or 1 << field.bits
         if limit < 1 << 8 * array.dtype.itemsize and array.size and int(array.max()) >= limit:
             row = int(np.argmax((array >= limit).reshape(len(array), -1).any(axis=1)))
@@ -492,6 +518,32 @@ def _validate_mask(tensor: QuantizedTensor, where: str) -> None:
         row = int(np.argmax(bad.reshape(len(bad), -1).any(axis=1)))
         raise BadInput(f"row {row} has places of kept weights that do not ascend, or lie beyond "
                        f"{of - 1}; sort them", where)
+
+
+def dictionary(fmt: Format, fields: Mapping[str, Array]) -> npt.NDArray[np.uint8]:
+    """uint8 [words, ENTRY]: the entries of a format with a dictionary."""
+    return fields["dict"].reshape(-1, ENTRY)
+
+
+def _validate_words(tensor: QuantizedTensor, where: str) -> None:
+    """BadInput if the dictionary has codes that the format has not, or the words of a block are not
+    the codes of its weights."""
+    fmt = tensor.format
+    table = dictionary(fmt, tensor.fields)
+    if table[0, 0]:
+        raise BadInput("entry 0 of the dictionary is not the empty sequence", where)
+    if table[:, 1:].max(initial=0) >= fmt.level_count:
+        entry = int(np.argmax((table[:, 1:] >= fmt.level_count).any(axis=1)))
+        raise BadInput(f"entry {entry} of the dictionary has a code of {fmt.level_count} or more; "
+                       "the file is damaged", where)
+    words = tensor.fields["codes"]
+    if not words.size or int(words.max()) >= len(table):
+        return  # said with the numbers of the other fields
+    lengths = table[:, 0].astype(np.int64)[words].sum(axis=2)
+    if (lengths != fmt.block).any():
+        row = int(np.argmax((lengths != fmt.block).any(axis=1)))
+        raise BadInput(f"row {row} has words for other than {fmt.block} weights in a block; the "
+                       "file is damaged", where)
 
 
 def as_float32(number: str, array: Array) -> Float32Array:
@@ -558,6 +610,8 @@ def _decode(fmt: Format, fields: Mapping[str, Array]) -> Float32Array:
         return _decode_vectors(fmt, fields)
     if fmt.base3:
         codes = _ternary_codes(codes)
+    if fmt.has("dict"):
+        codes = expanded_words(codes, dictionary(fmt, fields), fmt.block, int(fmt.zero))
     if fmt.mask is not None:
         codes = expanded(fmt, codes, kept_places(fmt, fields))
     values: Float32Array

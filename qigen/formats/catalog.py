@@ -16,6 +16,7 @@ from statistics import NormalDist
 
 from qigen.errors import Unsupported
 from qigen.formats.algebra import MINIFLOATS, Field, Format, Run
+from qigen.formats.words import ENTRY
 
 _GGML = "ggml block "
 
@@ -281,7 +282,7 @@ OUTLIER_BLOCK = 256
 def _widened(row: Format, block: int) -> Format:
     """The same row in blocks of ``block`` weights, a multiple of its own."""
     times, rest = divmod(block, row.block)
-    if rest or row.ggml_type is not None or row.vector or row.has("lut"):
+    if rest or row.ggml_type is not None or not row.single_codes or row.has("lut"):
         raise Unsupported("this format cannot be combined with masks or outliers; take a group "
                           "row such as s4g128", row.name)
     return replace(row, block=block, fields=tuple(
@@ -353,6 +354,18 @@ def codebook_row(books: int, bits: int, vector: int = 8) -> Format:
         source="AQLM, PV-Tuning: additive codebooks")
 
 
+def dictionary_row(bits: int, block: int, words: int) -> Format:
+    """Ternary weights as ``words`` words of a dictionary of 2^bits sequences for every ``block``
+    weights."""
+    if not 8 <= bits <= 16 or block not in (256, 512, 1024) or not 0 < words <= block:
+        raise Unsupported("dictionaries have words of 8 to 16 bits, for 256, 512 or 1024 weights",
+                          f"qmoe{bits}_{block}x{words}")
+    return Format(f"qmoe{bits}_{block}x{words}", block, block, (
+        Field("codes", bits, words), _float("d", "f16", scope="row"),
+        Field("dict", 8, ENTRY << bits, scope="tensor")), zero=1, used=3,
+        source="QMoE: ternary sequences of various lengths in a dictionary")
+
+
 _SPQR3 = Format(
     "spqr3", 256, 16, (
         Field("codes", 3, 256), Field("sub", 3, 16), Field("z", 3, 16),
@@ -364,6 +377,7 @@ _ROWS = (
     codebook_row(1, 16),
     codebook_row(2, 8),
     _SPQR3,
+    dictionary_row(12, 512, 36),
     *(with_outliers(int_row(kind, bits, 128), 3) for kind in "sz" for bits in (2, 3, 4)),
     with_outliers(table_row("nf4", 64), 3),
     *(masked(int_row("s", bits, 128), 2, 4) for bits in (2, 4, 8)),
@@ -460,6 +474,9 @@ def _of_family(name: str) -> Format | None:
     if books is not None:
         vector = int((books[3] or "v8")[1:])
         return codebook_row(int(books[1]), int(books[2]), vector)
+    words = re.fullmatch(r"qmoe(\d+)_(\d+)x(\d+)", name)
+    if words is not None:
+        return dictionary_row(int(words[1]), int(words[2]), int(words[3]))
     found = _FAMILY.fullmatch(name)
     if found is None:
         return None

@@ -90,7 +90,7 @@ def planes(bits: int) -> tuple[int, ...]:
 
 def field_planes(fmt: Format, field: Field) -> tuple[Plane, ...]:
     """The planes of a field of ``fmt``; Unsupported if codes do not fill whole words."""
-    dot = field.name == "codes" and field.bits <= 8 and not fmt.vector and not fmt.has("bm")
+    dot = field.name == "codes" and fmt.dot_order
     out, low = [], 0
     for index, p in enumerate(planes(field.bits)):
         total = p * field.count

@@ -39,7 +39,7 @@ class Grid:
     """
 
     def __init__(self, w: Float32Array, fmt: Format, clip: Clip | None) -> None:
-        if fmt.vector or fmt.float_kind:
+        if fmt.float_kind or not fmt.single_codes:
             raise Unsupported("this method rounds weight by weight to codes; take a format of "
                               "codes with scales", fmt.name)
         self.fmt = fmt

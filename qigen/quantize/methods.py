@@ -139,7 +139,7 @@ def _aqlm(w: Float32Array, fmt: Format, hessian: Float32Array | None, *, beam: i
 
 
 def _of_codes(fmt: Format) -> str:
-    if fmt.float_kind or fmt.vector:
+    if fmt.float_kind or not fmt.single_codes:
         return "it has no codes of single weights"
     if (fmt.has("sub") and not (fmt.field("sub").number or fmt.has("z"))) or fmt.has("dmin"):
         return "there is no rule yet for its scales, which are quantized themselves"

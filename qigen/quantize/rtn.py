@@ -24,6 +24,7 @@ from qigen.formats.algebra import (
     float_bits,
     mask_field,
 )
+from qigen.formats.words import ZEROS, fitted, most_probable
 
 # Weights handled at a time, so that the temporaries stay in a level-2 cache.
 _CHUNK_WEIGHTS = 1 << 16
@@ -82,6 +83,8 @@ def quantize_rtn(w: Float32Array, fmt: Format, clip: Clip | None = None) -> Quan
     table = tensor_table(w, fmt, clip) if fmt.has("lut") and n else None
     if fmt.vector:
         return QuantizedTensor(fmt, (n, k), _by_codebook(w, fmt) if n else fields)
+    if fmt.has("dict"):
+        return QuantizedTensor(fmt, (n, k), _by_words(w, fmt))
     if fmt.has("qc"):
         return _with_columns(w, fmt, clip)
     for a in range(0, n, step):
@@ -401,6 +404,26 @@ def _by_codebook(w: Float32Array, fmt: Format) -> dict[str, Array]:
     chosen = np.stack(codes, axis=1).reshape(n, -1, codes_field.count)
     return {"codes": chosen.astype(codes_field.dtype), "d": d_bits,
             "book": np.concatenate(entries).reshape(1, 1, -1)}
+
+
+def _by_words(w: Float32Array, fmt: Format) -> dict[str, Array]:
+    """Ternary: of every row the greatest weights, as many as the dictionary is made for, become
+    plus or minus their mean magnitude; where the words of a block do not suffice, fewer."""
+    n, k = w.shape
+    table = most_probable(fmt.code_bits, int(fmt.zero), fmt.level_count)
+    keep = max(1, round((1 - ZEROS) * k))
+    magnitude = np.abs(w)
+    least = np.partition(magnitude, k - keep, axis=1)[:, k - keep, None]
+    kept = (magnitude >= least) & (magnitude > 0)
+    mean = np.where(kept, magnitude, 0).sum(axis=1) / np.maximum(kept.sum(axis=1), 1)
+    d_bits, _ = _stored(mean.astype(np.float32)[:, None, None], fmt)
+    codes = np.where(kept, np.where(w > 0, 2, 0), 1).astype(np.uint8)
+    blocks = blocks_of_codes(codes, k, fmt).astype(np.uint8)
+    sizes = _padded(np.ascontiguousarray(magnitude), fmt).reshape(-1, fmt.block)
+    words = fitted(blocks.reshape(sizes.shape), sizes, table, fmt.words, int(fmt.zero))
+    field = fmt.field("codes")
+    return {"codes": words.reshape(n, -1, fmt.words).astype(field.dtype), "d": d_bits,
+            "dict": table.reshape(1, 1, -1)}
 
 
 def blocks_of_codes(codes: Array, k: int, fmt: Format) -> Array:

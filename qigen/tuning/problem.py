@@ -21,6 +21,7 @@ from qigen.backends.cpu.matmul import (
 )
 from qigen.formats.algebra import Format, QuantizedTensor, as_float32, float_bits, mask_field
 from qigen.formats.layout import pack, packed_bytes, packed_shape, row_block_bytes
+from qigen.formats.words import ZEROS, fitted, most_probable
 
 Array = npt.NDArray[Any]
 
@@ -46,6 +47,13 @@ def random_rows(format: Format, k: int, seed: int = 0) -> QuantizedTensor:
         elif f.number in ("f16", "bf16", "f32"):
             floats = rng.uniform(0.01, 0.02, shape).astype(np.float32)
             fields[f.name] = float_bits(floats, f.number)
+        elif f.name == "dict":
+            fields[f.name] = most_probable(format.code_bits).reshape(shape)
+        elif f.name == "codes" and format.words:
+            kept = rng.random((ROWS * nblocks, format.block), np.float32)
+            codes = np.where(kept < ZEROS, 1, 2 * (kept > (1 + ZEROS) / 2)).astype(np.uint8)
+            words = fitted(codes, kept, most_probable(format.code_bits), format.words)
+            fields[f.name] = words.reshape(shape).astype(f.dtype)
         elif f.name in ("ix", "bm"):
             assert format.mask is not None
             keep, of = format.mask

@@ -50,7 +50,8 @@ def scalar_pack(tensor: QuantizedTensor, rows: int, blocks: int) -> bytes:
             out.append(0)
 
     def write(field: Field, first_row: int, b: int) -> None:
-        dot = field.name == "codes" and field.bits <= 8 and not (row.vector or row.has("bm"))
+        dot = field.name == "codes" and field.bits <= 8 and not (
+            row.vector or row.has("bm") or row.has("dict"))
         low, rest = 0, field.bits
         for p in (32, 16, 8, 4, 2, 1):
             if not rest & p:
@@ -117,7 +118,9 @@ def test_as_many_bytes_as_the_source(row: Format) -> None:
         packed = pack(tensor, layout)
         assert packed.size == packed_bytes(row, tensor.shape, layout)
         assert kblock_bytes(row, layout) % layout.rows == 0
-        if row.has("oc"):  # three bytes take a word of four
+        if row.has("dict"):  # 36 numbers of 4 bits take five words of 32
+            assert packed.size == tensor.nbytes + 32 * 2 * 2 + 2 * (64 - 16 * 2)
+        elif row.has("oc"):  # three bytes take a word of four
             assert packed.size == tensor.nbytes + layout.blocks * 32 * (2 // layout.blocks)
         elif row.block_fields == row.fields:
             assert packed.size == tensor.nbytes == np.prod(packed_shape(row, tensor.shape, layout))

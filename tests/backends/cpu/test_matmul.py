@@ -46,6 +46,7 @@ from qigen.formats import (
     shared_bytes,
 )
 from qigen.formats.algebra import as_float32, mask_field
+from qigen.formats.words import fitted, most_probable
 from tests.backends.cpu.foreign import foreign
 from tests.backends.cpu.kernel_build import (
     EMULATED_TILES,
@@ -115,6 +116,14 @@ def random_tensor(fmt: Format, n: int, k: int, seed: int = 0) -> QuantizedTensor
             fields["e"][2 % n] = 200
         elif field.name == "qc":
             fields["qc"] = np.sort(rng.integers(0, k, shape)).astype(field.dtype)
+        elif field.name == "dict":
+            fields["dict"] = most_probable(fmt.code_bits).reshape(shape)
+        elif field.name == "codes" and fmt.words:
+            codes = rng.choice(3, (n * nblocks, fmt.block), p=[0.07, 0.86, 0.07]).astype(np.uint8)
+            codes[0], codes[1, 100:] = 1, 1
+            size = rng.random(codes.shape, np.float32)
+            words = fitted(codes, size, most_probable(fmt.code_bits), fmt.words)
+            fields["codes"] = words.reshape(shape).astype(field.dtype)
         elif field.name in ("ix", "bm"):
             assert fmt.mask is not None
             keep, of = fmt.mask
@@ -136,7 +145,7 @@ def decompose(tensor: QuantizedTensor) -> tuple[Array, Array, Array]:
     unit = {}
     for field in f.fields:
         unit[field.name] = array = fields[field.name]
-        if field.name not in ("codes", "lut", "ix", "bm", "oc", "qc"):
+        if field.name not in ("codes", "lut", "ix", "bm", "oc", "qc", "dict"):
             value = ONE[field.number] if field.name in ("d", "sub") and field.number else 0
             value = value or one.get(field.name, 0)
             unit[field.name] = np.full_like(array, value)
@@ -459,7 +468,8 @@ def default_specs() -> list[tuple[MatmulSpec, tuple[str, ...]]]:
         for isa in (AVX2, AVX512VNNI):
             specs.append((MatmulSpec(CATALOG[name], Layout(16, 2), isa, kinds[i % 4], (2, 1)),
                           ("store", "silu")))
-    for name, kind in (("fp6_e2m3", "int8"), ("fp5_e2m2", "int8-token"), ("nf4g64_t8", "int8")):
+    for name, kind in (("fp6_e2m3", "int8"), ("fp5_e2m2", "int8-token"), ("nf4g64_t8", "int8"),
+                       ("qmoe12_512x36", "int8")):
         specs += [(MatmulSpec(CATALOG[name], Layout(), isa, kind, (2, 1)), ("store",))
                   for isa in (AVX2, AVX512VNNI)]  # tables of 64, 32 and 16 bytes
     for name in ("q4_0", "u3g32", "bf16"):
