@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from qigen.backends.cuda import toolchain
-from qigen.backends.cuda.gemm import GemmSpec, Schedule, render_gemm
+from qigen.backends.cuda.gemm import GemmSpec, Schedule, render_gemm, usual_schedule
 from qigen.formats import by_name
 from qigen.paths import resource_folder
 
@@ -114,23 +114,27 @@ class Gated:
 
 def _gemm(format: str, slots: float, activations: str = "f16",
           schedule: Schedule | None = None) -> Gated:
-    spec = GemmSpec(by_name(format), activations, schedule=schedule or Schedule())
+    row = by_name(format)
+    spec = GemmSpec(row, activations, schedule=schedule or usual_schedule(row, activations))
     s, d = spec.schedule, spec.decoding
     units = s.depth // spec.unit if s.m_tiles <= 2 else 1  # more are not unrolled
     steps = spec.unit // d.step
-    codes = units * steps * d.words // 4 + units * steps * d.high // 4
+    # words of a plane come by vectors of four, or as few as a unit has
+    wide = sum(units * steps * words // 4 for _, _, words in d.planes if steps * words >= 4)
+    narrow = sum(units for _, _, words in d.planes if steps * words < 4)
     side = units * (spec.scale_bytes + spec.zero_bytes) if spec.group else 0
+    side //= 2 if d.sparse else 1
     gathers = {"table2": 1, "table3": 2, "table4": 2}.get(d.name, 0)
     threads = spec.block[0]
     x = spec.rows * spec.block_depth * (1 if d.integer else 2) // 16
     weights = s.warps_n * spec.block_depth // d.step * 8
     groups = max(spec.block_depth // spec.group, 1) if spec.group else 0
-    sections = [x, weights * d.words, weights * d.high,
+    sections = [x, *(weights * words for _, _, words in d.planes),
                 s.warps_n * groups * 4 * spec.scale_bytes, s.warps_n * groups * 4 * spec.zero_bytes]
     copies = sum(-(-vectors // threads) for vectors in sections) if s.m_tiles <= 2 else 0
     return Gated(spec.name, lambda: render_gemm(spec), slots,
-                 units * steps * s.m_tiles * (8 + (spec.zero_bytes > 0)), copies, codes + side,
-                 units * steps * 8 * gathers)
+                 units * steps * s.m_tiles * (d.fragments + (spec.zero_bytes > 0)), copies,
+                 wide + side, narrow + units * steps * 8 * gathers)
 
 
 def gated() -> tuple[Gated, ...]:
@@ -150,6 +154,17 @@ def gated() -> tuple[Gated, ...]:
         _gemm("nf4g64", 10, schedule=wide),
         _gemm("s4g128", 8, schedule=Schedule(3, 2, 2, 64, 3)),
         _gemm("s4gchannel", 4, schedule=Schedule(4, 2, 2, 64, 3)),
+        # widths between powers of two: two or three planes, five instructions more for a pair
+        _gemm("s5g128", 24),
+        _gemm("s6g128", 24),
+        _gemm("z7g64", 28),
+        _gemm("fp6_e3m2", 24),
+        _gemm("fp6_e2m3", 24),
+        _gemm("mxfp8_e4m3", 20),
+        _gemm("f16", 10),
+        # sparse: an mma decodes twice as many weights of W, for half as many rows of x
+        _gemm("s4g128_2of4", 26),
+        _gemm("s4g128_2of4", 16, schedule=Schedule(2)),
         _gemm("s8g128", 16, "s8"),
         _gemm("w4a8", 20, "s8"),
     )

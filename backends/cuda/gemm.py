@@ -1,11 +1,14 @@
 """GEMM on tensor cores for 1 to 128 rows of activations: formats, fragment order, schedules.
 
-One template (cuda/gemm.cu.j2) takes every row whose codes are affine of 4 or 8 bits (magic-number
-decoding after MARLIN), or have a table of at most 16 values for the whole weight (pairs of codes
-look up pairs of halves, after FLUTE), with f16 activations; codes of 4 and 8 bits also with int8
-activations (W8A8; two levels of scales after QServe). Scales are applied to the sums of a group in
-float32, so codes enter the tensor cores exactly. Zero points and minima need the sum of the
-activations of a group, which one more mma by ones gives.
+One template (cuda/gemm.cu.j2) takes every row whose codes are affine of 4 to 8 bits (magic-number
+decoding after MARLIN), small floats of 5, 6 or 8 bits (their fields moved to those of halves, after
+FP6-LLM), or have a table of at most 16 values for the whole weight (pairs of codes look up pairs of
+halves, after FLUTE), and f16 weights, with f16 activations; codes of 4 and 8 bits also with int8
+activations (W8A8; two levels of scales after QServe). Widths between powers of two lie in planes:
+5 = 4 + 1, 6 = 4 + 2, 7 = 4 + 2 + 1. Of a 2:4 mask only what is kept is stored and goes through
+mma.sp, which takes the sparse matrix on its left: then y^T = W x^T (after Sparse-MARLIN). Scales
+are applied to the sums of a group in float32, so codes enter the tensor cores exactly. Zero points
+and minima need the sum of the activations of a group, which one more mma by ones gives.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -31,7 +34,8 @@ class Decoding:
     """How codes lie in a lane's words and what decodes them (cuda/decode.cuh.j2).
 
     A step is the K of one mma. ``words`` 32-bit words of a lane hold the codes of a step of 64
-    columns, ``high`` more the top bits.
+    columns (their low bits), ``high`` more the bits above, ``top`` the bits above those.
+    ``sparse``: two of every four weights along K are there, and two words say which.
     """
 
     name: str
@@ -39,18 +43,44 @@ class Decoding:
     step: int
     words: int
     high: int = 0
+    top: int = 0
+    sparse: bool = False
 
     @property
     def integer(self) -> bool:
         """Whether it feeds the int8 tensor cores."""
-        return self.step == 32
+        return self.name.startswith("signed")
+
+    @property
+    def planes(self) -> tuple[tuple[str, str, int], ...]:
+        """(section of the packed weight, registers, words of a step) of what a lane reads."""
+        every = (("low", "codes", self.words), ("high", "tops", self.high),
+                 ("top", "tips", self.top), ("which", "kept", 2 * self.sparse))
+        return tuple(plane for plane in every if plane[2])
+
+    @property
+    def tile(self) -> int:
+        """Rows of x of a tile."""
+        return 8 if self.sparse else 16
+
+    @property
+    def fragments(self) -> int:
+        """Results of an mma that cover 64 columns."""
+        return 4 if self.sparse else 8
 
 
 DECODINGS: Mapping[str, Decoding] = {
     d.name: d
     for d in (
+        Decoding("half", 16, 16, 16),
         Decoding("affine4", 4, 16, 4),
+        Decoding("affine5", 5, 16, 4, 1),
+        Decoding("affine6", 6, 16, 4, 2),
+        Decoding("affine7", 7, 16, 4, 2, 1),
         Decoding("affine8", 8, 16, 8),
+        Decoding("small5", 5, 16, 4, 1),
+        Decoding("small6", 6, 16, 4, 2),
+        Decoding("small8", 8, 16, 8),
         Decoding("table2", 2, 16, 2),
         Decoding("table3", 3, 16, 2, 1),
         Decoding("table4", 4, 16, 4),
@@ -75,30 +105,36 @@ class Schedule:
 
 def _affine(format: Format) -> bool:
     return (format.table is None and format.values is None and format.minifloat is None
-            and not format.has("lut") and format.zero == int(format.zero))
+            and not format.has("lut"))
 
 
 def decoding(format: Format, activations: str = "f16") -> Decoding:
     """How the GEMM decodes a row of the catalog; Unsupported, with a way out, if it does not."""
     fields = {f.name for f in format.fields}
+    sparse = format.mask == (2, 4) and format.has("ix")
     known = (
-        fields <= {"codes", "d", "m", "z", "e", "sub", "lut"}
-        and not (format.float_kind or format.base3 or format.vector or format.mask)
+        fields <= {"codes", "d", "m", "z", "e", "sub", "lut", "ix"}
+        and not (format.float_kind or format.base3 or format.vector)
+        and (format.mask is None or (sparse and not format.has("sub")))
         and (not format.has("lut") or format.field("lut").scope == "tensor")
         # two levels: a whole number or small float of the group times a float of the row
         and (not format.has("sub") or format.field("d").scope == "row")
         and (format.has("d") or format.has("e"))
     )
-    bits = format.code_bits
+    bits, whole = format.code_bits, format.zero == int(format.zero)
     name = ""
     if known and activations == "s8":
-        name = f"signed{bits}" if _affine(format) and bits in (4, 8) else ""
+        name = f"signed{bits}" if _affine(format) and whole and bits in (4, 8) else ""
         if not format.has("z") and not format.has("m") and format.zero != 1 << bits - 1:
             name = ""
-        if format.group < 32:
+        if format.group < 32 or sparse:
             name = ""  # an mma adds up 32 products
+    elif activations == "f16" and format.float_kind == "f16":
+        name = "half"
     elif known and activations == "f16":
-        if _affine(format) and bits in (4, 8):
+        if format.minifloat is not None and bits >= 5:
+            name = f"small{bits}"
+        elif _affine(format) and bits >= 4 and (whole or bits > 4):
             name = f"affine{bits}"
         elif bits <= 4 and bits >= 2:
             name = f"table{bits}"
@@ -106,7 +142,8 @@ def decoding(format: Format, activations: str = "f16") -> Decoding:
         raise Unsupported(
             f"the format has no tensor-core kernel for {activations} activations; take GEMV, or "
             "requantize to a row such as s4g128 or nf4g64", format.name)
-    return DECODINGS[name]
+    found = DECODINGS[name]
+    return replace(found, step=2 * found.step, sparse=True) if sparse else found
 
 
 def supports(format: Format, activations: str = "f16") -> bool:
@@ -116,6 +153,15 @@ def supports(format: Format, activations: str = "f16") -> bool:
     except Unsupported:
         return False
     return True
+
+
+def usual_schedule(format: Format, activations: str = "f16", m_tiles: int = 1) -> Schedule:
+    """A schedule that every target can take; of more ``m_tiles`` than there are registers for as
+    many as there are."""
+    d = decoding(format, activations)
+    tried = Schedule(m_tiles, depth=32, stages=4 if m_tiles < 4 else 3) if d.name == "half" else (
+        Schedule(m_tiles))
+    return replace(tried, m_tiles=min(m_tiles, GemmSpec(format, activations).most_tiles))
 
 
 @dataclass(frozen=True)
@@ -143,7 +189,7 @@ class GemmSpec:
     @property
     def rows(self) -> int:
         """Rows of x that a block takes."""
-        return 16 * self.schedule.m_tiles
+        return self.decoding.tile * self.schedule.m_tiles
 
     @property
     def block_depth(self) -> int:
@@ -167,7 +213,7 @@ class GemmSpec:
     @property
     def most_tiles(self) -> int:
         """Tiles of 16 rows of x that the registers of a warp have room for."""
-        if not self.group:
+        if not self.group or self.decoding.sparse:
             return 4
         return 2 + self.decoding.integer + (not self.zero_bytes)
 
@@ -178,8 +224,10 @@ class GemmSpec:
 
     @property
     def scale_kind(self) -> str:
-        """Kind of the packed scales, of a group or of the row if there are no groups. A power of
-        two (e8m0) is a bf16 as it is, its 2^-127 and NaN too."""
+        """Kind of the packed scales, of a group or of the row if there are no groups; '' without. A
+        power of two (e8m0) is a bf16 as it is, its 2^-127 and NaN too."""
+        if self.format.float_kind:
+            return ""
         if self.format.has("e"):
             return "bf16"
         if self.format.has("sub"):
@@ -192,14 +240,15 @@ class GemmSpec:
         if self.format.has("m"):
             return self.format.field("m").number
         if not self.format.has("z"):
-            return ""
+            # a zero with a fraction is exact in a half of its own, but not above 1024
+            return "f16" if self.decoding.name.startswith("affine") and _fraction(self) else ""
         # int8 kernels count from the middle of the codes: exact for integers only
         return "f32" if self.format.field("z").number else "f16"
 
     @property
     def scale_bytes(self) -> int:
         """Bytes of a packed scale."""
-        return 4 if self.scale_kind == "f32" else 2
+        return {"": 0, "f32": 4}.get(self.scale_kind, 2)
 
     @property
     def zero_bytes(self) -> int:
@@ -239,7 +288,7 @@ class GemmSpec:
         """Shared memory of a stage: x, codes, scales, zeros."""
         d, depth = self.decoding, self.block_depth
         x = self.rows * depth * (1 if d.integer else 2)
-        words = (d.words + d.high) * depth // d.step * 128
+        words = sum(plane[2] for plane in d.planes) * depth // d.step * 128
         groups = max(depth // self.group, 1) if self.group else 0
         side = groups * COLUMNS * (self.scale_bytes + self.zero_bytes)
         return x + self.schedule.warps_n * (words + side)
@@ -248,18 +297,22 @@ class GemmSpec:
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a launch."""
         s = self.schedule
-        partial = (s.warps_k - 1) * s.warps_n * s.m_tiles * 8 * 512
+        partial = (s.warps_k - 1) * s.warps_n * s.m_tiles * self.decoding.fragments * 512
         return self.table_bytes + max(s.stages * self.stage_bytes, partial, 16)
 
     def workspace(self, m: int, n: int, blocks: int) -> tuple[int, int]:
         """Bytes of the parts of shared tiles, and number of int32 counters, zero before a launch
         (and after it)."""
-        part = self.schedule.warps_n * self.schedule.m_tiles * 8 * 512
+        part = self.schedule.warps_n * self.schedule.m_tiles * self.decoding.fragments * 512
         return 2 * blocks * part, self.tiles(m, n)
 
 
 def _up(value: int, to: int) -> int:
     return -(-value // to) * to
+
+
+def _fraction(spec: GemmSpec) -> bool:
+    return spec.format.zero != int(spec.format.zero)
 
 
 def half_pair(value: float) -> str:
@@ -292,26 +345,39 @@ def check_schedule(spec: GemmSpec) -> None:
 def render_gemm(spec: GemmSpec) -> str:
     """CUDA text of ``spec.name``; its parameters, in order:
 
-    y [m, n] f32 or f16; x [m, ldx] f16, or int8 followed by its float32 scales [m]; the packed
+    y [m, ldy] f32 or f16; x [m, ldx] f16, or int8 followed by its float32 scales [m]; the packed
     weight (:func:`pack_gemm`); float32 parts and int32 counters (:meth:`GemmSpec.workspace`); m, n,
-    k and ldx (all int32). x lies at a multiple of 16 bytes and so do its rows: ldx is a multiple of
-    8 (f16) or 16 (int8).
+    k, ldx and ldy (all int32). x lies at a multiple of 16 bytes and so do its rows: ldx is a
+    multiple of 8 (f16) or 16 (int8).
     Raises Unsupported for formats and schedules that the template does not take.
     """
     check_schedule(spec)
     fmt, s, d = spec.format, spec.schedule, spec.decoding
     factor = (0.0625 if d.name == "signed4" else 1.0)
+    small = fmt.minifloat if d.name.startswith("small") else None
+    if small is not None:
+        # the same fields in a half stand for a number that is less by the biases
+        factor *= small.factor * 2.0**-112
+    vectors = [spec.block_depth // d.step * words // 4 for _, _, words in d.planes]
+    planes = [
+        {"source": source, "to": to, "words": words, "vectors": vectors[i],
+         "at": 2 ** (not d.integer) * spec.rows * spec.block_depth
+         + 512 * s.warps_n * sum(vectors[:i])}
+        for i, (source, to, words) in enumerate(d.planes)
+    ]
     if not _in_table(spec):
         factor *= fmt.scale_factor
     return render(
         "cuda/gemm.cu.j2", name=spec.name, name_of_format=fmt.name, m_tiles=s.m_tiles,
         most_tiles=spec.most_tiles,
         warps_n=s.warps_n, warps_k=s.warps_k, depth=s.depth, stages=s.stages, unit=spec.unit,
-        step=d.step, decode=d.name, integer=d.integer, words=d.words, high_words=d.high,
+        step=d.step, decode=d.name, integer=d.integer, planes=planes, sparse=d.sparse,
+        fragments=d.fragments, tile=d.tile, small=small,
+        first_two=f"0x{_FIRST_TWO * 0x11111111:08x}u",
         group=spec.group, padding=spec.padding, scale_kind=spec.scale_kind,
         zero_kind=spec.zero_kind, minimum=fmt.has("m"), sum_rows=spec.zero_bytes > 0,
         row_scale=fmt.has("sub"), duplicates=s.duplicates, out=spec.out,
-        code_zero=0 if fmt.has("z") else fmt.zero, factor=factor,
+        code_zero=0 if fmt.has("z") or _fraction(spec) else int(fmt.zero), factor=factor,
         offset=(1 << fmt.code_bits - 1) if d.integer else 0,
         ones={"signed4": "0x10101010u", "signed8": "0x01010101u"}.get(d.name, "0x3c003c00u"),
         half_pair=half_pair)  # fmt: skip
@@ -347,15 +413,58 @@ def _plane(words: Array) -> Array:
     return np.ascontiguousarray(lined.transpose(0, 2, 1, 3)).view(np.uint8).reshape(-1)
 
 
-def _code_planes(codes: Array, d: Decoding) -> list[Array]:
-    parts = _fragments(codes, d.step)  # [blocks, steps, lanes, 8 tiles, codes]
+def _sparse_fragments(codes: Array) -> Array:
+    """[blocks of 64 rows of W, steps, lanes, 8, 4]: the operand A of mma.sp.m16n8k32 (PTX ISA,
+    "Matrix Fragments for sparse mma.m16n8k32") from the kept codes [n, k / 2]: of each of four
+    tiles of 16 rows the registers 0 and 1, then 2 and 3."""
+    n, kept = codes.shape
+    # blocks, tile, upper or lower rows, row, steps, half of K, quad, pair
+    split = codes.reshape(n // COLUMNS, 4, 2, 8, kept // 16, 2, 4, 2)
+    lanes = split.transpose(0, 4, 3, 6, 1, 5, 2, 7)
+    return np.ascontiguousarray(lanes).reshape(n // COLUMNS, kept // 16, 32, 8, 4)
+
+
+_FIRST_TWO = 0b0100  # the metadata that four weights have where the first two are kept
+
+
+def _which(places: Array) -> Array:
+    """uint8: the metadata of mma.sp.m16n8k32 from places [n, k / 2] of the kept weights. A lane has
+    two words a step: of tiles 0 and 1 of 16 rows (the selector says which) and of 2 and 3; a word
+    has row l / 4 and, in its upper half, row l / 4 + 8, of 16 weights along K. Words of zeros,
+    which a stage past K is filled with, stand for the first two weights of every four."""
+    n, kept = places.shape
+    pairs = places[:, ::2].astype(np.uint32) | places[:, 1::2].astype(np.uint32) << np.uint32(2)
+    fours = _words(pairs.reshape(n, -1, 4) ^ np.uint32(_FIRST_TWO), 4)
+    # blocks, word, selector, upper or lower rows, row, steps, half of K
+    split = fours.reshape(n // COLUMNS, 2, 2, 2, 8, kept // 16, 2)
+    lanes = np.ascontiguousarray(split.transpose(0, 5, 4, 2, 6, 1, 3))
+    return _plane(_words(lanes.reshape(n // COLUMNS, kept // 16, 32, 2, 2), 16))
+
+
+def _pairs(parts: Array, bits: int) -> Array:
+    """uint8: a plane of 1, 2 or 4 bits whose halves of words are the halves of registers: code
+    2 r + h of tile j lies at bit 16 h + bits (2 j + r), modulo what a word holds."""
     blocks, steps, lanes = parts.shape[:3]
-    if d.name == "affine4":
-        # nibbles 0 and 4, 1 and 5 of a word are the pairs of the even tile, 2, 6, 3, 7 of the odd
-        two = parts.reshape(blocks, steps, lanes, 4, 8)
-        return [_plane(_words(two[..., [0, 2, 4, 6, 1, 3, 5, 7]], 4))]
-    if d.name == "affine8":
+    tiles = 8 // bits  # words, registers of a word, halves
+    split = parts.reshape(blocks, steps, lanes, 8 // tiles, 2 * tiles, 2)
+    halves = np.concatenate([split[..., 0], split[..., 1]], axis=-1)
+    return _plane(_words(halves, bits))
+
+
+def _code_planes(codes: Array, d: Decoding) -> list[Array]:
+    parts = _sparse_fragments(codes) if d.sparse else _fragments(codes, d.step)
+    blocks, steps, lanes = parts.shape[:3]  # of [blocks, steps, lanes, 8 tiles, codes]
+    if d.name == "half":
+        return [_plane(_words(parts.reshape(blocks, steps, lanes, 16, 2), 16))]
+    if d.name in ("affine8", "small8"):
         return [_plane(_words(parts, 8))]
+    if d.name.startswith(("affine", "small")):
+        found = [_pairs(parts & 15, 4)]
+        if d.bits > 5:
+            found.append(_pairs(parts >> 4 & 3, 2))
+        if d.bits & 1:
+            found.append(_pairs(parts >> d.bits - 1, 1))
+        return found
     if d.name == "table4":
         return [_plane(_words(parts.reshape(blocks, steps, lanes, 4, 8), 4))]
     if d.name in ("table2", "table3"):
@@ -370,6 +479,13 @@ def _code_planes(codes: Array, d: Decoding) -> list[Array]:
     signed = parts ^ 8
     pairs = np.stack([signed[..., 4:], signed[..., :4]], -1).reshape(blocks, steps, lanes, 8, 8)
     return [_plane(_words(pairs, 4))]
+
+
+def _by_rows(values: Array) -> Array:
+    """uint8: values [N, groups] as [blocks of 64, groups, l / 4, tiles of 16, rows of a lane]."""
+    n, groups = values.shape
+    split = values.reshape(n // COLUMNS, 4, 2, 8, groups)
+    return np.ascontiguousarray(split.transpose(0, 4, 3, 1, 2)).view(np.uint8).reshape(-1)
 
 
 def _by_quads(values: Array) -> Array:
@@ -407,15 +523,25 @@ def pack_gemm(spec: GemmSpec, weight: QuantizedTensor) -> npt.NDArray[np.uint8]:
     n, k = weight.shape
     rows, columns = _up(n, COLUMNS), _up(k, spec.padding)
     groups = columns // spec.group if spec.group else 1
-    codes = weight.fields["codes"].reshape(n, -1)[:, :k]
-    sections = _code_planes(_padded(codes, rows, columns), d)
+    kept = columns // (2 if d.sparse else 1)
+    codes = weight.fields["codes"].reshape(n, -1)[:, :kept]
+    sections = _code_planes(_padded(codes, rows, kept), d)
+    if d.sparse:
+        places = np.tile(np.array([0, 1], np.uint8), (rows, kept // 2))
+        places[:n, : codes.shape[1]] = weight.fields["ix"].reshape(n, -1)[:, :kept]
+        sections.append(_which(places))
+    if not spec.scale_kind:
+        return np.concatenate(sections)
+    in_order = _by_rows if d.sparse else _by_quads
     if fmt.has("e"):
         e = weight.fields["e"].reshape(n, -1).astype(np.uint16)
         scale = np.where(e == 255, 0x7FC0, np.where(e, e << 7, 0x40)).astype(np.uint16)
     else:
         scale = _side(spec, weight, "sub" if fmt.has("sub") else "d", spec.scale_kind)
-    sections.append(_by_quads(_padded(scale[:, :groups], rows, groups)))
-    if spec.zero_kind:
+    sections.append(in_order(_padded(scale[:, :groups], rows, groups)))
+    if spec.zero_kind and _fraction(spec):
+        sections.append(_by_quads(np.full((rows, groups), fmt.zero, np.float16)))
+    elif spec.zero_kind:
         below = (1 << fmt.code_bits - 1) if d.integer and fmt.has("z") else 0
         zero = _side(spec, weight, "m" if fmt.has("m") else "z", spec.zero_kind, below,
                      fmt.min_sign if fmt.has("m") else 1)
@@ -432,7 +558,8 @@ def gemm_bytes(spec: GemmSpec, n: int, k: int) -> int:
     """Bytes of :func:`pack_gemm` of a weight [n, k]."""
     rows, columns = _up(n, COLUMNS), _up(k, spec.padding)
     groups = columns // spec.group if spec.group else 1
-    total = rows * columns * spec.decoding.bits // 8
+    d = spec.decoding
+    total = sum(words for _, _, words in d.planes) * columns // d.step * rows * 2
     total += rows * groups * (spec.scale_bytes + spec.zero_bytes)
     total += 4 * rows * spec.format.has("sub")
     return total + (2 * max(1 << spec.format.code_bits, 8) if spec.table_entries else 0)

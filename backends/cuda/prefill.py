@@ -7,11 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from qigen.backends.cuda.gemm import COLUMNS, GemmSpec, Schedule, pack_gemm
+from qigen.backends.cuda.gemm import GemmSpec, gemm_bytes, pack_gemm, usual_schedule
 from qigen.formats.algebra import Format, QuantizedTensor
-
-SCHEDULE = Schedule(m_tiles=2)
-"""Every format that has a kernel takes it."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +20,7 @@ class GemmForm:
     @property
     def spec(self) -> GemmSpec:
         """The kernel that reads it."""
-        return GemmSpec(self.format, schedule=SCHEDULE)
+        return GemmSpec(self.format, schedule=usual_schedule(self.format, m_tiles=2))
 
     @property
     def name(self) -> str:
@@ -32,15 +29,7 @@ class GemmForm:
 
     def nbytes(self, shape: tuple[int, int]) -> int:
         """Bytes of a packed matrix [n, k]."""
-        spec = self.spec
-        rows, columns = (-(-v // to) * to for v, to in
-                         zip(shape, (COLUMNS, spec.padding), strict=True))  # fmt: skip
-        groups = columns // spec.group if spec.group else 1
-        codes = rows * columns * spec.decoding.bits // 8
-        side = rows * groups * (spec.scale_bytes + spec.zero_bytes)
-        factors = 4 * rows if self.format.has("sub") else 0
-        table = 2 * max(1 << self.format.code_bits, 8) if spec.table_entries else 0
-        return codes + side + factors + table
+        return gemm_bytes(self.spec, *shape)
 
     def pack(self, weight: QuantizedTensor) -> npt.NDArray[np.uint8]:
         """The packed matrix."""

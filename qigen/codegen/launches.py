@@ -445,6 +445,7 @@ class _Step:
             _i32(n),
             _i32(k),
             _i32(align(k, 8)),
+            _i32(n),
             shared=spec.shared_bytes,
         )
         if residual:

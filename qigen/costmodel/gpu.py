@@ -123,8 +123,11 @@ def bytes_moved(spec: GemmSpec, m: int, n: int, k: int, blocks: int) -> Bytes:
     for _, tile, taken in _shares(spec, m, n, k, blocks):
         if taken < steps:
             left = m - tile // tiles_n * spec.rows
-            # a lane writes rows r and r + 8 together
-            rows = sum(min(8, max(0, left - 16 * i)) for i in range(spec.schedule.m_tiles))
+            # a lane writes rows r and r + 8 together, or (sparse) 2 r and 2 r + 1 of 8:
+            # two such lanes are a sector
+            tile, sparse = spec.decoding.tile, spec.decoding.sparse
+            lefts = [max(0, left - tile * i) for i in range(spec.schedule.m_tiles)]
+            rows = sum(min(4, 2 * -(-part // 4)) if sparse else min(8, part) for part in lefts)
             parts += 2 * rows * 512 * spec.schedule.warps_n
     width = 1 if spec.decoding.integer else 2
     out = 2 if spec.out == "f16" else 4
@@ -213,6 +216,8 @@ def bound(row: Device, spec: GemmSpec, m: int, n: int, k: int, blocks: int = 0,
     wavefronts = times * warps * (4 * code.loads128 + gather * code.loads + 4 * code.ldmatrix)
     wavefronts += spec.stage_bytes // 128
     products = 2 * spec.rows * 64 * s.warps_n * spec.block_depth
+    if d.sparse:
+        products //= 2  # half of the products of a mask are never made
     rate = row.tensor_s8_tops if d.integer else row.tensor_f16_tflops
     moved = bytes_moved(spec, m, n, k, blocks)
     cycle_us = 1e-3 / row.ghz
@@ -228,7 +233,7 @@ def bound(row: Device, spec: GemmSpec, m: int, n: int, k: int, blocks: int = 0,
 
 def candidates(spec: GemmSpec, m: int) -> list[GemmSpec]:
     """Schedules worth comparing for ``m`` rows of x: those that the template takes."""
-    tiles = min(-(-m // 16), spec.most_tiles)
+    tiles = min(-(-m // spec.decoding.tile), spec.most_tiles)
     found = []
     for m_tiles in sorted({tiles, max(1, tiles - 1)}, reverse=True):
         for warps_n, warps_k, depth, stages in ((1, 4, 32, 4), (1, 2, 64, 4), (2, 2, 64, 4),

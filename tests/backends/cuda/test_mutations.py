@@ -46,6 +46,7 @@ class Case:
 
 INT4, ZERO4, TABLE, INT8 = Case("s4g128"), Case("z4g64"), Case("nf4g64"), Case("s4g64", "s8")
 TABLE3, ONE = Case("nf3g64", m=1), Case("s8g128", m=1, n=1)
+SPARSE, SIX, FP6 = Case("s4g128_2of4", m=9), Case("s6g128", m=9), Case("fp6_e3m2", m=9)
 
 
 @dataclass(frozen=True)
@@ -134,12 +135,25 @@ FAULTS = (
     Fault("another table of lop3", INT4, r", 0xea;", ", 0xe8;", ptx=True),
     Fault("a sum overwritten", INT4, r"fma\.rn\.f32 (\s*%\w+, %\w+, %\w+), (%\w+);",
           r"fma.rn.f32 \1, 0f00000000;", 3, ptx=True),
+    Fault("metadata of other tiles", SPARSE, r"kept\[t \* 2 \+ j / 2\]", "kept[t * 2]"),
+    Fault("selectors exchanged", SPARSE, r"if \(j % 2\) multiply", "if (j % 2 == 0) multiply"),
+    Fault("metadata of zeros", SPARSE, r" \^ 0x44444444u", ""),
+    Fault("registers of a sparse A exchanged", SPARSE, r"w\[0\] = b\[0\], w\[1\] = b\[1\]",
+          "w[1] = b[0], w[0] = b[1]"),
+    Fault("scales of the other eight rows", SPARSE, r"e / 2 \? scale\.y : scale\.x",
+          "e / 2 ? scale.x : scale.y"),
+    Fault("x by 16 rows and not by 8", SPARSE, r"lane % 8, part", "lane % 16, part"),
+    Fault("high bits of another tile", SIX, r"tops\[j / 4\]", "tops[0]"),
+    Fault("high bits at the wrong place", SIX, r"r \* 2, 4, 0x00030003u", "r * 2, 5, 0x00030003u"),
+    Fault("a sign that stays where it is", FP6, r"c << 10 & 0x80008000u", "c << 9 & 0x80008000u"),
+    Fault("an exponent moved by a bit too few", FP6, r"\) << 8;", ") << 7;"),
     Fault("a barrier in a branch", INT4, LOOP_BARRIER, r"\1if (lane < 16) __syncthreads();"),
 )
 
 FAST = {"no barrier after the wait", "a wait for one group of copies too few",
         "a plain addition for an atomic", "rows past M read", "pairs of the table exchanged",
-        "registers of A exchanged", "no fence before the counter"}
+        "registers of A exchanged", "no fence before the counter", "selectors exchanged",
+        "high bits of another tile"}
 
 
 def how_found(fault: Fault) -> str:
@@ -162,7 +176,8 @@ def how_found(fault: Fault) -> str:
     return ""
 
 
-@pytest.mark.parametrize("case", [INT4, ZERO4, TABLE, INT8, TABLE3, ONE], ids=lambda c: c.format)
+@pytest.mark.parametrize("case", [INT4, ZERO4, TABLE, INT8, TABLE3, ONE, SPARSE, SIX, FP6],
+                         ids=lambda c: c.format)  # fmt: skip
 def test_without_a_fault_nothing_is_found(case: Case) -> None:
     for policy, seed in TURNS:
         turns = Turns(policy, seed, resident=4, quantum=24, budget=3_000_000)
