@@ -11,7 +11,8 @@ import importlib.util
 import os
 import platform
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -74,31 +75,54 @@ def bench_kernel(
 
     Raises UsageError, Unsupported if a peer is unknown or not installed.
     """
+    points = [
+        Point(p, m, t, cached, tuple(peers)) for p in products for m in tokens for t in threads
+    ]
+    check_peers(peers)
+    return bench_points(
+        points, isa=isa, machine=machine, activations=activations, repeat=repeat, jobs=jobs,
+        progress=progress,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Point:
+    """What is measured for a row: ``product`` by ``m`` tokens on so many ``threads``, with weights
+    from memory or ``cached``, beside ``peers``."""
+
+    product: Product
+    m: int
+    threads: int
+    cached: bool = False
+    peers: tuple[str, ...] = ()
+
+
+def bench_points(
+    points: Sequence[Point],
+    *,
+    isa: Isa,
+    machine: Machine,
+    activations: str = "auto",
+    repeat: int = 7,
+    jobs: int | None = None,
+    progress: Progress | None = None,
+) -> Iterator[dict[str, Any]]:
+    """The rows of :func:`bench_kernel` for any points, each as soon as it is measured."""
     if repeat < 1:
         raise UsageError("a benchmark needs at least one repeat")
-    check_peers(peers)
-    points = [
-        _Point(p, m, t, isa, machine, cached, repeat)
-        for p in products
-        for m in tokens
-        for t in threads
-    ]
-    return _rows(points, activations, peers, jobs, progress or (lambda stage, done, total: None))
+    check_peers(dict.fromkeys(name for point in points for name in point.peers))
+    report = progress or (lambda stage, done, total: None)
 
+    def rows() -> Iterator[dict[str, Any]]:
+        with Bench(toolchain.find_compiler(), jobs) as bench, Database() as data:
+            for done, p in enumerate(points):
+                report("measure", done, len(points))
+                run = _Run(p.product, p.m, p.threads, isa, machine, p.cached, repeat)
+                arithmetic = activations_for(p.product.format, activations)
+                yield run.measure(bench, data, arithmetic, p.peers)
+            report("measure", len(points), len(points))
 
-def _rows(
-    points: Sequence[_Point],
-    activations: str,
-    peers: Sequence[str],
-    jobs: int | None,
-    report: Progress,
-) -> Iterator[dict[str, Any]]:
-    with Bench(toolchain.find_compiler(), jobs) as bench, Database() as data:
-        for done, point in enumerate(points):
-            report("measure", done, len(points))
-            arithmetic = activations_for(point.p.format, activations)
-            yield point.measure(bench, data, arithmetic, peers)
-        report("measure", len(points), len(points))
+    return rows()
 
 
 def rotation(machine: Machine) -> int:
@@ -108,7 +132,7 @@ def rotation(machine: Machine) -> int:
     return max(min(_ROTATION_CACHES * l3, _ROTATION_BYTES), 3 * l3 // 2)
 
 
-def check_peers(names: Sequence[str]) -> None:
+def check_peers(names: Iterable[str]) -> None:
     """Unsupported if a peer is unknown or not installed."""
     for name in names:
         if name not in PEERS:
@@ -131,7 +155,7 @@ def machine_state(machine: Machine) -> dict[str, Any]:
     }
 
 
-class _Point:
+class _Run:
     """One product, number of tokens and threads."""
 
     def __init__(
@@ -335,7 +359,8 @@ def plots(
     rows: Sequence[dict[str, Any]], folder: str | os.PathLike[str], machine: Machine
 ) -> list[Path]:
     """Draws roofline, time against bits, share of bandwidth and predicted against measured, as PNG
-    in ``folder``; Unsupported if matplotlib is not installed."""
+    in ``folder``; Unsupported if matplotlib is not installed. Of weights in the caches only the
+    last, unless there are no others."""
     try:
         import matplotlib  # type: ignore[import-not-found, unused-ignore]
 
@@ -361,6 +386,7 @@ def plots(
             found.setdefault(key(row), []).append(row)
         return found
 
+    every, rows = rows, [r for r in rows if not r["cached"]] or rows
     figure, axes = plt.subplots(figsize=(7, 5))
     for threads, some in series(lambda r: r["threads"]).items():
         intensity = [r["gops"] / r["gb_s"] for r in some]
@@ -380,6 +406,8 @@ def plots(
     figure, axes = plt.subplots(figsize=(7, 5))
     shapes = series(lambda r: f"{r['n']}x{r['k']}, M={r['m']}, {r['threads']} threads")
     for shape, some in shapes.items():
+        if len({r["bits"] for r in some}) < 3 < len({r["bits"] for r in rows}):
+            continue  # a point or two say nothing, where others have a curve
         some = sorted(some, key=lambda r: float(r["bits"]))
         axes.semilogy([r["bits"] for r in some], [r["us"] for r in some], "o-", label=shape)
     axes.set_xlabel("bits a weight")
@@ -397,6 +425,7 @@ def plots(
     axes.set_title(f"Share of bandwidth, M={decode[0]['m']}")
     save(figure, "bandwidth")
 
+    rows = every
     figure, axes = plt.subplots(figsize=(6, 6))
     for weights, some in series(lambda r: r["weights"]).items():
         axes.loglog([r["us"] for r in some], [r["predicted_us"] for r in some], "o", label=weights)

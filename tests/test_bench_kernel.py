@@ -71,13 +71,13 @@ def test_weights_rotate_beyond_the_last_cache() -> None:
 def test_rows_come_as_they_are_measured(rows: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing of a point is measured before the row of the one before is there."""
     measured = []
-    measure = benchmark._Point.measure
+    measure = benchmark._Run.measure
 
     def noted(self: Any, *arguments: Any) -> dict[str, Any]:
         measured.append(self.m)
         return measure(self, *arguments)
 
-    monkeypatch.setattr(benchmark._Point, "measure", noted)
+    monkeypatch.setattr(benchmark._Run, "measure", noted)
     products = [Product(by_name("q4_0"), 32, 64, 1)]
     found = benchmark.bench_kernel(
         products, isa=ISAS["scalar"], machine=targets.native(), tokens=(1, 2, 3), cached=True,

@@ -1,0 +1,215 @@
+"""Our kernels beside their peers on this machine, as a page with plots, in one command.
+
+    python benchmarks/report.py                     # docs/kernels.md, .json and docs/kernels/*.png
+    python benchmarks/report.py --minutes 3 --output /tmp/kernels.md --vs onnxruntime
+
+Every row goes to OUTPUT.jsonl as soon as it is measured. Started again on the same machine the
+script skips what is there (--again: nothing), so that it can be killed at any time. It ends by
+itself after --minutes; what was not measured then is named on the page. Points come in the order of
+their weight: decoding beside the peers first. A machine that does other work gives a page that
+means nothing: the load average is on it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.util
+import json
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from qigen.backends.base import Isa
+from qigen.bench_kernel import (
+    Point,
+    about,
+    bench_points,
+    check_peers,
+    machine_state,
+    plots,
+    table_head,
+    table_line,
+)
+from qigen.kernel_peers import PEERS
+from qigen.planner import Product
+from qigen.targets import Machine
+from qigen.tune import native_machine, shapes_to_products
+from qigen.tuning.database import machine_key
+
+SHARED = ("q4_0", "s4g128")  # formats that peers have
+BITS = ("tq2_0", "u2g128", "u3g128", "q4_k", "iq4_nl", "q5_k", "q6_k", "q8_0")
+CACHED = ("u2g128", "q4_0")
+TOKENS = (1, 4, 16, 128, 512)
+SHAPE = "4096x4096"
+OUTPUT = Path(__file__).parents[1] / "docs" / "kernels.md"
+
+SECTIONS = (
+    ("Decoding, weights from memory", "One token; `of read bandwidth` is by what the same turns "
+     "read of the same weights, one sequential stream a thread.",
+     lambda row: row["m"] == 1 and not row["cached"]),
+    ("Small batches and prompts", "More tokens; GOPS count a multiplication and an addition.",
+     lambda row: row["m"] > 1 and not row["cached"]),
+    ("Decoding, weights in the caches", "One token; what the kernel can do if the memory is no "
+     "limit. A smaller matrix where the last cache holds no larger one.",
+     lambda row: row["cached"]),
+)  # fmt: skip
+PLOTS = {
+    "roofline": "Roofline", "bits": "Time against bits", "bandwidth": "Share of bandwidth",
+    "predicted": "Predicted against measured",
+}  # fmt: skip
+
+
+def points(shape: str, cores: int, peers: Sequence[str], l3_bytes: int) -> list[Point]:
+    """What is measured, the most telling first."""
+    everyone = sorted({1, cores}, reverse=True)
+
+    def of(names: Iterable[str], shape: str = shape) -> list[Product]:
+        return [p for name in names for p in shapes_to_products([shape], [name])]
+
+    found = [Point(p, 1, t, peers=tuple(peers)) for t in everyone for p in of(SHARED)]
+    found += [Point(p, 1, cores) for p in of(BITS)]
+    found += [Point(p, m, cores, peers=tuple(peers)) for m in TOKENS[1:] for p in of(SHARED)]
+    # the weights must fit: in a virtual machine the last cache is shared with others
+    n, k = (int(size) for size in shape.split("x"))
+    while n * k > l3_bytes // 2 and n > 64:
+        n //= 2
+    found += [Point(p, 1, t, cached=True) for p in of(CACHED, f"{n}x{k}") for t in everyone]
+    return found
+
+
+def identity(point: Point) -> tuple[object, ...]:
+    """What a row must have in common with a point to be its."""
+    p = point.product
+    return p.format.name, p.n, p.k, point.m, point.threads, point.cached, sorted(point.peers)
+
+
+def stored(path: Path, machine: str) -> Iterator[dict[str, Any]]:
+    """The rows of a file that were measured on this machine; a line that was cut short is not."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    for line in lines:
+        try:
+            row = json.loads(line)
+            if row["machine"] == machine:
+                yield row
+        except (ValueError, KeyError, TypeError):
+            continue
+
+
+def measured(
+    wanted: Sequence[Point], file: Path, isa: Isa, machine: Machine, minutes: float, repeat: int
+) -> Iterator[dict[str, Any]]:
+    """The rows of the points, those of the file first; the time ends it."""
+    key, end = machine_key(machine), time.monotonic() + 60 * minutes
+    known = {json.dumps(row["point"]): row for row in stored(file, key)}
+    missing = []
+    for point in wanted:
+        row = known.get(json.dumps(identity(point)))
+        if row is None:
+            missing.append(point)
+        else:
+            yield row
+    rows = bench_points(missing, isa=isa, machine=machine, repeat=repeat)
+    for point, row in zip(missing, rows, strict=True):
+        row |= {"point": identity(point), "machine": key}
+        with file.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(row) + "\n")
+        yield row
+        if time.monotonic() > end:
+            return
+
+
+def page(
+    rows: Sequence[dict[str, Any]], missing: Sequence[Point], machine: Machine, drawn: Sequence[str]
+) -> str:
+    """The page, whose plots lie in a folder of its name beside it."""
+    date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    lines = [
+        "# Kernels and their peers",
+        "",
+        f"Measured {date} by `python benchmarks/report.py`: {about(rows, machine_state(machine))}.",
+        "",
+        "Every side runs in a process of its own, with as many threads, and they take turns; times "
+        "are medians. Peers have the fastest of their settings; a ratio is their time by ours, so "
+        "more than 1 is ours ahead. Ours leaves out the rounding of activations, the peers' "
+        "include it. – means that a peer has no such format. [tuning.md](tuning.md) says more.",
+    ]  # fmt: skip
+    for title, text, own in SECTIONS:
+        some = [row for row in rows if own(row)]
+        if not some:
+            continue
+        peers = list(dict.fromkeys(name for row in some for name in row["peers"]))
+        lines += ["", f"## {title}", "", text, "", *table_head(peers)]
+        for row in some:
+            missed = {name: {} for name in peers if name not in row["peers"]}
+            lines.append(table_line({**row, "peers": {**row["peers"], **missed}}))
+    settings = sorted({
+        f"{name}: {peer['setting']} for M = {row['m']}, {row['weights']}"
+        for row in rows for name, peer in row["peers"].items() if "setting" in peer
+    })  # fmt: skip
+    if settings:
+        lines += ["", "## Settings of the peers that were fastest", ""]
+        lines += [f"- {setting}" for setting in settings]
+    if missing:
+        names = ", ".join(f"{p.product.format.name} M={p.m}" for p in missing)
+        lines += ["", f"Not measured, the time was up: {names}."]
+    if drawn:
+        lines += ["", "## Plots"]
+        lines += ["", *(f"![{PLOTS[name]}](kernels/{name}.png)\n" for name in drawn)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def report(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measures and writes everything; the rows."""
+    machine, isa = native_machine(options.isa)
+    peers = options.vs.split(",") if options.vs else [
+        name for name, row in PEERS.items() if importlib.util.find_spec(row.module)
+    ]  # fmt: skip
+    check_peers(peers)
+    output, lines = options.output, options.output.with_suffix(".jsonl")
+    folder = output.parent / "kernels"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if options.again:
+        lines.unlink(missing_ok=True)
+    wanted = points(options.shape, options.threads or machine.cores, peers, machine.l3_bytes)
+    rows: list[dict[str, Any]] = []
+    try:
+        found = measured(wanted, lines, isa, machine, options.minutes, options.repeat)
+        for row in found:
+            rows.append(row)
+            if len(rows) == 1:
+                print("\n".join(table_head(peers)))
+            print(table_line(row), flush=True)
+    finally:  # Ctrl-C, too
+        if rows:
+            drawn = []
+            if importlib.util.find_spec("matplotlib"):
+                drawn = [path.stem for path in plots(rows, folder, machine)]
+            done = {json.dumps(row["point"]) for row in rows}
+            missing = [p for p in wanted if json.dumps(identity(p)) not in done]
+            output.write_text(page(rows, missing, machine, drawn), encoding="utf-8")
+            summary = {"machine": machine_state(machine), "kernels": rows}
+            output.with_suffix(".json").write_text(json.dumps(summary, indent=1) + "\n")
+            print(f"{output}: {len(rows)} of {len(wanted)} points")
+    if len(rows) == len(wanted):
+        lines.unlink(missing_ok=True)  # all of it is in the .json
+    return rows
+
+
+def main() -> None:
+    """Reads the options and runs."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="the page [docs/kernels.md]")
+    parser.add_argument("--minutes", type=float, default=6, help="stop after so long [6]")
+    parser.add_argument("--vs", default="", help="peers, comma-separated [all that are installed]")
+    parser.add_argument("--shape", default=SHAPE, help=f"NxK [{SHAPE}]")
+    parser.add_argument("--threads", type=int, default=0, help="the most [usable cores]")
+    parser.add_argument("--repeat", type=int, default=7, help="turns [7]")
+    parser.add_argument("--isa", help="an instruction set [the best]")
+    parser.add_argument("--again", action="store_true", help="measure everything anew")
+    report(parser.parse_args())
+
+
+if __name__ == "__main__":
+    main()
