@@ -7,6 +7,7 @@ what every tensor was, so that a packed weight can be unpacked again without los
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -68,6 +69,37 @@ def place_tensors(
         offsets[tensor.name] = at
         at = align(at + tensor_bytes(tensor, constants))
     return offsets, align(at, HEADER_BYTES)
+
+
+class TensorUnion:
+    """The tensors of several programs that read one weights.bin: equal ones lie there once.
+
+    ``tensors`` and ``size`` (bytes of the file) are those of all programs so far.
+    """
+
+    def __init__(self, constants: Mapping[str, Constant]) -> None:
+        self.tensors: list[PackedTensor] = []
+        self.size = HEADER_BYTES
+        self._constants = constants
+
+    def add(self, tensors: Sequence[PackedTensor], isa: str) -> dict[str, int]:
+        """The byte offset of each tensor of a program, by its name in that program; what is stored
+        in another way already is called ``NAME@ISA`` here."""
+        places = {self._stored(tensor): tensor.name for tensor in self.tensors}
+        names = {tensor.name for tensor in self.tensors}
+        for tensor in tensors:
+            if self._stored(tensor) not in places:
+                name = f"{tensor.name}@{isa}" if tensor.name in names else tensor.name
+                self.tensors.append(dataclasses.replace(tensor, name=name))
+                places[self._stored(tensor)] = name
+        offsets, self.size = place_tensors(self.tensors, self._constants)
+        return {tensor.name: offsets[places[self._stored(tensor)]] for tensor in tensors}
+
+    @staticmethod
+    def _stored(tensor: PackedTensor) -> object:
+        """What makes two tensors the same bytes."""
+        spec = tensor.spec and (tensor.spec.format.name, tensor.spec.layout)
+        return tensor.parts, tensor.raw, spec, tensor.form
 
 
 def pack_tensor(

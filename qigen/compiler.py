@@ -19,8 +19,8 @@ from qigen.artifact import (
     ABI_VERSION,
     MANIFEST_VERSION,
     Artifact,
+    TensorUnion,
     describe_tensors,
-    place_tensors,
     write_header,
     write_weights,
 )
@@ -48,7 +48,7 @@ from qigen.build import (
     write_sources,
 )
 from qigen.calibration import Rounding, quantize_language_model
-from qigen.codegen.lower import Lowering, PackedTensor, Program, lower_program
+from qigen.codegen.lower import Lowering, Program, lower_program
 from qigen.codegen.render import render
 from qigen.cuda_compiler import GpuOptions, compile_gpu, gpu_targets
 from qigen.cuda_compiler import check_options as check_gpu_options
@@ -178,10 +178,6 @@ def compile(
             raise Unsupported(f"ONNX models have no {backend} backend; leave --backend out")
         if tune == "measure":
             raise Unsupported("only language models can be tuned so far; leave --tune out")
-        if len(pairs) > 1:
-            raise Unsupported(
-                "an ONNX model is compiled for one target; compile it once for each of them"
-            )
         for option, given in (
             ("--max-seq", max_seq is not None),
             ("--max-batch", max_batch != DEFAULT_MAX_BATCH),
@@ -192,8 +188,7 @@ def compile(
         return compile_graph(
             Path(model),
             out,
-            isa=row,
-            machine=machine,
+            pairs=pairs,
             options=GraphOptions(
                 weights,
                 activations,
@@ -264,6 +259,7 @@ def compile(
 
     def build(threads: int | None, max_tokens: int | None) -> Plan:
         variants: list[Variant] = []
+        union = TensorUnion(graph.constants)
         for number, (machine, row) in enumerate(pairs):
             cores = threads or machine.cores
             arithmetic = activations or "auto"
@@ -284,15 +280,15 @@ def compile(
                 layouts={key: layout for key, (layout, _) in shared.items()},
             )
             memory = plan_memory(graph, plan.max_tokens)
-            tensors = variants[-1].program.tensors if variants else []
-            program = _lower(graph, source, plan, memory, row, max_seq, max_batch, tensors)
+            program = _lower(graph, source, plan, memory, row, max_seq, max_batch, union)
             if number:
                 program.symbol = f"qigen_model_description_{number}"
                 variants[-1].program.next = program.symbol
             losses = {"x".join(map(str, key)): round(loss, 4) for key, (_, loss) in shared.items()}
             variants.append(Variant(row, machine, plan, memory, program, losses))
-        for variant in variants:  # the last one knows all tensors
-            variant.program.weights_bytes = variants[-1].program.weights_bytes
+        variants[-1].program.tensors = union.tensors  # the last one knows those of all
+        for variant in variants:
+            variant.program.weights_bytes = union.size
         with staging_folder(out) as staging, open_cache(
             emit, compiler, jobs or os.cpu_count() or 1
         ) as cache:
@@ -400,14 +396,9 @@ def _lower(
     isa: Isa,
     max_seq: int,
     max_batch: int,
-    before: Sequence[PackedTensor],
+    union: TensorUnion,
 ) -> Program:
-    """The program of a variant. Its tensors are those of the variants ``before`` and then its own
-    that are not among them: equal ones lie in weights.bin once."""
-
-    def stored(tensor: PackedTensor) -> object:
-        spec = tensor.spec
-        return tensor.parts, tensor.raw, spec and (spec.format.name, spec.layout)
+    """The program of a variant, whose tensors come to those of the variants before."""
 
     def spec_of(constant: str, role: str) -> MatmulSpec:
         data = graph.constants[constant]
@@ -415,25 +406,10 @@ def _lower(
         return spec_for(plan, graph.values[constant].dtype, n, k)
 
     lowering = Lowering(graph, memory, spec_of, max_batch=max_batch, max_seq=max_seq)
-    sizes: list[int] = []
-    union = list(before)
-
-    def offsets_of(tensors: list[PackedTensor]) -> dict[str, int]:
-        places = {stored(tensor): tensor.name for tensor in union}
-        names = {tensor.name for tensor in union}
-        for tensor in tensors:
-            if stored(tensor) not in places:
-                name = f"{tensor.name}@{isa.name}" if tensor.name in names else tensor.name
-                union.append(dataclasses.replace(tensor, name=name))
-                places[stored(tensor)] = name
-        offsets, size = place_tensors(union, graph.constants)
-        sizes.append(size)
-        return {tensor.name: offsets[places[stored(tensor)]] for tensor in tensors}
-
     features = " | ".join(f"CpuFeature::{name}" for name in isa.features) or "0"
-    program = lower_program(
+    return lower_program(
         lowering,
-        offsets_of,
+        lambda tensors: union.add(tensors, isa.name),
         name=shown_name(source.metadata.name),
         isa=isa.name,
         kv=plan.kv,
@@ -444,9 +420,6 @@ def _lower(
         d_model=source.config.d_model,
         n_layers=source.config.n_layers,
     )
-    program.weights_bytes = sizes[-1]
-    program.tensors = union
-    return program
 
 
 def _variant_units(

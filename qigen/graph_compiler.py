@@ -19,8 +19,8 @@ from qigen.artifact import (
     ABI_VERSION,
     MANIFEST_VERSION,
     Artifact,
+    TensorUnion,
     describe_tensors,
-    place_tensors,
     write_header,
     write_weights,
 )
@@ -30,19 +30,20 @@ from qigen.build import Progress, check_output, staging_folder
 from qigen.calibration import GraphRounder, Rounding, read_samples, with_static_codes
 from qigen.codegen.graph import GraphProgram, lower_graph
 from qigen.codegen.graph_kernels import GraphKernels, packed_formats, with_rows
-from qigen.codegen.lower import PackedTensor
 from qigen.codegen.render import render
 from qigen.errors import UsageError
 from qigen.formats import catalog
+from qigen.formats.layout import Layout
 from qigen.frontends.onnx import import_model, read_model
 from qigen.frontends.onnx.importer import Size
 from qigen.frontends.onnx.reader import checksum, opsets
 from qigen.ir.dims import Sym
 from qigen.ir.graph import Array, Graph
+from qigen.ir.plan import KernelChoice
 from qigen.ir.verify import verify
 from qigen.passes.tensor import optimize_graph
 from qigen.paths import resource_folder
-from qigen.planner import Product, plan_products
+from qigen.planner import Product, plan_products, shared_product_layouts
 from qigen.quantize.model import MEMORY, SAMPLES
 
 SHORT_FORMATS = {"int8": "s8g32", "int4": "u4g32"}
@@ -100,8 +101,7 @@ def compile_graph(
     path: Path,
     out: Path,
     *,
-    isa: Isa,
-    machine: targets.Machine,
+    pairs: Sequence[tuple[targets.Machine, Isa]],
     options: GraphOptions,
     jobs: int,
     keep_sources: Path | None = None,
@@ -109,10 +109,13 @@ def compile_graph(
     progress: Progress | None = None,
     model: onnx.ModelProto | None = None,
 ) -> Artifact:
-    """Compile an ONNX model (the file at ``path``, or ``model``) into the folder ``out``."""
+    """Compile an ONNX model (the file at ``path``, or ``model``) into the folder ``out``.
+
+    ``pairs`` are the machines that it is for, each with its ISA row, the fastest first.
+    """
     report = progress or (lambda stage, done, total: None)
     check_output(out)
-    build.find_compiler(machine, form)
+    build.find_compiler(pairs[0][0], form)
     report("read", 0, 1)
     source = read_model(path) if model is None else model
     graph = import_model(source, str(path), options.shapes)
@@ -137,12 +140,14 @@ def compile_graph(
             raise UsageError("--method and --keep are not for --activations int8 with a "
                              "--calibration; leave them out")
         assert options.calibration is not None
-        observed = functools.partial(_observed, isa=isa, machine=machine, jobs=jobs)
+        here = targets.native()
+        runs = next((pair for pair in pairs if here.has(pair[1].features)), pairs[0])
+        observed = functools.partial(_observed, pairs=[runs], jobs=jobs)
         samples = read_samples(options.calibration, graph)
         graph = with_static_codes(graph, samples, observed, report)
         # what is left stays float
         options = dataclasses.replace(options, activations=None, calibration=None)
-    build_artifact(graph, about, out, isa, machine, options, jobs, keep_sources, report, form)
+    build_artifact(graph, about, out, pairs, options, jobs, keep_sources, report, form)
     return Artifact(out)
 
 
@@ -150,14 +155,13 @@ def _observed(
     graph: Graph,
     samples: Sequence[Mapping[str, Array]],
     *,
-    isa: Isa,
-    machine: targets.Machine,
+    pairs: Sequence[tuple[targets.Machine, Isa]],
     jobs: int,
 ) -> Iterator[dict[str, Array]]:
     """The outputs of a float graph for each sample, by its own compiled artifact."""
     with tempfile.TemporaryDirectory(prefix="qigen-") as name:
         out = Path(name) / "observed"
-        build_artifact(graph, {"notes": []}, out, isa, machine, GraphOptions(), jobs)
+        build_artifact(graph, {"notes": []}, out, pairs, GraphOptions(), jobs)
         model = _runtime.Model(str(out))
         for sample in samples:
             yield model.run(sample)
@@ -167,8 +171,7 @@ def build_artifact(
     graph: Graph,
     about: Mapping[str, Any],
     out: Path,
-    isa: Isa,
-    machine: targets.Machine,
+    pairs: Sequence[tuple[targets.Machine, Isa]],
     options: GraphOptions,
     jobs: int,
     keep_sources: Path | None = None,
@@ -176,66 +179,40 @@ def build_artifact(
     form: str = "library",
 ) -> None:
     """Optimize, lower and compile an imported graph; ``about`` is its source for the manifest."""
+    machine = pairs[0][0]
     compiler = build.find_compiler(machine, form)
     rounder = _rounder(graph, about, options, report)
     graph = optimize_graph(graph, options.activations, rounder)
     if rounder is not None:
         graph.meta["quantization"] = [*graph.meta.get("quantization", []), *rounder.outcomes]
-    formats, choices = _plan_formats(graph, isa, machine, options.activations)
-    graph = with_rows(graph, formats)
-    verify(graph)
+    variants = _variants(graph, pairs, options.activations)
+    first = variants[0]
+    program, tensors = first.program, variants[-1].program.tensors
     report("read", 1, 1)
-    kernels = GraphKernels(isa, machine, formats)
-    sizes: list[int] = []
-
-    def offsets_of(tensors: list[PackedTensor]) -> dict[str, int]:
-        offsets, size = place_tensors(tensors, graph.constants)
-        sizes.append(size)
-        return offsets
-
-    program = lower_graph(
-        graph,
-        kernels.call,
-        offsets_of,
-        name=build.shown_name(graph.name),
-        isa=isa.name,
-        abi=ABI_VERSION,
-        cpu_features=" | ".join(f"CpuFeature::{name}" for name in isa.features) or "0",
-        kernels=kernels.declarations,
-        packed=packed_formats(graph, formats),
-    )
-    program.weights_bytes = sizes[-1]
     with staging_folder(out) as staging, build.open_cache(form, compiler, jobs) as cache:
         runtime = build.runtime_units()
-        sources = kernels.sources()
-        total = len(runtime) + len(sources) + 1
+        parts = [_kernel_units(variant, len(variants) == 1) for variant in variants]
+        total = len(runtime) + sum(len(units) + 1 for _, units, _ in parts)
         compiled: list[str] = []
 
         def done(name: str) -> None:
             compiled.append(name)
             report("compile", len(compiled), total)
 
-        include = (resource_folder("runtime") / "include",)
-        flags = (*toolchain.KERNEL_FLAGS, *isa.flags)
-        headers = kernels.headers()
         futures = [cache.compile(unit, done) for unit in runtime]
-        units = [
-            toolchain.Unit(k.name, k.text, flags, build.included(k.text, headers), include)
-            for k in sources
-        ]
-        futures += [cache.compile(unit, done) for unit in units]
+        futures += [cache.compile(unit, done) for _, units, _ in parts for unit in units]
         with (staging / "weights.bin").open("wb") as stream:
-            hashes = write_weights(stream, program.tensors, graph.constants, report)
-            program.uid = _uid(program, hashes)
-            write_header(stream, program.weights_bytes, program.uid)
-        text = render("tensor/model.cpp.j2", model=program, banner=_banner(program))
-        model_headers = build.included(text, {**headers, **_plain_headers()})
-        # the kernels that take the time are units of their own; -O2 halves the time of this one
-        model_flags = tuple("-O2" if f == "-O3" else f for f in flags)
-        unit = toolchain.Unit("model", text, model_flags, model_headers, include)
-        futures.append(cache.compile(unit, done))
-        if keep_sources is not None:
-            build.write_sources(keep_sources, {**headers, **model_headers}, [*units, unit])
+            hashes = write_weights(stream, tensors, graph.constants, report)
+            uid = _uid([variant.program for variant in variants], hashes)
+            write_header(stream, program.weights_bytes, uid)
+        for variant, (headers, units, flags) in zip(variants, parts, strict=True):
+            variant.program.uid = uid
+            unit = _model_unit(variant, headers, flags)
+            futures.append(cache.compile(unit, done))
+            if keep_sources is not None:
+                alone = len(variants) == 1
+                folder = keep_sources if alone else keep_sources / variant.isa.name
+                build.write_sources(folder, {**headers, **unit.headers}, [*units, unit])
         report("link", 0, 1)
         build.link(compiler, cache, futures, staging, machine.system, form)
         build.write_interface(staging, program, program.name, machine.system, form)
@@ -247,7 +224,15 @@ def build_artifact(
                 "kind": "graph",
                 "name": program.name,
                 "model_uid": program.uid.hex(),
-                "target": build.describe_target(machine, isa),
+                "target": build.describe_target(machine, first.isa),
+                "variants": [
+                    {
+                        **build.describe_target(variant.machine, variant.isa),
+                        "layout_losses": variant.layout_losses,
+                        "plan": variant.plan(),
+                    }
+                    for variant in variants[1:]
+                ],
                 "source": {**about, "notes": list(graph.meta.get("notes", ()))},
                 "interface": {
                     "inputs": _interface(graph, graph.inputs),
@@ -255,7 +240,7 @@ def build_artifact(
                     "limits": dict(graph.meta.get("limits", {})),
                 },
                 "operators": _count(node.op for node in graph.nodes),
-                "plan": {"kernels": kernels.choices(), "formats": choices},
+                "plan": first.plan(),
                 "quantization": graph.meta.get("quantization", []),
                 "memory": {
                     "activations_bytes": program.arena_bytes,
@@ -267,11 +252,11 @@ def build_artifact(
                 "barriers_per_step": program.barriers,
                 "compiler": {
                     "version": compiler.version,
-                    "flags": list(flags),
+                    "flags": list(parts[0][2]),
                     "objects_cached": cache.hits,
                     "objects_compiled": cache.misses,
                 },
-                "tensors": describe_tensors(program.tensors, graph.constants, hashes),
+                "tensors": describe_tensors(tensors, graph.constants, hashes),
             },
         )
         report("link", 1, 1)
@@ -294,20 +279,113 @@ def _rounder(
     return GraphRounder(graph, rounding, str(about.get("sha256", "")), report)
 
 
-def _plan_formats(
-    graph: Graph, isa: Isa, machine: targets.Machine, activations: str | None
-) -> tuple[dict[tuple[str, int, int], MatmulSpec], list[dict[str, Any]]]:
-    """The kernels of the matrices in formats of the catalog, and why they are those."""
+@dataclass
+class _Variant:
+    """What is compiled for one of the targets of an artifact.
+
+    ``choices`` say why matrices in formats of the catalog have their kernels, ``layout_losses`` by
+    how much the layout of another variant is predicted to slow this one down.
+    """
+
+    machine: targets.Machine
+    isa: Isa
+    kernels: GraphKernels
+    choices: list[dict[str, Any]]
+    layout_losses: dict[str, float]
+    program: GraphProgram
+
+    def plan(self) -> dict[str, Any]:
+        """The manifest's entry of the kernels."""
+        return {"kernels": self.kernels.choices(), "formats": self.choices}
+
+
+def _variants(
+    graph: Graph, pairs: Sequence[tuple[targets.Machine, Isa]], activations: str | None
+) -> list[_Variant]:
+    """The programs of an optimized graph for each target; weights that lie alike are shared."""
+    union = TensorUnion(graph.constants)
+    wanted = _products(graph)
+    arithmetic = activations or "f32"
+    layouts: dict[tuple[str, int, int], Layout] = {}
+    variants: list[_Variant] = []
+    for number, (machine, isa) in enumerate(pairs):
+        shared = {}
+        if number and wanted:
+            shared = shared_product_layouts(
+                wanted, layouts, isa, machine, arithmetic, machine.cores
+            )
+        formats: dict[tuple[str, int, int], MatmulSpec] = {}
+        choices: list[KernelChoice] = []
+        if wanted:
+            formats, choices = plan_products(
+                wanted, isa, machine, arithmetic, machine.cores,
+                layouts={key: layout for key, (layout, _) in shared.items()},
+            )  # fmt: skip
+        if not number:
+            layouts = {key: spec.layout for key, spec in formats.items()}
+        own = with_rows(graph, formats)
+        verify(own)
+        kernels = GraphKernels(isa, machine, formats)
+        program = lower_graph(
+            own,
+            kernels.call,
+            functools.partial(union.add, isa=isa.name),
+            name=build.shown_name(graph.name),
+            isa=isa.name,
+            abi=ABI_VERSION,
+            cpu_features=" | ".join(f"CpuFeature::{name}" for name in isa.features) or "0",
+            kernels=kernels.declarations,
+            packed=packed_formats(own, formats),
+        )
+        if number:
+            program.symbol = f"qigen_model_description_{number}"
+            variants[-1].program.next = program.symbol
+        losses = {"x".join(map(str, key)): round(loss, 4) for key, (_, loss) in shared.items()}
+        described = [dataclasses.asdict(c) for c in choices]
+        variants.append(_Variant(machine, isa, kernels, described, losses, program))
+    variants[-1].program.tensors = union.tensors  # the last one knows those of all
+    for variant in variants:
+        variant.program.weights_bytes = union.size
+    return variants
+
+
+def _products(graph: Graph) -> list[Product]:
+    """The matrices in formats of the catalog, and how often they are used."""
     uses: dict[tuple[str, int, int], int] = {}
     for node in graph.nodes:
         if node.op == "FormatProduct":
             key = graph.values[node.inputs[1]].dtype, node.attrs["n"], node.attrs["k"]
             uses[key] = uses.get(key, 0) + 1
-    if not uses:
-        return {}, []
-    products = [Product(catalog.by_name(f), n, k, count) for (f, n, k), count in uses.items()]
-    specs, choices = plan_products(products, isa, machine, activations or "f32", machine.cores)
-    return specs, [dataclasses.asdict(c) for c in choices]
+    return [Product(catalog.by_name(f), n, k, count) for (f, n, k), count in uses.items()]
+
+
+def _kernel_units(
+    variant: _Variant, alone: bool
+) -> tuple[dict[str, str], list[toolchain.Unit], tuple[str, ...]]:
+    """(headers, units of the kernels, flags) of a variant. Names of several in one library are kept
+    apart by their namespace."""
+    isa = variant.isa
+    include = (resource_folder("runtime") / "include",)
+    flags = (*toolchain.KERNEL_FLAGS, *isa.flags, *(() if alone else (f"-Dqg=qg_{isa.name}",)))
+    headers = variant.kernels.headers()
+    units = [
+        toolchain.Unit(k.name, k.text, flags, build.included(k.text, headers), include)
+        for k in variant.kernels.sources()
+    ]
+    return headers, units, flags
+
+
+def _model_unit(
+    variant: _Variant, headers: Mapping[str, str], flags: tuple[str, ...]
+) -> toolchain.Unit:
+    """The program of a variant."""
+    program = variant.program
+    text = render("tensor/model.cpp.j2", model=program, banner=_banner(program))
+    # the kernels that take the time are units of their own; -O2 halves the time of this one
+    model_flags = tuple("-O2" if f == "-O3" else f for f in flags)
+    include = (resource_folder("runtime") / "include",)
+    used = build.included(text, {**headers, **_plain_headers()})
+    return toolchain.Unit("model", text, model_flags, used, include)
 
 
 def _interface(graph: Graph, names: list[str]) -> list[dict[str, Any]]:
@@ -335,9 +413,10 @@ def _plain_headers() -> dict[str, str]:
     return {file.name: file.read_text() for file in sorted(folder.glob("*.h"))}
 
 
-def _uid(program: GraphProgram, hashes: Mapping[str, str]) -> bytes:
+def _uid(programs: Sequence[GraphProgram], hashes: Mapping[str, str]) -> bytes:
     """What ties model.so to its weights."""
-    text = json.dumps([[line.text for line in program.lines], dict(hashes), program.name])
+    lines = [[line.text for line in program.lines] for program in programs]
+    text = json.dumps([lines, dict(hashes), programs[0].name])
     return hashlib.blake2b(text.encode(), digest_size=32).digest()
 
 

@@ -151,9 +151,23 @@ def shared_layouts(
 ) -> dict[tuple[str, int, int], tuple[Layout, float]]:
     """The layouts of ``plan`` that another target can use too, by (format, N, K), and what each
     costs it: predicted time of a token with this layout over that with its own, less one."""
-    own = _Search(products(graph), isa, machine, activations, threads, {})
+    wanted = products(graph)
+    layouts = {p.key: spec_for(plan, *p.key).layout for p in wanted}
+    return shared_product_layouts(wanted, layouts, isa, machine, activations, threads)
+
+
+def shared_product_layouts(
+    products: Sequence[Product],
+    layouts: Mapping[tuple[str, int, int], Layout],
+    isa: Isa,
+    machine: Machine,
+    activations: str,
+    threads: int,
+) -> dict[tuple[str, int, int], tuple[Layout, float]]:
+    """:func:`shared_layouts` of matrices that lie in ``layouts``."""
+    own = _Search(list(products), isa, machine, activations, threads, {})
     other = _Search(own.products, isa, machine, activations, threads, {})
-    other.layouts = {p.key: spec_for(plan, *p.key).layout for p in own.products}
+    other.layouts = layouts
     best, bound = own.choose(), other.choose()
     losses = {
         p.key: own.us(bound[p.key], p, 1) / own.us(best[p.key], p, 1) - 1 for p in own.products
@@ -170,9 +184,14 @@ def plan_products(
     activations: str,
     threads: int,
     measured: Measured | None = None,
+    layouts: Mapping[tuple[str, int, int], Layout] | None = None,
 ) -> tuple[dict[tuple[str, int, int], MatmulSpec], list[KernelChoice]]:
-    """The kernels of matrices by (format, N, K), and the entries of a plan that say why."""
+    """The kernels of matrices by (format, N, K), and the entries of a plan that say why.
+
+    ``layouts`` are those that the matrices of some keys already have.
+    """
     search = _Search(list(products), isa, machine, activations, threads, measured or {})
+    search.layouts = layouts or {}
     chosen = search.choose()
     return chosen, [search.choice(p, chosen[p.key], m) for p in products for m in BUCKETS]
 

@@ -103,6 +103,8 @@ class GraphProgram:
     arena_bytes_per_thread: int = 0
     weights_bytes: int = 0
     uid: bytes = bytes(32)
+    symbol: str = "qigen_model_description"
+    next: str = ""  # symbol of what a machine takes that lacks the features
     notes: tuple[str, ...] = ()
 
 

@@ -113,8 +113,7 @@ def _run(case: Any, folder: Path, isa: str) -> Outcome:
         compile_graph(
             path.with_suffix(".onnx"),
             path,
-            isa=row,
-            machine=machine,
+            pairs=[(machine, row)],
             options=GraphOptions(),
             jobs=1,
             model=model,

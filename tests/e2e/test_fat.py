@@ -13,7 +13,7 @@ import qigen
 from qigen import compiler, targets
 from qigen.backends.cpu.isa import ISAS
 from qigen.describe import variants
-from qigen.errors import Unsupported, UsageError
+from qigen.errors import UsageError
 from qigen.formats.layout import Layout
 from qigen.targets.features import host_architecture
 from tests.e2e.harness import JOBS
@@ -98,5 +98,3 @@ def test_targets_that_do_not_go_together(tmp_path: Path) -> None:
         qigen.compile(GGUF, tmp_path / "a.qgn", target="x86-64-v3", isa="avx512vnni")
     with pytest.raises(UsageError, match="neon is for aarch64"):
         qigen.compile(GGUF, tmp_path / "a.qgn", isa="neon")
-    with pytest.raises(Unsupported, match="compile it once for each"):
-        qigen.compile("model.onnx", tmp_path / "a.qgn", target=TARGETS)
