@@ -40,6 +40,18 @@ MATRIX_TOKENS = 4
 PANEL = 128
 """Weights along K that the f32 kernels decode at a time: 16 rows x 128 x 4 bytes is 8 KiB of L1."""
 
+PANEL_WEIGHTS = 1024
+"""Weights along K of the panels of an int8 kernel, all its row-blocks together: 20 KiB of L1."""
+
+PANEL_TILES = 4
+"""Tiles of tokens from which on an int8 kernel unpacks into a panel."""
+
+PANEL_TILES_TWO_LEVEL = 2
+"""The same where scales have two levels: they cost as much as the codes."""
+
+PANEL_TOKENS = 128
+"""Tokens at most that share the panels of an int8 kernel: their totals are 8 KiB a row-block."""
+
 
 _ARITHMETIC = {"f32": "a32", "bf16": "a16", "int8": "a8", "int8-token": "a8t"}
 
@@ -123,6 +135,22 @@ class MatmulSpec:
     def integer(self) -> bool:
         """Whether the activations are quantized."""
         return self.activations in ("int8", "int8-token")
+
+    @property
+    def panel(self) -> bool:
+        """Whether many tokens share a panel of unpacked weights: it pays where codes must be
+        unpacked at all. Weights that are kept apart have no place in it."""
+        if not self.integer or self.tiles[0] == 1 or self.format.has("oc") or self.format.has("qc"):
+            return False
+        plan = decode_plan(self.format, self.layout)
+        if plan.words:
+            return False
+        return plan.unpack_instructions > 0 and plan.kblock % ACTIVATION_GROUP == 0
+
+    @property
+    def panel_tiles(self) -> int:
+        """Tiles of tokens from which on the panel is used."""
+        return PANEL_TILES_TWO_LEVEL if self.format.has("sub") else PANEL_TILES
 
     def entry(self, epilogue: str) -> str:
         """The function that computes with an epilogue: store, add, silu or gelu_tanh."""
@@ -208,6 +236,10 @@ def render_matmul(
         token_scale=spec.activations == "int8-token",
         prefetch=spec.prefetch,
         streams=spec.streams,
+        panel=spec.panel,
+        panel_weights=PANEL_WEIGHTS // spec.row_tile,
+        panel_tiles=spec.panel_tiles,
+        panel_tokens=PANEL_TOKENS,
         **common,
     )
     return KernelSource(spec.name, text, spec.isa.name, entries)

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from qigen.backends.base import Isa
+from qigen.backends.cpu.decode import ACTIVATION_GROUP
 from qigen.backends.cpu.matmul import MatmulSpec, render_matmul
 from qigen.codegen.render import render
 
@@ -231,12 +232,14 @@ def count_text(text: str, isa: Isa) -> Count:
 class KernelCounts:
     """Instructions of one tile of a kernel: of a K-block, and of what stands around the loop.
 
-    ``unpack`` is what an f32 or bf16 kernel spends on a K-block once for all its tokens.
+    ``unpack`` is what a kernel that unpacks weights into a panel spends on a K-block of a row-block
+    once for all its tokens; ``panel`` a tile of an int8 kernel on a K-block of the panel.
     """
 
     kblock: Count
     unpack: Count
     around: Count
+    panel: Count
 
 
 LOOP = 5
@@ -251,21 +254,29 @@ def kernel_counts(spec: MatmulSpec, tokens: int, rows: int) -> KernelCounts:
         _, inside, outside = _loop(_function(text, f"tile_{tokens}x{rows}"))
         kblock = _looped(inside, spec.isa, 1)
         _expand(kblock, spec, inside, text)
-        return KernelCounts(kblock, counted({}), count_text(outside, spec.isa))
+        unpack, panel = counted({}), counted({})
+        if "tile_panel_" in text:
+            body = _loop(_function(text, "unpack"))[1]
+            unpack = _looped(body, spec.isa, 1)
+            _expand(unpack, spec, body, text)
+            group = _loop(_function(text, f"tile_panel_{tokens}x{rows}"))[1]
+            groups = spec.format.block * spec.layout.blocks // ACTIVATION_GROUP
+            panel = _looped(group, spec.isa, groups)
+        return KernelCounts(kblock, unpack, count_text(outside, spec.isa), panel)
     header, inside, outside = _loop(_function(text, f"fma_{tokens}"))
     unrolled = re.search(r"k \+= (\d+)", header)
     steps = spec.format.block * spec.layout.blocks / (2 if spec.activations == "bf16" else 1)
     kblock = _looped(inside, spec.isa, steps / (int(unrolled[1]) if unrolled else 1))
-    panel = _function(text, "row_block")
+    row_block = _function(text, "row_block")
     unpack = counted({})
-    if "decode(" in panel:
+    if "decode(" in row_block:
         body = _function(text, "decode")
         unpack = _looped(body, spec.isa, 1)
         _expand(unpack, spec, body, text)
-    for packing in re.findall(r"[^\n]*vi_pack_bf16[^\n]*", panel):
+    for packing in re.findall(r"[^\n]*vi_pack_bf16[^\n]*", row_block):
         for kind, n in _looped(packing, spec.isa, steps).items():
             unpack[kind] += n
-    return KernelCounts(kblock, unpack, count_text(outside, spec.isa))
+    return KernelCounts(kblock, unpack, count_text(outside, spec.isa), counted({}))
 
 
 _WORD = {"instructions": 9.0, "load": 4.0, "store": 2.0}

@@ -26,6 +26,8 @@ from qigen.backends.cpu.decode import ACTIVATION_GROUP, STEP, decode_plan
 from qigen.backends.cpu.matmul import (
     DEFAULT_PREFETCH,
     PANEL,
+    PANEL_TOKENS,
+    PANEL_WEIGHTS,
     ActivationRecord,
     MatmulSpec,
     accumulator_bound,
@@ -133,10 +135,8 @@ def registers(spec: MatmulSpec, tokens: int, rows: int) -> int:
     the scales of a K-block where they are two-level."""
     if not spec.integer:
         return (5 if tokens == 1 else tokens + 2) + (spec.isa.vectors > 1)
-    # narrow and wide ones if 16-bit lanes are flushed
-    integers = 1 if spec.isa.dot_limit is None else 2
     factors = spec.format.has("sub") + spec.format.has("submin")
-    return tokens * rows * (1 + integers) + (2 + factors) * rows + 1
+    return tokens * rows * 2 + (2 + factors) * rows + 1
 
 
 def fits(spec: MatmulSpec, tokens: int, rows: int) -> bool:
@@ -178,22 +178,24 @@ class _Tile:
 
 
 @functools.lru_cache(maxsize=4096)
-def _unpack(spec: MatmulSpec, machine: Machine) -> tuple[float, float]:
-    """(cycles, instructions) that an f32 or bf16 kernel takes to unpack a K-block."""
-    count = kernel_counts(spec, 1, 1).unpack
+def _unpack(spec: MatmulSpec, tokens: int, machine: Machine) -> tuple[float, float]:
+    """(cycles, instructions) that a kernel takes to unpack a K-block into a panel."""
+    count = kernel_counts(spec, tokens, 1).unpack
     cycles = _together(_port_cycles(count, _rates(machine, spec.isa), machine).values())
     return cycles, count["instructions"]
 
 
-def tile_count(spec: MatmulSpec, tokens: int, rows: int) -> Count:
+def tile_count(spec: MatmulSpec, tokens: int, rows: int, panel: bool = False) -> Count:
     """Instructions of a tile for one K-block, by class.
 
     That is what the kernel's text says, and what becomes of it: loads across two cache lines take
     their port twice, and accumulators that do not fit the registers are stored and loaded again.
     """
-    count = counted(kernel_counts(spec, tokens, rows).kblock)
-    size = kblock_bytes(spec.format, spec.layout)
-    count["load"] += count["stream"] * (1 - math.gcd(size, 64) / 64)
+    counts = kernel_counts(spec, tokens, rows)
+    count = counted(counts.panel if panel else counts.kblock)
+    if not panel:  # whose vectors are aligned
+        size = kblock_bytes(spec.format, spec.layout)
+        count["load"] += count["stream"] * (1 - math.gcd(size, 64) / 64)
     moved = _moved(spec, tokens, rows)
     for kind in ("store", "load", "instructions"):
         count[kind] += moved
@@ -205,8 +207,6 @@ def _moved(spec: MatmulSpec, tokens: int, rows: int) -> int:
     if not spec.integer or fits(spec, tokens, rows):
         return 0
     weights, sums = spec.format.block * spec.layout.blocks, tokens * rows
-    if spec.isa.dot_limit is not None:
-        return weights // STEP * sums * spec.isa.vectors  # integer accumulators, in every step
     # float accumulators first: they are needed once a segment
     excess = registers(spec, tokens, rows) - spec.isa.registers
     segments = len(decode_plan(spec.format, spec.layout).segments)
@@ -214,9 +214,12 @@ def _moved(spec: MatmulSpec, tokens: int, rows: int) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def _tile(spec: MatmulSpec, tokens: int, rows: int, machine: Machine) -> _Tile:
-    """One tile of a kernel, whichever tiles the kernel has."""
-    count = tile_count(spec, tokens, rows)
+def _tile(
+    spec: MatmulSpec, tokens: int, rows: int, machine: Machine, panel: bool = False
+) -> _Tile:
+    """One tile of a kernel, whichever tiles the kernel has; with ``panel`` that of an int8 kernel
+    over unpacked weights."""
+    count = tile_count(spec, tokens, rows, panel)
     rates, latency = _rates(machine, spec.isa), machine.latency
     cycles = _port_cycles(count, rates, machine)
     weights = spec.format.block * spec.layout.blocks
@@ -244,6 +247,11 @@ def _tile(spec: MatmulSpec, tokens: int, rows: int, machine: Machine) -> _Tile:
         around["instructions"],
         count["prefetch"] > 0 or not spec.integer,
     )
+
+
+def panels(spec: MatmulSpec, m: int) -> bool:
+    """Whether an int8 kernel unpacks weights into panels for m tokens."""
+    return spec.panel and m // spec.tiles[0] >= spec.panel_tiles
 
 
 def split(tiles: tuple[int, ...], m: int) -> dict[int, int]:
@@ -302,22 +310,27 @@ def predict(
         arriving = limits[level] * groups * rows / per_thread
         for tokens, times in split(spec.tiles, m).items() if groups else ():
             together = rows if tokens > 1 else min(rows, spec.streams)
-            tile = _tile(alone, tokens, together, machine)
+            panel = tokens == spec.tiles[0] and panels(spec, m)
+            tile = _tile(alone, tokens, together, machine, panel)
             calls = groups * times * (rows // together)
-            one = (kblocks * tile.cycles + tile.around) * us
+            around = tile.around
+            if panel:
+                around *= -(-kblocks * spec.format.block * spec.layout.blocks // PANEL_WEIGHTS)
+            one = (kblocks * tile.cycles + around) * us
             for name, cycles in tile.resources.items():
                 limits[name] = limits.get(name, 0.0) + calls * kblocks * cycles * us
             # weights arrive while the first tile works; partly before, if nobody prefetches them
-            first = groups * one * (rows // together) if arriving else 0.0
+            # (those of a panel while all tiles work)
+            first = groups * one * (times if panel else rows // together) if arriving else 0.0
             time += _together((arriving, first))
             time += _EXPOSED * min(arriving, first) * (late if tile.prefetches else 1.0)
             time += calls * one - first
             arriving = 0.0
             shared = calls * row_blocks / per_thread
             instructions += shared * (kblocks * tile.instructions + tile.instructions_around)
-    if not spec.integer:
-        slabs = -(-m // _SLAB)
-        cycles, count = _unpack(alone, machine)
+    if not spec.integer or panels(spec, m):
+        slabs = -(-m // (PANEL_TOKENS if spec.integer else _SLAB))
+        cycles, count = _unpack(alone, spec.tiles[0] if spec.integer else 1, machine)
         limits["unpack"] = per_thread * slabs * kblocks * cycles * us
         time += limits["unpack"]
         instructions += row_blocks * slabs * kblocks * count
@@ -408,6 +421,8 @@ def _reload(
     near = _FULL * machine.l1d_bytes
     if not spec.integer:
         block = 64 * PANEL  # an unpacked panel takes the place of the row-block
+    elif panels(spec, m):
+        block = 20 * PANEL_WEIGHTS // rows
     again = (tiles - 1) * block if rows * block + x / tiles > near else 0
     us = again / (machine.l2_gb_s * 1e3)
     if x + rows * block <= near:

@@ -23,8 +23,6 @@ from qigen.formats.layout import Layout
 
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-Wno-psabi")
 
-DOT = "vpdpbusd|vpmaddubsw"
-
 # Vector instructions by class, as the disassembler writes them.
 CLASSES = {
     r"vpdpbusd|vpmaddubsw|vpmaddwd": "dot",
@@ -109,19 +107,25 @@ def disassembled(kernel: MatmulSpec, folder: Path) -> list[tuple[int, str, str]]
     return [(int(m[1], 16), m[2], m[3]) for m in found if m]
 
 
-def main_loop(code: list[tuple[int, str, str]]) -> list[tuple[int, str, str]]:
-    """The innermost loop with the most dot products."""
+def inner_loops(code: list[tuple[int, str, str]]) -> list[Counter[str]]:
+    """The instructions of the innermost loops that have dot products, by class."""
     at = {address: i for i, (address, _, _) in enumerate(code)}
     loops = []
     for i, (address, mnemonic, operands) in enumerate(code):
         target = re.match(r"([0-9a-f]+)", operands) if mnemonic.startswith("j") else None
         if target and int(target[1], 16) <= address and int(target[1], 16) in at:
             loops.append((at[int(target[1], 16)], i))
-    inner = [
-        a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)
-    ]
-    bodies = [code[a : b + 1] for a, b in inner]
-    return max(bodies, key=lambda body: sum(bool(re.match(DOT, m)) for _, m, _ in body))
+    counts = []
+    for first, last in loops:
+        if any((first, last) != b and first <= b[0] and b[1] <= last for b in loops):
+            continue
+        count = Counter(instructions=last + 1 - first)
+        for _, mnemonic, _ in code[first : last + 1]:
+            for pattern, kind in CLASSES.items():
+                count[kind] += bool(re.match(pattern, mnemonic))
+        if count["dot"]:
+            counts.append(count)
+    return counts
 
 
 @pytest.mark.skipif(
@@ -141,11 +145,15 @@ def test_counts_agree_with_the_compiler(
         ["g++", *kernel.isa.flags, "-xc++", "-fsyntax-only", "-"], input=b"", check=False
     ).returncode:
         pytest.skip(f"g++ knows no {isa}")
-    actual: Counter[str] = Counter()
-    for _, mnemonic, _ in main_loop(disassembled(kernel, tmp_path)):
-        actual["instructions"] += 1
-        for pattern, kind in CLASSES.items():
-            actual[kind] += bool(re.match(pattern, mnemonic))
-    predicted = tile_count(kernel, tokens, kernel.row_tile if tokens > 1 else 1)
-    for kind in ("instructions", *CLASSES.values()):
-        assert predicted[kind] == pytest.approx(actual[kind], rel=0.15), kind
+    loops = inner_loops(disassembled(kernel, tmp_path))
+    rows = kernel.row_tile if tokens > 1 else 1
+    predicted = [tile_count(kernel, tokens, rows)]
+    if kernel.panel:
+        groups = kernel.format.block * blocks // 32
+        panel = tile_count(kernel, tokens, rows, panel=True)
+        predicted.append(counted({kind: n / groups for kind, n in panel.items()}))
+    for count in predicted:
+        kinds = ("instructions", *CLASSES.values())
+        off = [max(abs(count[k] - loop[k]) / max(loop[k], count[k], 1) for k in kinds)
+               for loop in loops]
+        assert min(off) <= 0.15, (count, loops)

@@ -25,6 +25,8 @@ from qigen.backends.cpu.decode import ACTIVATION_GROUP, decode_plan
 from qigen.backends.cpu.isa import ISAS
 from qigen.backends.cpu.isa.primitives import PRIMITIVES
 from qigen.backends.cpu.matmul import (
+    PANEL_TOKENS,
+    PANEL_WEIGHTS,
     ActivationRecord,
     MatmulSpec,
     accumulator_bound,
@@ -381,8 +383,9 @@ def run(library: ctypes.CDLL, spec: MatmulSpec, c: Case, epilogue: str, m: int,
         entry(ctypes.byref(args), ctypes.c_int(b0), ctypes.c_int(b1))
 
 
-def check(library: ctypes.CDLL, spec: MatmulSpec, epilogue: str, m: int, with_bias: bool) -> None:
-    c = case(spec)
+def check(library: ctypes.CDLL, spec: MatmulSpec, epilogue: str, m: int, with_bias: bool,
+          known: Case | None = None) -> None:
+    c = known or case(spec)
     rng = np.random.default_rng(2)
     bias = rng.normal(0, 3, 64).astype(np.float32) if with_bias else None
     # y's rows are padded to 16 floats, and a guard of 16 floats lies beyond
@@ -619,6 +622,30 @@ def test_catalog_is_covered() -> None:
     if any(map(foreign, ISAS.values())):
         assert {spec.format.name for spec, _ in DEFAULT if foreign(spec.isa)} == set(
             REPRESENTATIVE)
+
+
+# ---- panels ----
+
+LONG = [(MatmulSpec(CATALOG[name], Layout(), isa, kind, (2, 1)), ("store", "silu"))
+        for name, kind in (("q4_0", "int8"), ("q4_k", "int8-token"), ("s5g64", "int8-token"),
+                           ("q3_k", "int8"))
+        for isa in (AVX2, AVX512VNNI)]
+
+
+@pytest.mark.parametrize("index", range(len(LONG)), ids=lambda i: identity(LONG[i][0]))
+def test_panels(index: int, libraries: Libraries) -> None:
+    """More weights than a panel holds, and more tokens than share one; the odd token goes alone."""
+    spec, epilogues = LONG[index]
+    if why_not(spec.isa):
+        pytest.skip(why_not(spec.isa))
+    assert spec.panel
+    m = PANEL_TOKENS + 2 * spec.panel_tiles + 3
+    k = 2 * PANEL_WEIGHTS + spec.format.block
+    tensor = random_tensor(spec.format, ROWS, k)
+    rows = activate(spec, np.random.default_rng(4).normal(0, 1, (m, k)).astype(np.float32))
+    c = Case(pack(tensor, spec.layout), tensor, rows, *reference(spec, tensor, rows))
+    for epilogue in epilogues:
+        check(libraries.get(LONG, index), spec, epilogue, m, with_bias=False, known=c)
 
 
 # ---- accumulators ----
