@@ -86,7 +86,7 @@ def bench_graph(
         raise UsageError(f"precision {peer_precision}: choose one of {', '.join(PRECISIONS)}")
     for name in peers:
         _check_peer(name, peer_precision)
-    arrays = _inputs(artifact, inputs or {}, shapes or {})
+    arrays = model_inputs(artifact, inputs or {}, shapes or {})
     source = _peer_source(artifact, peer_model) if peers else None
     report = progress or (lambda stage, done, total: None)
 
@@ -165,7 +165,7 @@ def bench_graph(
 # ---- inputs --------------------------------------------------------------------------------------
 
 
-def _inputs(
+def model_inputs(
     artifact: Artifact,
     files: Mapping[str, str | os.PathLike[str]],
     shapes: Mapping[str, Sequence[int | str]],

@@ -112,11 +112,7 @@ def quantize_language_model(
     # where nothing is looked at, matrices are rounded as they are written
     if recipe.method == "rtn" and not recipe.preparations:
         return requantized(graph, fmt, rounding.keep), []
-    sequences = None
-    if rounding.calibration is not None:
-        ids = read_ids(rounding.calibration, tokenizer)
-        context = min(recipe.context, graph.meta["max_seq"])
-        sequences = sequences_of(ids, recipe.samples, context, str(rounding.calibration))
+    sequences = calibration_sequences(graph, tokenizer, rounding, recipe)
     told = None if sequences is None else hashlib.sha256(sequences.tobytes()).hexdigest()
     store = Store.of(
         toolchain.cache_folder() / "quantized", VERSION, source.metadata.sha256(), fmt.name, names,
@@ -124,6 +120,38 @@ def quantize_language_model(
     )
     return quantize_model(graph, dict.fromkeys(names, fmt), sequences, recipe, store=store,
                           progress=report)
+
+
+def calibration_sequences(
+    graph: Graph, tokenizer: Tokenizer | None, rounding: Rounding, recipe: Recipe
+) -> npt.NDArray[np.int32] | None:
+    """int32 [S, T]: what a language model is calibrated on; None without calibration data."""
+    if rounding.calibration is None:
+        return None
+    ids = read_ids(rounding.calibration, tokenizer)
+    context = min(recipe.context, graph.meta["max_seq"])
+    return sequences_of(ids, recipe.samples, context, str(rounding.calibration))
+
+
+def quantize_by_matrix(
+    source: LanguageModel,
+    graph: Graph,
+    formats: Mapping[str, str],
+    by_matrix: Mapping[str, str],
+    sequences: npt.NDArray[np.int32] | None,
+    recipe: Recipe,
+    report: Progress,
+) -> tuple[Graph, list[dict[str, Any]]]:
+    """The flat ``graph`` with the matrices that ``formats`` names in those formats, each by its own
+    method; raises and resumes as :func:`quantize_language_model` does."""
+    rows = {name: by_name(fmt) for name, fmt in formats.items()}
+    told = None if sequences is None else hashlib.sha256(sequences.tobytes()).hexdigest()
+    store = Store.of(
+        toolchain.cache_folder() / "quantized", VERSION, source.metadata.sha256(),
+        sorted(formats.items()), sorted(by_matrix.items()), told, recipe.sequential,
+    )
+    return quantize_model(graph, rows, sequences, recipe, store=store, progress=report,
+                          by_matrix=by_matrix)
 
 
 def read_ids(path: Path, tokenizer: Tokenizer | None) -> npt.NDArray[np.int32]:

@@ -7,6 +7,7 @@ output folder appears whole or not at all.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -47,7 +48,12 @@ from qigen.build import (
     write_interface,
     write_sources,
 )
-from qigen.calibration import Rounding, quantize_language_model
+from qigen.calibration import (
+    Rounding,
+    calibration_sequences,
+    quantize_by_matrix,
+    quantize_language_model,
+)
 from qigen.codegen.lower import Lowering, Program, lower_program
 from qigen.codegen.render import render
 from qigen.cuda_compiler import GpuOptions, compile_gpu, gpu_targets
@@ -67,11 +73,14 @@ from qigen.graph_compiler import (
 )
 from qigen.ir.graph import Graph, constant_shape
 from qigen.ir.plan import Plan
+from qigen.mix import Budget, Choice, WeightPlan, Wishes, choose
+from qigen.mix.candidates import KEEP, matrices_of
 from qigen.passes.memory import MemoryPlan, plan_memory
 from qigen.passes.pipeline import optimize
 from qigen.paths import resource_folder
 from qigen.planner import (
     Measured,
+    Product,
     isa_candidates,
     plan_model,
     products,
@@ -112,6 +121,10 @@ def compile(
     keep: Sequence[str] = (),
     samples: int = SAMPLES,
     memory: int = MEMORY,
+    budget: str | None = None,
+    plan: str | os.PathLike[str] | None = None,
+    candidates: Sequence[str] = (),
+    curve: bool = False,
     emit: str = "library",
     backend: str = "cpu",
     progress: Progress | None = None,
@@ -123,7 +136,12 @@ def compile(
     ``target`` is "native" or a name from :mod:`qigen.targets`; several, separated by commas, make
     one artifact that takes the fastest of them that the machine has. GPU architectures ("sm_80")
     make an artifact that opens the CUDA driver at load. ``isa`` forces an ISA row.
-    ``weights`` is "keep" (the file's own codes) or a format name that every matrix is rounded to.
+    ``weights`` is "keep" (the file's own codes), a format name that every matrix is rounded to, or
+    "auto": a format for each that keeps the ``budget`` ("bits=3.5", "bytes=80M", "latency=5ms",
+    "kl=0.02", several separated by commas) and hurts least, from the ``candidates`` (none: a table
+    of :mod:`qigen.mix`). The choice is written beside the artifact, as OUTPUT.plan.toml; ``plan``
+    takes such a file, which may have been edited. ``curve`` also puts the best for other budgets
+    into the manifest.
     ``activations``: "f32", "int8" (a scale for 32 values), "int8-token"; None lets the planner
     choose. ``kv`` is a row of :mod:`qigen.formats.kv`. ``max_seq`` bounds the positions of a
     session (default: the model's own, up to 4096), ``max_batch`` the sessions of one batched step.
@@ -206,11 +224,18 @@ def compile(
         )
     if shape:
         raise UsageError("--shape is for ONNX models; language models take any number of tokens")
+    if plan is not None and (weights not in ("keep", "auto") or budget or candidates or keep):
+        raise UsageError("a --plan says what every matrix gets; leave --weights, --budget, "
+                         "--candidates and --keep out")
+    if plan is not None:
+        weights = "auto"
     if weights == "keep" and (calibration is not None or method is not None or keep):
         raise UsageError(
             "--calibration, --method and --keep are for weights that are quantized; also give "
             "--weights FORMAT"
         )
+    if weights != "auto" and plan is None and (budget is not None or candidates):
+        raise UsageError("--budget and --candidates are for --weights auto; also give that")
     report("read", 0, 1)
     source = load_model(Path(model))
     limit = source.config.max_position
@@ -219,7 +244,42 @@ def compile(
     graph = build_graph(source, max_seq)
     report("read", 1, 1)
     outcomes: list[dict[str, Any]] = []
-    if weights != "keep":
+    mix: Choice | None = None
+    if weights == "auto":
+        if gpus:
+            raise Unsupported("formats are chosen for processors so far; name a format for a GPU")
+        rounding = Rounding("", method, tuple(keep),
+                            Path(calibration) if calibration is not None else None, samples,
+                            memory=memory)
+        recipe = rounding.recipe(rounding.calibration is not None)
+        sequences = calibration_sequences(graph, tokenizer, rounding, recipe)
+        digest = source.metadata.sha256()
+        if plan is not None:
+            weight_plan = WeightPlan.read(Path(plan))
+            weight_plan.check(matrices_of(graph), source.metadata.name, digest, str(plan),
+                              sequences is not None)
+        else:
+            cores = threads or machine.cores
+            mix = choose(
+                graph,
+                Wishes(Budget.parse(budget) if budget else Budget(), method or recipe.method,
+                       tuple(candidates), tuple(keep), curve),
+                sequences, model=source.metadata.name, sha256=digest, isa=row, machine=machine,
+                activations=activations or "auto", threads=cores,
+                measured=functools.partial(_remembered, isa=row, machine=machine, threads=cores)
+                if target == "native" and tune != "off" else None,
+                memory=memory, cache=toolchain.cache_folder() / "sensitivity", report=report,
+            )  # fmt: skip
+            weight_plan = mix.plan
+        graph, outcomes = quantize_by_matrix(
+            source, graph,
+            {n: m.format for n, m in weight_plan.matrices.items() if m.format != KEEP},
+            {n: m.method or recipe.method for n, m in weight_plan.matrices.items()
+             if m.format != KEEP},
+            sequences, recipe, report,
+        )  # fmt: skip
+        graph.meta["mix"] = mix.to_json() if mix else {"budget": weight_plan.budget}
+    elif weights != "keep":
         rounding = Rounding(
             SHORT_FORMATS.get(weights, weights), method, tuple(keep),
             Path(calibration) if calibration is not None else None, samples, memory=memory,
@@ -296,14 +356,26 @@ def compile(
                    Path(keep_sources) if keep_sources else None, report)
         return variants[0].plan
 
-    plan = build(threads, None)
+    kernels = build(threads, None)
     if tune == "measure":
         knobs = tune_model(out, progress=progress)
         block = max(knobs.block, max_batch)
-        if block < plan.max_tokens or (threads is None and knobs.threads != plan.threads_hint):
-            build(threads or knobs.threads, min(block, plan.max_tokens))
+        if block < kernels.max_tokens or (
+            threads is None and knobs.threads != kernels.threads_hint
+        ):
+            build(threads or knobs.threads, min(block, kernels.max_tokens))
             remember(out, knobs.threads, knobs.block)
+    if weights == "auto":
+        beside = out.with_suffix(".plan.toml")
+        if plan is None or not (beside.exists() and beside.samefile(plan)):
+            beside.write_text(weight_plan.to_toml(), encoding="utf-8")
     return Artifact(out)
+
+
+def _remembered(some: Sequence[Product], *, isa: Isa, machine: targets.Machine, threads: int
+                ) -> Measured:
+    """What the tuning database knows of products."""
+    return remembered(some, isa=isa, machine=machine, threads=threads)[0]
 
 
 @dataclasses.dataclass
@@ -363,9 +435,7 @@ def _check_options(
         raise UsageError(f"tuning '{tune}': choose one of {', '.join(TUNING)}")
     if tune == "measure" and target != "native":
         raise UsageError("only kernels for this machine can be measured; leave --target out")
-    if weights == "auto":
-        raise Unsupported("choosing formats by budget is not built yet; name a format")
-    if weights != "keep":
+    if weights not in ("keep", "auto"):
         catalog.by_name(SHORT_FORMATS.get(weights, weights))
 
 
@@ -554,6 +624,7 @@ def _build(
             "max_tokens": program.max_tokens,
         },
         "quantization": graph.meta.get("quantization", []),
+        **({"mix": graph.meta["mix"]} if "mix" in graph.meta else {}),
         "compiler": {
             "backend": backend,
             "version": compiler.version,

@@ -20,6 +20,10 @@ from qigen.errors import BadInput, UsageError
 Floats = npt.NDArray[np.float64]
 Logits = npt.NDArray[np.float32]
 
+BLOCK = 64
+"""Predictions of a block. Errors of neighbouring tokens are alike, so standard errors are those of
+sums over blocks (and of at least two: a chunk has as many as fit)."""
+
 _STEP = 128  # tokens a call with all logits: bounds their memory, long enough for the GEMMs
 _ROWS = 16  # rows in float64 at a time
 
@@ -46,10 +50,14 @@ def perplexity(
     """Perplexity over the first ``chunks`` chunks of ``ids`` (default: all that are whole).
 
     Returns ``perplexity``, ``tokens`` (predictions that were scored) and ``chunks``. With a
-    reference also ``reference_perplexity``, ``kl_mean`` and ``kl_p99`` (Kullback-Leibler
-    divergence of the model from the reference, in nats a token: mean and 99th percentile) and
-    ``top1_agreement`` (share of positions where both have the same most likely token).
-    ``progress`` gets (chunks done, chunks, perplexity so far).
+    reference also ``reference_perplexity``, ``log_ratio`` (the mean of what the model loses more
+    than the reference on the same token, so that exp(log_ratio) is the ratio of the perplexities),
+    ``kl_mean`` and ``kl_p99`` (Kullback-Leibler divergence of the model from the reference, in nats
+    a token: mean and 99th percentile) and ``top1_agreement`` (share of positions where both have
+    the same most likely token). What ends in ``_se`` is a standard error, by blocks of
+    :data:`BLOCK` predictions; that of log_ratio is of the paired differences and so much smaller
+    than those of the perplexities. ``kl_p99_low`` and ``kl_p99_high`` are a 95 % interval of order
+    statistics. ``progress`` gets (chunks done, chunks, perplexity so far).
 
     Raises UsageError for a context or number of chunks that makes no sense, BadInput for text
     that is too short, ids outside the vocabulary and logits that are not numbers.
@@ -74,7 +82,7 @@ def perplexity(
     model = _Scorer(session_factory(), context)
     reference = _Scorer(reference_factory(), context) if reference_factory else None
     kl: list[Floats] = []
-    agreed = 0
+    agreed: list[Floats] = []
     for chunk in range(wanted):
         text = tokens[chunk * context : (chunk + 1) * context].astype(np.int32)
         model.begin(text)
@@ -97,22 +105,63 @@ def perplexity(
                 targets = text[start + row + 1 :]
                 ours = model.score(logits[row : row + _ROWS], targets)
                 theirs = reference.score(expected[row : row + _ROWS], targets)
-                kl.append(_divergence(theirs, ours))
-                agreed += int(np.sum(ours.argmax(axis=1) == theirs.argmax(axis=1)))
+                kl.append(divergence_rows(theirs, ours))
+                agreed.append((ours.argmax(axis=1) == theirs.argmax(axis=1)).astype(np.float64))
         if progress is not None:
             progress(chunk + 1, wanted, model.perplexity)
+    losses = model.losses(wanted)
     result: dict[str, float | int] = {
         "perplexity": model.perplexity,
+        "perplexity_se": model.perplexity * standard_error(losses),
         "tokens": model.scored,
         "chunks": wanted,
     }
     if reference is not None:
+        expected_losses = reference.losses(wanted)
         divergences = np.concatenate(kl)
-        result["reference_perplexity"] = reference.perplexity
-        result["kl_mean"] = float(divergences.mean())
-        result["kl_p99"] = float(np.percentile(divergences, 99))
-        result["top1_agreement"] = agreed / model.scored
+        same = np.concatenate(agreed)
+        low, high = percentile_interval(divergences, 0.99)
+        result |= {
+            "reference_perplexity": reference.perplexity,
+            "reference_perplexity_se": reference.perplexity * standard_error(expected_losses),
+            "log_ratio": float((losses - expected_losses).mean()),
+            "log_ratio_se": standard_error(losses - expected_losses),
+            "kl_mean": float(divergences.mean()),
+            "kl_mean_se": standard_error(divergences.reshape(wanted, -1)),
+            "kl_p99": float(np.percentile(divergences, 99)),
+            "kl_p99_low": low,
+            "kl_p99_high": high,
+            "top1_agreement": float(same.mean()),
+            "top1_agreement_se": standard_error(same.reshape(wanted, -1)),
+        }
     return result
+
+
+def standard_error(values: Floats) -> float:
+    """Standard error of the mean of ``values`` [chunks, predictions], by the sums over blocks that
+    do not overlap: as many of about :data:`BLOCK` as make a chunk, and two at least.
+
+    NaN if some are not finite.
+    """
+    chunks, length = values.shape
+    blocks = max(round(length / BLOCK), 2 if chunks == 1 else 1)
+    with np.errstate(invalid="ignore"):
+        sums = np.concatenate([
+            part.sum(axis=1) - part.shape[1] * values.mean()
+            for part in np.array_split(values, min(blocks, length), axis=1)])  # fmt: skip
+        count = len(sums)
+        spread = float(np.square(sums).sum()) * count / max(1, count - 1)
+        return math.sqrt(spread) / values.size if spread == spread else math.nan
+
+
+def percentile_interval(values: Floats, share: float) -> tuple[float, float]:
+    """A 95 % interval of the ``share`` quantile of ``values`` [n], by order statistics (the number
+    of values below the quantile is binomial)."""
+    ordered = np.sort(values)
+    n = len(ordered)
+    width = 1.96 * math.sqrt(n * share * (1 - share))
+    low, high = math.floor(n * share - width), math.ceil(n * share + width)
+    return float(ordered[max(0, low)]), float(ordered[min(n - 1, high)])
 
 
 class _Scorer:
@@ -123,6 +172,11 @@ class _Scorer:
         self.context = context
         self.scored = 0
         self._loss = 0.0
+        self._losses: list[Floats] = []
+
+    def losses(self, chunks: int) -> Floats:
+        """float64 [chunks, predictions]: what every token cost, -log p."""
+        return np.concatenate(self._losses).reshape(chunks, -1)
 
     @property
     def perplexity(self) -> float:
@@ -155,7 +209,9 @@ class _Scorer:
         """Adds the loss of the tokens that follow; the log probabilities ``[n, vocab]``."""
         log_p = log_softmax(logits)
         targets = following[: len(log_p)]
-        self._loss -= float(log_p[np.arange(len(targets)), targets].sum())
+        losses = -log_p[np.arange(len(targets)), targets]
+        self._losses.append(losses)
+        self._loss += float(losses.sum())
         self.scored += len(targets)
         return log_p
 
@@ -174,7 +230,7 @@ def log_softmax(logits: npt.NDArray[np.floating]) -> Floats:
     return wide
 
 
-def _divergence(reference: Floats, model: Floats) -> Floats:
+def divergence_rows(reference: Floats, model: Floats) -> Floats:
     """``sum p_ref (log p_ref - log p)`` by row, for log probabilities ``[n, vocab]``."""
     p = np.exp(reference)
     with np.errstate(invalid="ignore"):  # -inf - -inf where both are certain

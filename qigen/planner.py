@@ -196,6 +196,21 @@ def plan_products(
     return chosen, [search.choice(p, chosen[p.key], m) for p in products for m in BUCKETS]
 
 
+def token_times(
+    products: Sequence[Product],
+    isa: Isa,
+    machine: Machine,
+    activations: str,
+    threads: int,
+    measured: Measured | None = None,
+) -> dict[tuple[str, int, int], float]:
+    """Microseconds that one token's product takes, by (format, N, K), in a model of these products
+    alone: measured where ``measured`` knows the kernel, else predicted."""
+    search = _Search(list(products), isa, machine, activations, threads, measured or {})
+    chosen = search.choose()
+    return {p.key: search.us(chosen[p.key], p, 1) for p in products}
+
+
 def tuning_candidates(
     products: Sequence[Product],
     isa: Isa,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from qigen.errors import BadInput, UsageError
-from qigen.evaluate import log_softmax, perplexity
+from qigen.evaluate import log_softmax, percentile_interval, perplexity, standard_error
 
 
 class Table:
@@ -39,7 +39,10 @@ def test_uniform_logits_give_the_vocabulary_size():
     model = Table(lambda p, t: np.zeros(97), 97)
     ids = np.random.default_rng(0).integers(0, 97, 3 * 512 + 100)
     result = perplexity(lambda: model, ids)
-    assert result == {"perplexity": pytest.approx(97), "tokens": 3 * 255, "chunks": 3}
+    assert result == {
+        "perplexity": pytest.approx(97), "perplexity_se": pytest.approx(0, abs=1e-9),
+        "tokens": 3 * 255, "chunks": 3,
+    }  # fmt: skip
     # every chunk on its own, in order, without its last token, whose prediction is not scored
     assert model.chunks == [ids[i * 512 : i * 512 + 511].tolist() for i in range(3)]
     assert model.longest <= 128
@@ -100,6 +103,54 @@ def test_a_model_agrees_with_itself():
     result = perplexity(factory, ids, context=64, reference_factory=factory)
     assert result["kl_mean"] == result["kl_p99"] == 0.0
     assert result["top1_agreement"] == 1.0
+
+
+def test_standard_errors_are_those_of_the_mean():
+    rng = np.random.default_rng(0)
+    means, errors = [], []
+    for _ in range(300):
+        # neighbours are alike: a standard error that took them as independent would be far too low
+        noise = rng.normal(size=(6, 255 + 15))
+        values = np.stack([np.convolve(row, np.ones(16), "valid") for row in noise])
+        means.append(values.mean())
+        errors.append(standard_error(values))
+    assert np.mean(errors) == pytest.approx(np.std(means), rel=0.15)
+    naive = values.std() / math.sqrt(values.size)
+    assert np.mean(errors) > 3 * naive
+    assert standard_error(np.ones((2, 255))) == 0.0 and standard_error(np.ones((1, 7))) == 0.0
+    assert math.isnan(standard_error(np.full((1, 255), np.inf)))
+
+
+def test_the_interval_of_a_percentile_covers_it():
+    rng = np.random.default_rng(0)
+    truth = math.log(100)  # the 99th percentile of an exponential distribution
+    intervals = [percentile_interval(rng.exponential(size=2000), 0.99) for _ in range(400)]
+    hits = np.mean([low <= truth <= high for low, high in intervals])
+    assert 0.92 < hits <= 0.99
+
+
+def test_paired_differences_are_sharper_than_either_side():
+    # both lose about as much on hard tokens; one loses a little more everywhere
+    rng = np.random.default_rng(2)
+    hard = rng.uniform(-6, 6, 2048)
+
+    def table(extra):
+        def logits(position, token):
+            row = np.zeros(64)
+            row[(token + 1) % 64] = hard[(7 * position + token) % 2048] - extra
+            return row
+
+        return lambda: Table(logits, 64)
+
+    ids = np.arange(2048) % 64
+    result = perplexity(table(0.05), ids, reference_factory=table(0.0))
+    assert 0 < result["log_ratio"] < 0.05
+    assert result["log_ratio_se"] < result["perplexity_se"] / result["perplexity"] / 5
+    ratio = math.log(result["perplexity"] / result["reference_perplexity"])
+    assert result["log_ratio"] == pytest.approx(ratio)
+    assert 0 < result["kl_mean_se"] < result["kl_mean"]
+    assert result["kl_p99_low"] <= result["kl_p99"] <= result["kl_p99_high"]
+    assert result["top1_agreement_se"] < 0.1
 
 
 def test_log_softmax_is_stable():

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qigen.cli.mix import print_mix
 from qigen.cli.options import (
     Bytes,
     Count,
@@ -22,6 +23,7 @@ from qigen.cli.output import (
     shape_text,
     size_text,
 )
+from qigen.errors import UsageError
 
 if TYPE_CHECKING:
     from qigen.artifact import Artifact
@@ -46,7 +48,28 @@ _BAR = 24  # characters of the longest bar
     "--weights",
     default="keep",
     show_default=True,
-    help="'keep' the checkpoint's own codes, or a name of `qigen formats`.",
+    help="'keep' the checkpoint's own codes, a name of `qigen formats`, or 'auto': a format for "
+    "each matrix that keeps the --budget.",
+)
+@click.option(
+    "--budget",
+    metavar="bits=3.5|bytes=80M|latency=5ms|kl=0.02",
+    help="What --weights auto may spend; several are separated by commas.",
+)
+@click.option(
+    "--plan",
+    type=click.Path(path_type=Path),
+    help="The formats of all matrices: what --weights auto wrote, perhaps edited.",
+)
+@click.option(
+    "--candidates",
+    help="What --weights auto chooses from: formats, separated by commas, 'keep' among them. "
+    "[default: a table of fast ones]",
+)
+@click.option(
+    "--plot",
+    type=click.Path(path_type=Path),
+    help="Draw the trade-off of --weights auto into a picture (needs matplotlib).",
 )
 @click.option(
     "--activations",
@@ -140,6 +163,8 @@ def compile(
     output: Path,
     shapes: tuple[str, ...],
     static: bool,
+    candidates: str | None,
+    plot: Path | None,
     explain: bool,
     as_json: bool,
     **options: Any,
@@ -147,9 +172,17 @@ def compile(
     """Compile MODEL, a GGUF file, a Hugging Face folder or an ONNX file, into an artifact."""
     from qigen.arrays import parse_shapes
     from qigen.compiler import compile
+    from qigen.mix.curve import check_plot, save_plot
 
     if static:
         options["emit"] = "static"
+    mixed = options["weights"] == "auto" and options["plan"] is None
+    if plot is not None:
+        if not mixed:
+            raise UsageError("--plot is for --weights auto with a --budget; leave it out")
+        check_plot(plot)
+    options["curve"] = mixed and (explain or plot is not None)
+    options["candidates"] = tuple(filter(None, map(str.strip, (candidates or "").split(","))))
     start = time.perf_counter()
     shape = parse_shapes(shapes)
     with progress_bars(as_json) as progress:
@@ -167,6 +200,11 @@ def compile(
         "objects_cached": manifest["compiler"]["objects_cached"],
         "notes": manifest["source"]["notes"],
     }
+    mix = manifest.get("mix")
+    if mix is not None:
+        summary["mix"] = {"plan": str(output.with_suffix(".plan.toml")), **mix}
+    if plot is not None and mix is not None:
+        save_plot(mix, plot, manifest["name"])
     if as_json:
         print_json(summary | (_explanation(artifact) if explain else {}))
         return
@@ -185,6 +223,8 @@ def compile(
     )
     for note in summary["notes"]:
         click.echo(f"note: {note}")
+    if mix is not None and "expected" in mix:
+        print_mix(mix, explain)
     if explain and artifact.is_graph:
         _print_graph(manifest)
     elif explain:

@@ -201,8 +201,12 @@ def quantize_model(
     *,
     store: Store | None = None,
     progress: Progress | None = None,
+    by_matrix: Mapping[str, str] | None = None,
 ) -> tuple[Graph, list[dict[str, Any]]]:
     """The flat ``graph`` with the matrices that ``formats`` names in those formats.
+
+    ``by_matrix`` names methods (one step as :func:`qigen.quantize.methods.parse` takes it) for
+    matrices that get another than the recipe's; what changes the model first is the recipe's alone.
 
     ``sequences`` int32 [S, T] are what it is calibrated on; a method that needs no Hessian works
     without (None). Tables of embeddings are quantized without statistics, first. The argument is
@@ -219,13 +223,17 @@ def quantize_model(
     if unknown:
         raise BadInput("the model has no such matrix; it is a plan for another model",
                        sorted(unknown)[0])
-    if sequences is None and method.needs_hessian:
-        raise UsageError(f"method {method.name} needs calibration data; give a text, or take "
+    own = {name: methods.parse((by_matrix or {})[name])[-1] if name in (by_matrix or {})
+           else (recipe.method, recipe.options) for name in formats}
+    needing = [m for m in (method, *(methods.by_name(m) for m, _ in own.values()))
+               if m.needs_hessian]
+    if sequences is None and needing:
+        raise UsageError(f"method {needing[0].name} needs calibration data; give a text, or take "
                          "method clip or rtn")
     graph = prepared(graph, formats, sequences, recipe, store, report)
     reports: list[dict[str, Any]] = []
     tables = {node.inputs[1] for node in graph.nodes if node.op == "Embedding"}
-    work = _Work(graph, formats, recipe, store, reports)
+    work = _Work(graph, formats, own, recipe, store, reports)
     walk = Walk(graph, sequences, memory=recipe.memory, scratch=store.folder) if (
         sequences is not None) else None
     parts = walk.segments if walk is not None else []
@@ -279,6 +287,7 @@ def prepared(graph: Graph, formats: Mapping[str, Format],
 class _Work:
     graph: Graph
     formats: Mapping[str, Format]
+    methods: Mapping[str, tuple[str, Mapping[str, Any]]]
     recipe: Recipe
     store: Store
     reports: list[dict[str, Any]]
@@ -314,8 +323,9 @@ class _Work:
         found = self.known(key, [name])
         if not found:
             self.latest = []
-            needs = methods.by_name(self.recipe.method).needs_hessian
-            method, options = ("clip", {}) if needs else (self.recipe.method, self.recipe.options)
+            method, options = self.methods[name]
+            if methods.by_name(method).needs_hessian:
+                method, options = "clip", {}
             with _naming(name):
                 tensor, outcome = methods.quantize_matrix(
                     self.dense(name), self.formats[name], method, None, **options)
@@ -364,20 +374,23 @@ class _Work:
 
     def _quantized(self, names: Sequence[str], statistics: Statistics
                    ) -> dict[str, Array | QuantizedTensor]:
-        """Matrices of one input. Those of one format are quantized as one, their rows together:
-        rows do not know of each other, unless the whole weight shares a table."""
+        """Matrices of one input. Those of one format and method are quantized as one, their rows
+        together: rows do not know of each other, unless the whole weight shares a table."""
         found: dict[str, Array | QuantizedTensor] = {}
         groups: dict[object, list[str]] = {}
         for name in names:
             fmt = self.formats[name]
             alone = any(f.scope == "tensor" for f in fmt.fields)
-            groups.setdefault((fmt.name, name) if alone else fmt.name, []).append(name)
+            method, options = self.methods[name]
+            key = (fmt.name, method, tuple(sorted(options.items())), name if alone else "")
+            groups.setdefault(key, []).append(name)
         for members in groups.values():
             weights = [self.dense(name) for name in members]
             with _naming(", ".join(members)):
+                method, options = self.methods[members[0]]
                 tensor, outcome = methods.quantize_matrix(
-                    np.concatenate(weights), self.formats[members[0]], self.recipe.method,
-                    statistics, **self.recipe.options)
+                    np.concatenate(weights), self.formats[members[0]], method, statistics,
+                    **options)
             at = 0
             hessian = statistics.hessian
             for name, w in zip(members, weights, strict=True):

@@ -221,6 +221,14 @@ class Walk:
             self._kept = {name: value for name, value in {**self._kept, **results}.items()
                           if name in later}
 
+    def kept(self) -> dict[str, Array]:
+        """What the next segment starts from, of all sequences; for :meth:`restart`."""
+        return dict(self._kept)
+
+    def restart(self, kept: Mapping[str, Array]) -> None:
+        """Go on from what another walk over the same sequences has :meth:`kept`."""
+        self._kept = dict(kept)
+
     def _room(self, one: Array) -> Array:
         """Memory, or a file, for a value of every sequence."""
         shape = (len(self.sequences), *one.shape)
