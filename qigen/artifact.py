@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from qigen.backends.cuda.prefill import GemmForm
 from qigen.codegen.lower import PackedTensor, align
 from qigen.errors import BadInput
 from qigen.formats.algebra import QuantizedTensor
@@ -194,6 +195,8 @@ def describe_tensors(
             "bytes": tensor_bytes(tensor, constants),
             "blake2b": hashes[tensor.name],
         }
+        if tensor.form:
+            entry["packed_by_backend"] = tensor.form.format.name
         if tensor.spec:
             entry["layout"] = {"rows": tensor.spec.layout.rows, "blocks": tensor.spec.layout.blocks}
         entries.append(entry)
@@ -320,6 +323,11 @@ class Artifact:
         """
         for tensor in self.tensors.values():
             names = [part["name"] for part in tensor["parts"]]
+            if name in names and "packed_by_backend" in tensor:
+                rows_, columns = tensor["parts"][0]["shape"]
+                data = self._map()[tensor["offset"] : tensor["offset"] + tensor["bytes"]]
+                form = GemmForm(by_name(tensor["packed_by_backend"]))
+                return form.unpack((rows_, columns), data)
             if name in names and "layout" in tensor:
                 fmt, layout = by_name(tensor["format"]), Layout(**tensor["layout"])
                 index = names.index(name)

@@ -386,7 +386,7 @@ def _weights_read(graph: Graph, program: GpuProgram) -> int:
     return sum(
         graph.constant_bytes(tensor.name)
         for tensor in program.tensors
-        if tensor.spec is not None and tensor.name in streamed
+        if (tensor.spec is not None or tensor.form is not None) and tensor.name in streamed
     )
 
 

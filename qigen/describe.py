@@ -79,8 +79,9 @@ def formats() -> list[dict[str, Any]]:
 
 
 def _on_gpu(row: Format) -> list[str]:
-    """The kernels that GPUs have for the format: products of few rows, of many, of many in int8."""
-    kernels = {"gemv": True, "gemm": gemm.supports(row),
+    """The kernels that GPUs have for the format: products of few rows, of many on tensor cores from
+    the codes themselves or (halves-gemm) from halves made of them, of many in int8."""
+    kernels = {"gemv": True, "gemm": gemm.supports(row), "halves-gemm": not gemm.supports(row),
                "gemm-int8": gemm.supports(row, "s8")}
     return [name for name, there in kernels.items() if there]
 

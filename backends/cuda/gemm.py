@@ -23,7 +23,14 @@ import numpy.typing as npt
 
 from qigen.codegen.render import render
 from qigen.errors import BadInput, Unsupported
-from qigen.formats.algebra import Array, Format, QuantizedTensor, as_float32, float_bits
+from qigen.formats.algebra import (
+    MINIFLOATS,
+    Array,
+    Format,
+    QuantizedTensor,
+    as_float32,
+    float_bits,
+)
 
 COLUMNS = 64
 """Rows of W (columns of y) that a warp takes: the unit of the packed form along N."""
@@ -584,3 +591,154 @@ def _table(spec: GemmSpec, weight: QuantizedTensor) -> npt.NDArray[np.float16]:
     table = np.zeros(max(1 << fmt.code_bits, 8), np.float16)
     table[: len(values)] = values.astype(np.float16)
     return table
+
+
+# -- and back -------------------------------------------------------------------------------------
+
+
+def _unplane(data: Array, blocks: int, steps: int, each: int) -> Array:
+    """uint32 [blocks, steps, lanes, words of a step]: the inverse of :func:`_plane`."""
+    lined = data.view(np.uint32).reshape(blocks, steps * each // 4, 32, 4).transpose(0, 2, 1, 3)
+    words: Array = lined.reshape(blocks, 32, steps, each).transpose(0, 2, 1, 3)
+    return words
+
+
+def _unwords(words: Array, bits: int) -> Array:
+    """uint32 [..., 32 / bits]: the fields of words, lowest first."""
+    shifts = np.arange(32 // bits, dtype=np.uint32) * np.uint32(bits)
+    fields: Array = words[..., None] >> shifts & np.uint32((1 << bits) - 1)
+    return fields
+
+
+def _unpairs(words: Array, bits: int) -> Array:
+    """[blocks, steps, lanes, 8 tiles, 4 codes]: the inverse of :func:`_pairs`."""
+    halves = _unwords(words, bits).reshape(*words.shape, 2, 16 // bits)
+    return np.moveaxis(halves, -2, -1).reshape(*words.shape[:3], 8, 4)
+
+
+def _unfragments(parts: Array, d: Decoding) -> Array:
+    """[n, kept columns]: codes from [blocks, steps, lanes, tiles of 8 columns, codes]."""
+    blocks, steps = parts.shape[:2]
+    if d.sparse:
+        split = parts.reshape(blocks, steps, 8, 4, 4, 2, 2, 2)
+        lined = split.transpose(0, 4, 6, 2, 1, 5, 3, 7)
+    else:  # quads, tiles, register and element of it
+        split = parts.reshape(blocks, steps, 8, 4, 8, 2, d.step // 8)
+        lined = split.transpose(0, 4, 2, 1, 5, 3, 6)
+    codes: Array = lined.reshape(blocks * COLUMNS, -1)
+    return codes
+
+
+def _codes_of(planes: list[Array], d: Decoding) -> Array:
+    """[blocks, steps, lanes, 8, codes]: the inverse of :func:`_code_planes` from words."""
+    low = planes[0]
+    shape = (*low.shape[:3], 8, -1)
+    codes: Array
+    if d.name == "half":
+        codes = _unwords(low, 16).reshape(shape)
+        return codes
+    if d.name in ("affine8", "small8"):
+        codes = _unwords(low, 8).reshape(shape)
+        return codes
+    if d.name.startswith(("affine", "small")):
+        codes = _unpairs(low, 4)
+        if d.bits > 5:
+            codes = codes | _unpairs(planes[1], 2) << np.uint32(4)
+        if d.bits & 1:
+            codes = codes | _unpairs(planes[-1], 1) << np.uint32(d.bits - 1)
+        return codes
+    if d.name.startswith("table"):
+        codes = _unwords(low, min(d.bits & ~1, 4)).reshape(shape)
+        if d.name == "table3":
+            codes = codes | _unwords(planes[1], 1).reshape(shape) << np.uint32(2)
+        return codes
+    if d.name == "signed8":
+        codes = _unwords(low, 8).reshape(shape) ^ np.uint32(0x80)
+        return codes
+    pairs = _unwords(low, 4).reshape(*shape[:4], 4, 2)
+    codes = np.concatenate([pairs[..., 1], pairs[..., 0]], axis=-1) ^ np.uint32(8)
+    return codes
+
+
+def unpack_gemm(spec: GemmSpec, shape: tuple[int, int],
+                packed: npt.NDArray[np.uint8]) -> QuantizedTensor:
+    """The exact inverse of :func:`pack_gemm` for kernels of f16 activations."""
+    fmt, d, (n, k) = spec.format, spec.decoding, shape
+    if packed.size != gemm_bytes(spec, n, k):
+        raise BadInput(f"a {n}x{k} weight for tensor cores takes {gemm_bytes(spec, n, k)} bytes, "
+                       f"but {packed.size} are here; pack it again", fmt.name)
+    rows, columns = _up(n, COLUMNS), _up(k, spec.padding)
+    blocks, steps = rows // COLUMNS, columns // d.step
+    groups = columns // spec.group if spec.group else 1
+    packed, at = np.ascontiguousarray(packed), 0
+
+    def section(nbytes: int) -> Array:
+        nonlocal at
+        at += nbytes
+        taken: Array = packed[at - nbytes : at].copy()
+        return taken
+
+    planes = [_unplane(section(blocks * steps * 128 * words), blocks, steps, words)
+              for _, _, words in d.planes]
+    nblocks = -(-k // fmt.block)
+    fields: dict[str, Array] = {}
+
+    def fill(name: str, values: Array) -> None:
+        """A field from values [rows, elements of a row]: what is past K is padding, or zero."""
+        field = fmt.field(name)
+        want = field.shape(n, nblocks)
+        flat = np.zeros((n, want[1] * want[2]), field.dtype)
+        given = values[:n, : flat.shape[1]]
+        flat[:, : given.shape[1]] = given
+        fields[name] = flat.reshape(want)
+
+    fill("codes", _unfragments(_codes_of(planes, d), d))
+    if d.sparse:
+        lanes = _unwords(planes[-1], 16).reshape(blocks, steps, 8, 2, 2, 2, 2)
+        fours = lanes.transpose(0, 5, 3, 6, 2, 1, 4).reshape(rows, steps * 2)
+        pairs = _unwords(fours, 4)[..., :4].reshape(rows, -1) ^ np.uint32(_FIRST_TWO)
+        fill("ix", np.stack([pairs & 3, pairs >> 2], axis=-1).reshape(rows, -1))
+    if not spec.scale_kind:
+        return QuantizedTensor(fmt, shape, fields)
+
+    def side(kind: str, count: int) -> Array:
+        """Bits [rows, count] of floats of a kind."""
+        raw = section(rows * count * (4 if kind == "f32" else 2))
+        bits = raw.view(np.uint32 if kind == "f32" else np.uint16)
+        if d.sparse:
+            bits = bits.reshape(blocks, count, 8, 4, 2).transpose(0, 3, 4, 2, 1)
+        else:
+            bits = bits.reshape(blocks, count, 4, 8, 2).transpose(0, 3, 2, 4, 1)
+        lined: Array = bits.reshape(rows, count)
+        return lined
+
+    def restored(name: str, bits: Array, kind: str, sign: int = 1) -> None:
+        """A field from the floats that stand for it exactly."""
+        number, values = fmt.field(name).number, np.float32(sign) * as_float32(kind, bits)
+        if number in MINIFLOATS:
+            codes = np.zeros(1 << 16, np.uint8)
+            every = np.arange(1 << MINIFLOATS[number].bits)
+            codes[float_bits(MINIFLOATS[number].values(every), kind)] = every
+            fill(name, codes[bits])
+        elif number:
+            fill(name, bits if number == kind and sign == 1 else float_bits(values, number))
+        else:
+            fill(name, values.astype(np.int64))
+
+    scale = side(spec.scale_kind, groups)
+    if fmt.has("e"):
+        fill("e", scale >> np.uint16(7) & np.uint16(0xFF))
+    else:
+        restored("sub" if fmt.has("sub") else "d", scale, spec.scale_kind)
+    if spec.zero_kind:
+        zero = side(spec.zero_kind, groups)
+        if fmt.has("m"):
+            restored("m", zero, spec.zero_kind, fmt.min_sign)
+        elif fmt.has("z"):
+            restored("z", zero, spec.zero_kind)
+    if fmt.has("sub"):
+        restored("d", side("f32", 1), "f32")
+    if fmt.has("lut"):
+        count = fmt.field("lut").count
+        fields["lut"] = section(2 * max(count, 8)).view(np.uint16)[:count].reshape(1, 1, count)
+    return QuantizedTensor(fmt, shape, fields)

@@ -112,6 +112,36 @@ def render_embedding(spec: EmbeddingSpec) -> str:
     )
 
 
+@dataclass(frozen=True)
+class HalvesSpec:
+    """Rows of a packed weight as halves in the order of the tensor cores."""
+
+    format: Format
+
+    @property
+    def name(self) -> str:
+        """Name of the kernel and of its module."""
+        return f"halves_{self.format.name}"
+
+    def grid(self, rows: int, k: int) -> tuple[int, int, int]:
+        """Blocks for ``rows`` rows, a multiple of 64, of ``k`` columns."""
+        kblocks = -(-(-(-k // 64) * 64) // (self.format.block * LAYOUT.blocks))
+        return -(-kblocks // 8), rows // LAYOUT.rows, 1
+
+    @property
+    def block(self) -> tuple[int, int, int]:
+        """Threads of a block."""
+        return 8 * LAYOUT.rows, 1, 1
+
+
+def render_halves(spec: HalvesSpec) -> str:
+    """CUDA text of ``spec.name(halves, packed weight, n, k, kblocks, first)``: the rows from
+    ``first`` on, a multiple of 16, as the kernel of f16 weights takes them
+    (:func:`qigen.backends.cuda.gemm.pack_gemm`)."""
+    return render("cuda/halves.cu.j2", name=spec.name, threads=spec.block[0], kblocks_a_block=8,
+                  **decoding(spec.format))
+
+
 def decoding(format: Format) -> dict[str, Any]:
     """The parameters of templates/cuda/decode.j2."""
     rows, blocks = row_offsets(format, LAYOUT), field_offsets(format, LAYOUT)

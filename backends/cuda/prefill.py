@@ -1,26 +1,56 @@
-"""Products of many tokens on tensor cores, from a second form of the weights."""
+"""Products on tensor cores in models: how weights lie, and the kernels for steps of each size."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
-from qigen.backends.cuda.gemm import GemmSpec, gemm_bytes, pack_gemm, usual_schedule
+from qigen.backends.cuda.gemm import (
+    GemmSpec,
+    Schedule,
+    gemm_bytes,
+    pack_gemm,
+    unpack_gemm,
+    usual_schedule,
+)
 from qigen.formats.algebra import Format, QuantizedTensor
+from qigen.formats.catalog import by_name
+
+PANEL_BYTES = 32 << 20
+"""Halves that a weight without a tensor-core kernel of its own is turned into at a time."""
+
+
+def product_spec(format: Format, tokens: int) -> GemmSpec:
+    """The kernel for steps of so many tokens: few take small tiles with many warps along K, so that
+    as many blocks as possible read the weights."""
+    if tokens > 16:
+        return GemmSpec(format, schedule=usual_schedule(format, m_tiles=2))
+    few = replace(usual_schedule(format), warps_n=1, warps_k=4, stages=3)
+    return GemmSpec(format, schedule=few)
+
+
+def panel_spec() -> GemmSpec:
+    """The kernel that multiplies halves made on the device."""
+    return GemmSpec(by_name("f16"), schedule=Schedule(4, depth=32, stages=3))
+
+
+def panel_rows(n: int, k: int) -> int:
+    """Rows of a weight [n, k] that are turned into halves at a time: a multiple of 64."""
+    return min(-(-n // 64) * 64, max(64, PANEL_BYTES // (2 * -(-k // 64) * 64) // 64 * 64))
 
 
 @dataclass(frozen=True)
 class GemmForm:
-    """A matrix in the order of the tensor cores, beside its other form in weights.bin."""
+    """A matrix in the order of the tensor cores."""
 
     format: Format
 
     @property
     def spec(self) -> GemmSpec:
-        """The kernel that reads it."""
-        return GemmSpec(self.format, schedule=usual_schedule(self.format, m_tiles=2))
+        """A kernel that reads it: all lie alike."""
+        return product_spec(self.format, 1)
 
     @property
     def name(self) -> str:
@@ -36,3 +66,7 @@ class GemmForm:
         packed = pack_gemm(self.spec, weight)
         assert packed.nbytes == self.nbytes(weight.shape), self.name
         return packed
+
+    def unpack(self, shape: tuple[int, int], packed: npt.NDArray[np.uint8]) -> QuantizedTensor:
+        """The matrix in its own codes."""
+        return unpack_gemm(self.spec, shape, packed)

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from qigen.backends.cuda import gemm, gemv, ops
-from qigen.backends.cuda.gemv import LAYOUT, EmbeddingSpec, GemvSpec
+from qigen.backends.cuda.gemv import LAYOUT, EmbeddingSpec, GemvSpec, HalvesSpec
 from qigen.backends.cuda.ops import AttentionSpec, KvSpec, NormSpec, RopeSpec
-from qigen.backends.cuda.prefill import GemmForm
+from qigen.backends.cuda.prefill import GemmForm, panel_rows, panel_spec, product_spec
 from qigen.codegen.lower import LOWERED, Buffer, PackedTensor, RopeTable, align, rope_table
 from qigen.errors import Unsupported
 from qigen.formats import catalog
@@ -175,6 +175,9 @@ class GpuLowering:
             outputs = [whole(graph.values[n.output].shape[1]) for n in graph.nodes
                        if n.op == "MatMulGroup" and n.attrs["epilogue"] == "add"]  # fmt: skip
             at += align(4 * m * max(outputs, default=1))
+            self.panel = at
+            panels = [2 * panel_rows(n, k) * align(k, 64) for n, k in self._panels()]
+            at += align(max(panels, default=1))
         self.logits = at
         self.end = at + align(4 * m * self.vocab)
         offset, self.layer_offsets = 0, {}
@@ -203,13 +206,22 @@ class GpuLowering:
         return format, _weight(name)
 
     def form(self, name: str) -> GemmForm | None:
-        """How a matrix lies for tensor cores; None if its products do not go through them."""
+        """How a matrix lies for tensor cores, where that is all that there is of it; None if it
+        lies as GEMV takes it: it has no such kernel, or rows of it are looked up."""
         format = catalog.by_name(self.graph.values[name].dtype)
-        # rows of y lie without gaps: those of the arena begin at multiples of 16 floats
-        n = constant_shape(self.graph.constants[name])[0]
-        if self.activations != "f16" or n % 16 or not gemm.supports(format):
+        looked_up = any(n.op == "Embedding" and name in n.inputs for n in self.graph.nodes)
+        if self.activations != "f16" or looked_up or not gemm.supports(format):
             return None
         return GemmForm(format)
+
+    def _panels(self) -> list[tuple[int, int]]:
+        """Shapes of the matrices that steps of many tokens turn into halves first."""
+        found = []
+        for node in self.graph.nodes:
+            for weight in group_parts(node).weights if node.op == "MatMulGroup" else ():
+                n, k = constant_shape(self.graph.constants[weight])
+                found += [(n, k)] if self.form(weight) is None else []
+        return found
 
     def use(self, module: str, kernel: str, text: Callable[[], str]) -> str:
         """The kernel, whose module's text is made if it is new."""
@@ -349,7 +361,8 @@ class _Step:
         if parts.norm is not None:
             self._norm(node, parts.norm, a["eps"], (_arena(model.normed), _i32(k)), x, k)
             x = _arena(model.normed), _i32(k)
-        if self._count(node.outputs[0]) > gemv.MAX_M and any(map(model.form, parts.weights)):
+        many = model.activations == "f16" and self._count(node.outputs[0]) > gemv.MAX_M
+        if many or any(map(model.form, parts.weights)):
             ldx = align(k, 8)
             self._elementwise(node, "half", "activations as halves", ldx, *x, _i32(k),
                               y=(_arena(model.halves), _i32(ldx)))  # fmt: skip
@@ -359,7 +372,7 @@ class _Step:
             y = (_arena(model.up), _i32(n)) if gated and i == 1 else self._place(output)
             residual = self._place(parts.residual) if parts.residual is not None else ()
             form = model.form(weight)
-            if form is not None and self._count(output) > gemv.MAX_M:
+            if form is not None or many:
                 self._tensor_product(node, weight, form, y, bias, residual)
             else:
                 self._product(node, weight, x, y, bias, residual)
@@ -417,42 +430,72 @@ class _Step:
         self,
         node: Node,
         weight: str,
-        form: GemmForm,
+        form: GemmForm | None,
         y: tuple[Argument, Argument],
         bias: str | None,
         residual: tuple[Argument, ...],
     ) -> None:
-        model, spec, m = self.model, form.spec, self._count(node.outputs[0])
+        """A product on tensor cores, from the matrix's own codes or from halves made of them."""
+        model, m = self.model, self._count(node.outputs[0])
         n, k = constant_shape(model.graph.constants[weight])
-        name = f"{weight} for tensor cores"
-        model.tensors.setdefault(name, PackedTensor(name, (weight,), None, form=form))
+        target = (_arena(model.product), _i32(n)) if residual else y
+        if form is not None:
+            model.tensors.setdefault(weight, PackedTensor(weight, (weight,), None, form=form))
+            self._gemm(node, product_spec(form.format, m), weight, _weight(weight), target, n, k)
+        else:
+            format, packed = model.matrix(weight)
+            halves = HalvesSpec(format)
+            kernel = model.use(halves.name, halves.name, lambda: gemv.render_halves(halves))
+            rows = panel_rows(n, k)
+            for first in range(0, n, rows):
+                taken = min(rows, n - first)
+                self._add(
+                    node, kernel, f"{weight}: rows from {first} on as halves",
+                    halves.grid(align(taken, 64), k), halves.block[0], _arena(model.panel), packed,
+                    _i32(n), _i32(k), _i32(packed_shape(format, (n, k), LAYOUT)[1]), _i32(first),
+                )  # fmt: skip
+                at = Argument(target[0].kind, int(target[0].value) + 4 * first), target[1]
+                self._gemm(node, panel_spec(), weight, _arena(model.panel), at, taken, k)
+        if residual:
+            self._elementwise(node, "sum", "added to the residual", n, *target, *residual,
+                              y=y)  # fmt: skip
+        if bias is not None:
+            self._elementwise(node, "bias", f"bias {bias}", n, model.vector(bias), y=y)
+
+    def _gemm(
+        self,
+        node: Node,
+        spec: gemm.GemmSpec,
+        weight: str,
+        w: Argument,
+        y: tuple[Argument, Argument],
+        n: int,
+        k: int,
+    ) -> None:
+        model, m = self.model, self._count(node.outputs[0])
         kernel = model.use(spec.name, spec.name, lambda: gemm.render_gemm(spec))
-        model.products[form.format.name, n, k, m] = kernel
-        target = _arena(model.product) if residual else y[0]
+        own = catalog.by_name(model.graph.values[weight].dtype)
+        whole_n, whole_k = constant_shape(model.graph.constants[weight])
+        model.products[own.name, whole_n, whole_k, m] = kernel
         unused = _arena(model.halves)  # no tile is shared by blocks
         self._add(
             node,
             kernel,
-            f"{weight} [{n}, {k}] {form.format.name} on tensor cores",
+            f"{weight} [{n}, {k}] {own.name} on tensor cores",
             spec.grid(m, n, k),
             spec.block[0],
-            target,
+            y[0],
             _arena(model.halves),
-            _weight(name),
+            w,
             unused,
             unused,
             _i32(m),
             _i32(n),
             _i32(k),
             _i32(align(k, 8)),
-            _i32(n),
+            y[1],
             shared=spec.shared_bytes,
         )
-        if residual:
-            self._elementwise(node, "sum", "added to the residual", n, target, _i32(n), *residual,
-                              y=y)  # fmt: skip
-        if bias is not None:
-            self._elementwise(node, "bias", f"bias {bias}", n, model.vector(bias), y=y)
 
     def _norm(
         self,

@@ -71,7 +71,14 @@ class PackedForm(Protocol):
 
     def nbytes(self, shape: tuple[int, int]) -> int: ...
 
+    @property
+    def format(self) -> Format: ...
+
     def pack(self, weight: QuantizedTensor) -> npt.NDArray[np.uint8]: ...
+
+    def unpack(
+        self, shape: tuple[int, int], packed: npt.NDArray[np.uint8]
+    ) -> QuantizedTensor: ...
 
 
 @dataclass(frozen=True)
@@ -82,7 +89,7 @@ class PackedTensor:
     parts: tuple[str, ...]
     spec: Packing | None  # None: an f32 vector, padded to whole vectors of 16
     raw: bool = False  # the array as it is
-    form: PackedForm | None = None  # how a second form of a matrix lies; spec is then None
+    form: PackedForm | None = None  # how a backend packs it by itself; spec is then None
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,11 @@ from qigen.backends.cuda.gemm import (
     supports,
     usual_schedule,
 )
-from qigen.backends.cuda.prefill import GemmForm
+from qigen.backends.cuda.gemv import LAYOUT, HalvesSpec, render_halves
+from qigen.backends.cuda.prefill import GemmForm, panel_spec
 from qigen.costmodel import gpu
 from qigen.errors import BadInput, Unsupported
-from qigen.formats import CATALOG, by_name
+from qigen.formats import CATALOG, QuantizedTensor, by_name, packed_shape
 from tests.backends.cpu.test_matmul import random_tensor
 
 Array = npt.NDArray[Any]
@@ -150,14 +151,49 @@ def test_shared_tiles_are_added_in_the_order_of_k(name: str) -> None:
         assert all((r == results[0]).all() for r in results)
 
 
-def test_size_of_the_form_for_prompts() -> None:
-    """What is laid out in weights.bin before it is packed."""
+def test_weights_come_back_from_the_form_for_tensor_cores() -> None:
+    """Its size is known before it is packed, and the codes are those that went in."""
     rows = [row for row in CATALOG.values() if supports(row)]
-    assert len(rows) > 20
+    assert len(rows) > 100
     for row in rows:
         weight = random_tensor(row, 80, 2 * row.block)
         form = GemmForm(row)
-        assert form.pack(weight).nbytes == form.nbytes((80, 2 * row.block))
+        packed = form.pack(weight)
+        assert packed.nbytes == form.nbytes((80, 2 * row.block))
+        again = form.unpack(weight.shape, packed)
+        for name, field in weight.fields.items():
+            np.testing.assert_array_equal(again.fields[name], field, err_msg=f"{row.name} {name}")
+    with pytest.raises(BadInput, match="pack it again"):
+        form.unpack((81, 64), packed)
+
+
+@pytest.mark.parametrize("name", ["q6_k", "aqlm_2x8", "spqr3", "lut3_channel", "s4g128_2of8",
+                                  "tq1_0", "s4gchannel_c32", "bf16"])  # fmt: skip
+def test_halves_of_rows_in_the_order_of_the_tensor_cores(name: str) -> None:
+    """What formats without a kernel of their own are turned into: as the kernel of f16 weights
+    takes it, for some rows at a time."""
+    spec = HalvesSpec(by_name(name))
+    n, k, first, rows = 90, 2 * max(spec.format.block, 40), 32, 64
+    weight = random_tensor(spec.format, n, k)
+    dense = np.zeros((rows, k), np.float32)
+    dense[: n - first] = weight.dequantize()[first:]
+    halves = by_name("f16")
+    exact = QuantizedTensor(halves, (rows, k), {"codes": dense.astype(np.float16).view(np.uint16)[
+        ..., None]})  # fmt: skip
+    want = pack_gemm(panel_spec(), exact).view(np.float16)
+    device = make_device(Turns("random"))
+    kernel = device.load(spec.name, render_halves(spec))[spec.name]
+    panel = device.allocate(want.nbytes)
+    kblocks = packed_shape(spec.format, (n, k), LAYOUT)[1]
+    device.launch(kernel, spec.grid(rows, k), spec.block, [
+        panel, device.upload(weight.pack(LAYOUT)), *(np.int32(v) for v in (n, k, kblocks, first))
+    ])  # fmt: skip
+    got = device.read(panel, want.shape, np.float16)
+    if spec.format.has("oc") or spec.format.has("qc"):  # rounded once more
+        np.testing.assert_allclose(got, want, atol=2e-3 * float(np.abs(dense).max()))
+        assert (got == want).mean() > 0.9
+    else:
+        np.testing.assert_array_equal(got, want)
 
 
 @pytest.mark.parametrize("activations", ["f16", "s8"])

@@ -25,7 +25,9 @@ from qigen.cli import main
 from qigen.compiler import compile
 from qigen.demo import demo_model
 from qigen.errors import BadInput, Unsupported, UsageError
+from qigen.formats import QuantizedTensor
 from qigen.frontends import build_graph, load_model
+from qigen.ir.graph import load_constant
 from qigen.ir.interpreter import Interpreter, KvCache
 from tests.e2e.harness import Compiled, Options, decode, prefill, relative_error, write_source
 from tests.e2e.test_families import TOKENS, VARIANTS
@@ -103,14 +105,25 @@ F16 = {"d_model": 256, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "head_dim":
 
 @pytest.mark.parametrize(
     ("family", "quant"),
-    [("llama", "q4_1"), pytest.param("qwen2", "q8_0", marks=pytest.mark.slow)],
+    [("llama", "q4_1"), pytest.param("llama", "q4_k", marks=pytest.mark.slow),
+     pytest.param("qwen2", "q8_0", marks=pytest.mark.slow)],
 )
 def test_prompts_on_tensor_cores(build: Callable[..., Compiled], family: str, quant: str) -> None:
-    """With f16 activations: halves of 11 bits are all that differs."""
+    """With f16 activations: halves of 11 bits are all that differs. Every matrix is there once, in
+    the order of the tensor cores where they have a kernel for its codes."""
     model = build(family=family, quant=quant, activations="f16", overrides=tuple(F16.items()))
     names = [kernel["name"] for kernel in model.artifact.explain()]
     assert any(name.startswith("gemm_") for name in names)
-    assert any("tensor cores" in t["format"] for t in model.artifact.tensors.values())
+    tensors = model.artifact.tensors
+    assert any("tensor cores" in t["format"] for t in tensors.values()) == (quant != "q4_k")
+    matrices = [part["name"] for t in tensors.values() for part in t["parts"]
+                if len(part["shape"]) == 2]  # fmt: skip
+    assert len(matrices) == len(set(matrices))
+    name = next(n for n in matrices if "ffn_down" in n)
+    source = load_constant(model.graph.constants[name])
+    assert isinstance(source, QuantizedTensor)
+    np.testing.assert_array_equal(model.artifact.unpack(name).fields["codes"],
+                                  source.fields["codes"])  # fmt: skip
     tokens = [*TOKENS, *TOKENS[:7]]
     reference = Interpreter(model.graph, kv="f16")
     rows = np.arange(len(tokens), dtype=np.int32)
