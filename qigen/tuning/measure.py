@@ -96,16 +96,26 @@ class Bench:
     """Compiles kernels and measures them. Use as a context manager.
 
     ``total_bytes``: weights that go through the caches between two calls with the same weight.
+    ``kernels`` compiles the kernels instead of ``compiler``, which makes the rest; its functions
+    are called ``prefix`` and their name.
     """
 
-    def __init__(self, compiler: Compiler, jobs: int | None = None) -> None:
+    def __init__(
+        self,
+        compiler: Compiler,
+        jobs: int | None = None,
+        kernels: Compiler | None = None,
+        prefix: str = "",
+    ) -> None:
         self.compiler = compiler
+        self.kernels = kernels or compiler
+        self.prefix = prefix
         self.jobs = jobs or os.cpu_count() or 1
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Bench:
         self.folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="qigen-")))
-        self.cache = self._stack.enter_context(ObjectCache(self.compiler, self.jobs))
+        self.cache = self._stack.enter_context(ObjectCache(self.kernels, self.jobs))
         self._linkers = self._stack.enter_context(ThreadPoolExecutor(self.jobs))
         self._driver = self._linkers.submit(self._build_driver)
         return self
@@ -133,7 +143,7 @@ class Bench:
         objects = {spec: self.cache.compile(unit, done) for spec, (unit, _) in units.items()}
         folder = cache_folder() / "tuning"
         folder.mkdir(parents=True, exist_ok=True)
-        version = hashlib.blake2b(self.compiler.version.encode(), digest_size=4).hexdigest()
+        version = hashlib.blake2b(self.kernels.version.encode(), digest_size=4).hexdigest()
 
         def link(spec: MatmulSpec) -> Path:
             target = folder / f"{spec.name[:80]}-{units[spec][1]}-{version}.so"
@@ -143,7 +153,10 @@ class Bench:
             with tempfile.TemporaryDirectory(prefix="qigen-", dir=folder) as name:
                 scratch = Path(name)
                 banner = f"// {spec.name} for measuring. Template: tools/tuned_kernel.cpp.j2."
-                text = render("tools/tuned_kernel.cpp.j2", banner=banner, entry=spec.entry("store"))
+                entry = spec.entry("store")
+                symbol = f"{self.prefix}{entry}" if self.prefix else ""
+                text = render("tools/tuned_kernel.cpp.j2", banner=banner, entry=entry,
+                              symbol=symbol)  # fmt: skip
                 (scratch / "entry.cpp").write_text(text, encoding="utf-8")
                 (scratch / "kernels.h").write_text(render("cpu/kernels.h.j2"), encoding="utf-8")
                 self.compiler.run(

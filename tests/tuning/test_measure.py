@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from qigen import targets, toolchain
+from qigen import tune as tuning
 from qigen.backends.cpu.isa import ISAS
 from qigen.backends.cpu.matmul import MatmulSpec
 from qigen.errors import BadInput, ToolchainError, UsageError
@@ -22,7 +23,7 @@ from qigen.formats.catalog import by_name
 from qigen.formats.layout import Layout
 from qigen.planner import Product
 from qigen.tune import Tuner, home, shapes_to_products, tune_products
-from qigen.tuning import Bench, Database, Outcome, measure
+from qigen.tuning import Bench, Database, Outcome, database, measure
 from qigen.tuning.measure import kernel_text, settled
 from qigen.tuning.problem import Problem, wrong
 
@@ -163,6 +164,25 @@ def test_the_first_candidate_is_the_choice_of_the_model(bench: Bench, tmp_path: 
         _, rows = tune(data)
         for row in rows:
             assert row.best_us <= row.first_us  # type: ignore[attr-defined]
+
+
+def test_many_candidates_are_tried_with_llvm_first(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the compiler for models makes of the best ones is what counts."""
+    jit = tuning.fast_compiler(ISAS["scalar"], targets.native())
+    if jit is None:
+        pytest.skip("needs llvmlite on Linux on x86-64")
+    monkeypatch.setattr(tuning, "FINALISTS", 1)
+    keys = [database.compiler_key(c.version) for c in (jit, bench.compiler)]
+    with Database(tmp_path / "tuning.sqlite") as data:
+        measured, rows = tune(data, top=4)
+        found = data.entries(status="ok")
+        counts = [len([e for e in found if e.compiler == key]) for key in keys]
+        assert counts[0] > 2 * len(rows) and counts[1] == len(rows) == 2
+        assert len(measured) == 2  # type: ignore[arg-type]
+        _, rows = tune(data, top=4)
+        assert [r.measured for r in rows] == [0, 0]  # type: ignore[attr-defined]
 
 
 def test_failures_are_remembered_and_never_chosen(
