@@ -249,6 +249,18 @@ def render_elementwise(kind: str) -> str:
     )
 
 
+CHOOSE_THREADS = 512
+
+SAMPLING_BYTES = 32
+"""Of the numbers that say how the next token is chosen (struct Sampling of choose.cu.j2)."""
+
+
+def render_choose() -> str:
+    """CUDA text of ``choose(int* token, logits, sampling, n)``: the next token from one row of
+    logits, as runtime/src/sampler.cpp draws it. One block of :data:`CHOOSE_THREADS` threads."""
+    return render("cuda/choose.cu.j2", threads=CHOOSE_THREADS)
+
+
 def render_argmax() -> str:
     """CUDA text of ``argmax(int* tokens, logits, int64 stride, n)``, a block a row."""
     return render("cuda/sample.cu.j2", threads=ARGMAX_THREADS)

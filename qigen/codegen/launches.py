@@ -56,7 +56,8 @@ class Argument:
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel of a sequence; ``logits``: only needed if logits are wanted."""
+    """One kernel of a sequence; ``logits``: only needed if logits are wanted; ``choice``: only if
+    the next token is to be chosen from them."""
 
     kernel: str
     comment: str
@@ -65,6 +66,7 @@ class Launch:
     arguments: tuple[Argument, ...]
     logits: bool
     shared: int = 0
+    choice: bool = False
 
 
 @dataclass(frozen=True)
@@ -151,10 +153,12 @@ class GpuLowering:
         graph, m = self.graph, self.buckets[-1]
         self.chunk, self.chunks = ops.attention_chunk(self.max_seq)
         self.vocab = whole(graph.values[graph.outputs[0]].shape[1])
-        # the head: tokens, positions, rows, caches
+        # the head: tokens, positions, rows, caches, how the next token is chosen; behind it, that
         self.tokens, self.positions, self.rows_at = 0, 4 * m, 8 * m
         self.caches = align(12 * m, 16)
-        self.base = align(self.caches + 16 * m)
+        self.sampling = self.caches + 16 * m
+        self.chosen = self.sampling + ops.SAMPLING_BYTES
+        self.base = align(self.chosen + 4)
         at = self.base + align(self.memory.arena_bytes)
         widths = [whole(graph.values[n.inputs[0]].shape[1]) for n in graph.nodes
                   if n.op == "MatMulGroup"]  # fmt: skip
@@ -248,6 +252,8 @@ class GpuLowering:
         step = _Step(self, tokens, rows, sessions)
         for node in self.graph.nodes:
             step.lower(node)
+        if rows == 1:
+            step.choose()
         return Sequence(tokens, rows, sessions, tuple(step.launches))
 
     def _attention_spec(self, node: Node) -> AttentionSpec:
@@ -278,6 +284,15 @@ class _Step:
     def lower(self, node: Node) -> None:
         """Append the launches of a node."""
         getattr(self, LOWERED[node.op])(node)
+
+    def choose(self) -> None:
+        """Append the choice of the next token."""
+        model = self.model
+        kernel = model.use("choose", "choose", ops.render_choose)
+        arguments = (_arena(model.chosen), _arena(model.logits), _arena(model.sampling),
+                     _i32(model.vocab))  # fmt: skip
+        self.launches.append(Launch(kernel, "the next token", (1, 1, 1), ops.CHOOSE_THREADS,
+                                    arguments, logits=True, choice=True))  # fmt: skip
 
     def _count(self, value: str) -> int:
         """Rows of a value in this sequence."""

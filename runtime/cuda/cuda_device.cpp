@@ -64,15 +64,8 @@ class CudaDevice final : public runtime::Device {
   void run(const Step& step) override {
     const std::lock_guard<std::mutex> lock(mutex_);
     const Current current(*this);
-    const int number = fitting_sequence(step);
-    write_head(step, program_.sequences[number]);
-    driver_.check(driver_.cuMemcpyHtoDAsync_v2(arena_, head_.data(), head_.size(), stream_),
-                  "copying a step's tokens to it");
-    const bool logits = step.n_logits > 0;
-    void*& graph = graphs_[2 * number + logits];
-    if (!graph) graph = record(program_.sequences[number], logits);
-    driver_.check(driver_.cuGraphLaunch(graph, stream_), "starting a step");
-    if (logits) {
+    start(step, step.n_logits > 0 ? Wanted::kLogits : Wanted::kNothing, {});
+    if (step.n_logits > 0) {
       // one copy: rows of logits are adjacent on both sides
       driver_.check(
           driver_.cuMemcpyDtoHAsync_v2(step.logits, arena_ + program_.logits,
@@ -82,7 +75,32 @@ class CudaDevice final : public runtime::Device {
     driver_.check(driver_.cuStreamSynchronize(stream_), "running a step");
   }
 
+  int32_t choose(const Step& step, const runtime::Sampling& sampling) override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const Current current(*this);
+    start(step, Wanted::kToken, sampling);
+    int32_t token = -1;
+    driver_.check(
+        driver_.cuMemcpyDtoHAsync_v2(&token, arena_ + head_.size(), sizeof token, stream_),
+        "copying the next token from it");
+    driver_.check(driver_.cuStreamSynchronize(stream_), "running a step");
+    return token;
+  }
+
  private:
+  enum class Wanted { kNothing, kLogits, kToken };
+
+  // Starts the launches of a step, which are recorded first if they never ran.
+  void start(const Step& step, Wanted wanted, const runtime::Sampling& sampling) {
+    const int number = fitting_sequence(step);
+    write_head(step, program_.sequences[number], sampling);
+    driver_.check(driver_.cuMemcpyHtoDAsync_v2(arena_, head_.data(), head_.size(), stream_),
+                  "copying a step's tokens to it");
+    void*& graph = graphs_[3 * number + static_cast<int>(wanted)];
+    if (!graph) graph = record(program_.sequences[number], wanted);
+    driver_.check(driver_.cuGraphLaunch(graph, stream_), "starting a step");
+  }
+
   // The context is current while this lives; the caller may have one of its own.
   class Current {
    public:
@@ -208,8 +226,8 @@ class CudaDevice final : public runtime::Device {
                     "the weights; take fewer bits a weight, or compile the model for the processor "
                     "with --target native");
     arena_ = take(description_.arena_bytes, "the arena; compile with a smaller --max-seq");
-    head_.resize(caches_offset() + sizeof(Cache) * program_.max_tokens);
-    graphs_.assign(2 * program_.n_sequences, nullptr);
+    head_.resize(sampling_offset() + sizeof(runtime::Sampling));
+    graphs_.assign(3 * program_.n_sequences, nullptr);
   }
 
   // On the stream of the steps: a copy on the default one might still be under way when they begin.
@@ -265,6 +283,8 @@ class CudaDevice final : public runtime::Device {
   // In the head: behind three numbers a token.
   size_t caches_offset() const { return (12 * size_t(program_.max_tokens) + 15) / 16 * 16; }
 
+  size_t sampling_offset() const { return caches_offset() + sizeof(Cache) * program_.max_tokens; }
+
   // The smallest sequence that the step fits into; the last ones fit every step.
   int fitting_sequence(const Step& step) const {
     const bool sessions = step.n_tokens > 1 && step.kv[0].base != step.kv[1].base;
@@ -277,7 +297,7 @@ class CudaDevice final : public runtime::Device {
     throw Failure(QIGEN_INTERNAL, "no sequence of launches fits %d tokens", step.n_tokens);
   }
 
-  void write_head(const Step& step, const Sequence& sequence) {
+  void write_head(const Step& step, const Sequence& sequence, const runtime::Sampling& sampling) {
     const int most = program_.max_tokens;
     auto* numbers = reinterpret_cast<int32_t*>(head_.data());
     int32_t *tokens = numbers, *positions = numbers + most, *rows = numbers + 2 * most;
@@ -293,15 +313,17 @@ class CudaDevice final : public runtime::Device {
       caches.push_back({reinterpret_cast<uint64_t>(kv.base), kv.capacity});
     }
     std::memcpy(head_.data() + caches_offset(), caches.data(), sizeof(Cache) * caches.size());
+    std::memcpy(head_.data() + sampling_offset(), &sampling, sizeof sampling);
   }
 
-  void* record(const Sequence& sequence, bool logits) {
+  void* record(const Sequence& sequence, Wanted wanted) {
     void *graph = nullptr, *executable = nullptr;
     driver_.check(driver_.cuStreamBeginCapture_v2(stream_, kThreadLocalCapture), "recording");
     int error = 0;
     for (int i = 0; i < sequence.n_launches && !error; ++i) {
       const Launch& launch = sequence.launches[i];
-      if (launch.logits && !logits) continue;
+      if (launch.logits && wanted == Wanted::kNothing) continue;
+      if (launch.choice && wanted != Wanted::kToken) continue;
       error = driver_.cuLaunchKernel(functions_[launch.kernel], launch.grid[0], launch.grid[1],
                                      launch.grid[2], launch.threads, 1, 1, launch.shared, stream_,
                                      argument_pointers_.data() + launch.first_argument, nullptr);
@@ -343,7 +365,7 @@ class CudaDevice final : public runtime::Device {
   Address weights_ = 0, arena_ = 0;
   std::vector<void*> modules_, functions_, argument_pointers_;
   std::vector<uint64_t> arguments_;
-  std::vector<void*> graphs_;  // of each sequence without and with logits; null: not recorded yet
+  std::vector<void*> graphs_;  // of each sequence, by what is wanted; null: not recorded yet
   std::vector<uint8_t> head_;
 };
 

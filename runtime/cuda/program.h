@@ -40,6 +40,7 @@ struct Launch {
   uint32_t shared;  // dynamic, bytes
   int32_t first_argument, n_arguments;
   bool logits;  // only needed if logits are wanted
+  bool choice;  // only needed if the next token is to be chosen from them
 };
 
 // The launches of a step of up to `tokens` tokens, whose padding the kernels know by position -1.
@@ -73,7 +74,7 @@ struct Program {
   const Angles* angles;
   // The head of the arena, written before a step: int32 tokens[max_tokens], positions[max_tokens]
   // and rows[max_tokens], then, from the next multiple of 16 bytes on, {uint64 base, int64
-  // capacity} caches[max_tokens].
+  // capacity} caches[max_tokens] and a runtime::Sampling. Behind it, the int32 that is chosen.
   int32_t max_tokens;
   uint64_t logits;  // offset in the arena: float[max_tokens][vocab]
 };

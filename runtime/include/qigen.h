@@ -241,6 +241,14 @@ QIGEN_API qigen_status qigen_sample(const float* logits, int32_t vocab,
                                     const qigen_sampler* sampler, const int32_t* history,
                                     int32_t n_history, uint64_t* rng, int32_t* token);
 
+/* Appends tokens as qigen_session_eval and draws the next one from the logits of the last, as
+ * qigen_sample does: on a GPU they stay there, and of a repetition penalty alone they are copied.
+ * There the weights of tokens are rounded to multiples of 2^-40 of the greatest, so that a draw
+ * that falls between two tokens may come out as the other. */
+QIGEN_API qigen_status qigen_session_next(qigen_session* session, const int32_t* tokens, int32_t n,
+                                          const qigen_sampler* sampler, const int32_t* history,
+                                          int32_t n_history, uint64_t* rng, int32_t* token);
+
 /* Index of the greatest logit, the lowest one of several; NaN never wins. -1 if there is none. */
 QIGEN_API int32_t qigen_argmax(const float* logits, int32_t vocab);
 

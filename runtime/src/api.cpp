@@ -195,6 +195,22 @@ qigen_status qigen_sample(const float* logits, int32_t vocab, const qigen_sample
   });
 }
 
+qigen_status qigen_session_next(qigen_session* session, const int32_t* tokens, int32_t n,
+                                const qigen_sampler* sampler, const int32_t* history,
+                                int32_t n_history, uint64_t* rng, int32_t* token) {
+  return guarded([&] {
+    require(session && (tokens || n <= 0) && sampler && token,
+            "qigen_session_next needs a session, tokens, a sampler and a place for a token");
+    require(n_history == 0 || (history && n_history > 0),
+            "the history is null or has a negative length");
+    const qigen_sampler full = known_fields(sampler);
+    require(full.temperature == 0 || rng,
+            "sampling at a temperature needs the state of a generator");
+    Session::Use use(session->session);
+    *token = session->session.next(tokens, n, full, history, n_history, rng);
+  });
+}
+
 int32_t qigen_argmax(const float* logits, int32_t vocab) {
   return logits ? qigen::runtime::argmax(logits, vocab) : -1;
 }

@@ -5,6 +5,15 @@
 
 namespace qigen::runtime {
 
+// How the next token is chosen on a device; numbers as its kernel takes them.
+struct Sampling {
+  float scale;  // log2(e) / temperature; 0: the greatest logit
+  int32_t top_k;
+  uint64_t top_p;       // in 2^-64; 0: all
+  uint64_t min_weight;  // of the greatest, in 2^-40; 0: all
+  uint64_t random;      // in 2^-64
+};
+
 // Weights and arena belong to the device. Every function may be called from any thread.
 class Device {
  public:
@@ -19,6 +28,10 @@ class Device {
 
   // Runs a step; tokens, positions and logits are on the host. One step at a time.
   virtual void run(const Step& step) = 0;
+
+  // Runs a step of one session that wants logits of its last token, which stay on the device.
+  // Returns the token that they give, -1 if none of them is a finite maximum.
+  virtual int32_t choose(const Step& step, const Sampling& sampling) = 0;
 };
 
 // The cache of a session on a device.

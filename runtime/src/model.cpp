@@ -131,6 +131,10 @@ void Model::check_tokens(const int32_t* tokens, int32_t n) const {
   }
 }
 
+int32_t Model::choose(Step step, const Sampling& sampling) {
+  return device_->choose(step, sampling);
+}
+
 void Model::run(Step step) {
   step.logits_stride = description_.vocab;
   if (device_) return device_->run(step);

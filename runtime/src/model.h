@@ -32,6 +32,10 @@ class Model {
   // Runs one step on all threads; weights and arena are filled in here.
   void run(Step step);
 
+  // Runs a step of one session and chooses the next token on the model's device, which must be
+  // there.
+  int32_t choose(Step step, const Sampling& sampling);
+
   // A graph model's run with everything but weights: `arena` is the caller's.
   void run(const GraphStep& graph, uint8_t* arena);
 
@@ -72,6 +76,10 @@ class Session {
   void eval(const int32_t* tokens, int32_t n, float* logits, bool all);
   void rewind(int32_t position);
 
+  // See qigen_session_next; `sampler` has all fields.
+  int32_t next(const int32_t* tokens, int32_t n, const qigen_sampler& sampler,
+               const int32_t* history, int32_t n_history, uint64_t* rng);
+
   // Throws QIGEN_BAD_INPUT if n more tokens don't fit.
   void check_room(int32_t n) const;
 
@@ -89,6 +97,10 @@ class Session {
 
  private:
   friend void batch_eval(Session* const* sessions, const int32_t* tokens, int32_t n, float* logits);
+
+  // Appends tokens; with `sampling` the device chooses a token, which is returned, else 0 is.
+  int32_t append(const int32_t* tokens, int32_t n, float* logits, bool all,
+                 const Sampling* sampling);
 
   std::shared_ptr<Model> model_;
   int32_t max_seq_;

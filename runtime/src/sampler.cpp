@@ -34,9 +34,13 @@ uint64_t next_random(uint64_t* state) {
 }
 
 // In [0, 1), with all 53 bits of a double.
-double uniform(uint64_t* state) { return double(next_random(state) >> 11) * 0x1p-53; }
+double uniform(uint64_t* state) { return double(random_bits(state)) * 0x1p-53; }
 
-void check(const qigen_sampler& sampler) {
+}  // namespace
+
+uint64_t random_bits(uint64_t* rng) { return next_random(rng) >> 11; }
+
+void check_sampler(const qigen_sampler& sampler) {
   auto require = [](bool good, const char* what) {
     if (!good) throw Failure(QIGEN_USAGE, "sampling: %s", what);
   };
@@ -48,6 +52,8 @@ void check(const qigen_sampler& sampler) {
   require(std::isfinite(sampler.repetition_penalty) && sampler.repetition_penalty >= 0,
           "repetition_penalty must be positive, or 0 for none");
 }
+
+namespace {
 
 // Penalty of Keskar et al. (CTRL, 2019), once for each different token of the history.
 void penalize(std::vector<float>* logits, const int32_t* history, int32_t n, float penalty) {
@@ -133,7 +139,7 @@ int32_t argmax(const float* logits, int32_t vocab) {
 
 int32_t sample(const float* logits, int32_t vocab, const qigen_sampler& sampler,
                const int32_t* history, int32_t n_history, uint64_t* rng) {
-  check(sampler);
+  check_sampler(sampler);
   std::vector<float> penalized;
   const bool penalty = sampler.repetition_penalty != 0 && sampler.repetition_penalty != 1;
   if (penalty && n_history > 0) {

@@ -1,10 +1,12 @@
 #include <algorithm>
+#include <cmath>
 #include <memory>
 #include <numeric>
 #include <vector>
 
 #include "error.h"
 #include "model.h"
+#include "sampler.h"
 
 namespace qigen::runtime {
 namespace {
@@ -64,6 +66,38 @@ void Session::check_room(int32_t n) const {
 }
 
 void Session::eval(const int32_t* tokens, int32_t n, float* logits, bool all) {
+  append(tokens, n, logits, all, nullptr);
+}
+
+int32_t Session::next(const int32_t* tokens, int32_t n, const qigen_sampler& sampler,
+                      const int32_t* history, int32_t n_history, uint64_t* rng) {
+  check_sampler(sampler);
+  const bool penalty = sampler.repetition_penalty != 0 && sampler.repetition_penalty != 1;
+  if (!model_->device() || (penalty && n_history > 0)) {
+    std::vector<float> logits(model_->description().vocab);
+    append(tokens, n, logits.data(), false, nullptr);
+    return sample(logits.data(), model_->description().vocab, sampler, history, n_history, rng);
+  }
+  Sampling sampling{};
+  uint64_t state = rng ? *rng : 0;
+  if (sampler.temperature > 0) {
+    constexpr double kLog2E = 1.4426950408889634;
+    sampling.scale = static_cast<float>(kLog2E / sampler.temperature);
+    sampling.top_k = sampler.top_k;
+    if (sampler.top_p > 0 && sampler.top_p < 1) sampling.top_p = uint64_t(sampler.top_p * 0x1p64);
+    sampling.min_weight = uint64_t(std::ceil(sampler.min_p * 0x1p40));
+    sampling.random = random_bits(&state) << 11;
+  }
+  const int32_t token = append(tokens, n, nullptr, false, &sampling);
+  if (token < 0) {
+    throw Failure(QIGEN_BAD_INPUT, "no token can be chosen: the logits have no finite maximum");
+  }
+  if (rng) *rng = state;
+  return token;
+}
+
+int32_t Session::append(const int32_t* tokens, int32_t n, float* logits, bool all,
+                        const Sampling* sampling) {
   if (n <= 0) {
     throw Failure(QIGEN_BAD_INPUT, "there are %d tokens to evaluate; give at least one", n);
   }
@@ -79,6 +113,7 @@ void Session::eval(const int32_t* tokens, int32_t n, float* logits, bool all) {
   std::vector<int32_t> rows(chunk);
   const std::vector<KvCache> caches(chunk, kv_);
   const int32_t first = position();
+  int32_t token = 0;
   for (int32_t done = 0; done < n; done += chunk) {
     const int32_t count = std::min(chunk, n - done);
     std::iota(positions.begin(), positions.end(), first + done);
@@ -92,14 +127,19 @@ void Session::eval(const int32_t* tokens, int32_t n, float* logits, bool all) {
       std::iota(rows.begin(), rows.end(), 0);
       step.n_logits = count;
       step.logits = logits + int64_t{done} * description.vocab;
-    } else if (logits && done + count == n) {
+    } else if ((logits || sampling) && done + count == n) {
       rows[0] = count - 1;
       step.n_logits = 1;
       step.logits = logits;
     }
-    model_->run(step);
+    if (sampling && done + count == n) {
+      token = model_->choose(step, *sampling);
+    } else {
+      model_->run(step);
+    }
   }
   position_.store(first + n, std::memory_order_relaxed);
+  return token;
 }
 
 void Session::rewind(int32_t position) {

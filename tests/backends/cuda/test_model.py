@@ -235,6 +235,53 @@ def test_any_alignment_of_the_callers_buffers(stories: Path) -> None:
     library.qigen_model_free(model)
 
 
+class SamplerFields(ctypes.Structure):
+    """qigen_sampler of runtime/include/qigen.h."""
+
+    _fields_ = [("struct_size", ctypes.c_size_t), ("repetition_penalty", ctypes.c_float),
+                ("temperature", ctypes.c_float), ("top_k", ctypes.c_int32),
+                ("top_p", ctypes.c_float), ("min_p", ctypes.c_float)]  # fmt: skip
+
+
+def test_the_next_token_is_chosen_on_the_device(stories: Path) -> None:
+    """The same tokens as from logits that are copied, for the same state of the generator."""
+    library = ctypes.CDLL(str(stories / "model.so"))
+    library.qigen_last_error.restype = ctypes.c_char_p
+    model, session = ctypes.c_void_p(), ctypes.c_void_p()
+    assert library.qigen_model_load(str(stories).encode(), None, ctypes.byref(model)) == 0
+    assert library.qigen_session_create(model, 64, ctypes.byref(session)) == 0
+    reference = qigen.load(stories).session()
+    token, state, other = ctypes.c_int32(), ctypes.c_uint64(7), ctypes.c_uint64(7)
+    fed = [1, 403]
+    for sampler in (
+        SamplerFields(ctypes.sizeof(SamplerFields), 1, 0, 0, 1, 0),
+        SamplerFields(ctypes.sizeof(SamplerFields), 1, 1.5, 0, 0.95, 0),
+        SamplerFields(ctypes.sizeof(SamplerFields), 1, 1.0, 20, 1, 0.02),
+        SamplerFields(ctypes.sizeof(SamplerFields), 1.2, 1.0, 0, 0, 0),  # a penalty: on the host
+    ):
+        tokens, history = (ctypes.c_int32 * len(fed))(*fed), (ctypes.c_int32 * 2)(5, 403)
+        code = library.qigen_session_next(
+            session, tokens, len(fed), ctypes.byref(sampler), history, 2, ctypes.byref(state),
+            ctypes.byref(token),
+        )  # fmt: skip
+        assert code == 0, library.qigen_last_error()
+        logits = np.ascontiguousarray(reference.eval(fed))
+        want = ctypes.c_int32()
+        assert library.qigen_sample(
+            ctypes.c_void_p(logits.ctypes.data), logits.size, ctypes.byref(sampler), history, 2,
+            ctypes.byref(other), ctypes.byref(want),
+        ) == 0  # fmt: skip
+        assert (token.value, state.value) == (want.value, other.value)
+        fed = [token.value]
+    assert library.qigen_session_position(session) == reference.position == 5
+    wrong = SamplerFields(ctypes.sizeof(SamplerFields), 1, -1, 0, 1, 0)
+    assert library.qigen_session_next(session, tokens, 1, ctypes.byref(wrong), None, 0,
+                                      ctypes.byref(state), ctypes.byref(token)) != 0  # fmt: skip
+    assert b"temperature" in library.qigen_last_error()
+    library.qigen_session_free(session)
+    library.qigen_model_free(model)
+
+
 # -- what does not fit ----------------------------------------------------------------------------
 
 _LOAD = """

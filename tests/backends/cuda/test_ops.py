@@ -181,6 +181,62 @@ def test_argmax() -> None:
     assert device.read(out, (6,), np.int32).tolist() == want
 
 
+def drawn(logits: Array, temperature: float, top_k: int, top_p: float, min_p: float,
+          random: float) -> int:  # fmt: skip
+    """What runtime/src/sampler.cpp draws, in float64."""
+    ids = [i for i in np.lexsort((np.arange(logits.size), -logits)) if not np.isnan(logits[i])]
+    if top_k:
+        ids = ids[:top_k]
+    weights = np.exp((logits[ids].astype(np.float64) - logits[ids[0]]) / temperature)
+    if top_p < 1:
+        count = int(np.searchsorted(np.cumsum(weights), top_p * weights.sum())) + 1
+        ids, weights = ids[:count], weights[:count]
+    kept = sorted((i, w) for i, w in zip(ids, weights, strict=True) if w >= min_p)
+    sums = np.cumsum([w for _, w in kept])
+    return int(kept[int(np.searchsorted(sums, random * sums[-1], side="right"))][0])
+
+
+CHOICES = [(1.0, 0, 1.0, 0.0), (0.7, 40, 1.0, 0.0), (1.3, 0, 0.9, 0.0), (0.8, 20, 0.8, 0.05),
+           (2.0, 3, 0.5, 0.0), (0.5, 0, 1.0, 0.2), (1.0, 1, 1.0, 0.0)]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CHOICES, ids=str)
+def test_choice_of_the_next_token(case: tuple[float, int, float, float]) -> None:
+    """As the host draws, with equal logits, NaN and infinities among them."""
+    temperature, top_k, top_p, min_p = case
+    rng = np.random.default_rng(int(100 * temperature))
+    device = make_device(Schedule("random"))
+    kernel = device.load("choose", ops.render_choose())["choose"]
+    for n in (7, 1000):
+        logits = np.round(3 * rng.standard_normal(n), 1).astype(np.float32)  # many are equal
+        logits[2], logits[4] = np.nan, -np.inf
+        token, at = device.allocate(4), device.upload(logits)
+        for random in (0.0, 0.31, 0.777, 1 - 2.0**-53):
+            how = np.zeros(1, [("scale", "f4"), ("top_k", "i4"), ("top_p", "u8"), ("least", "u8"),
+                               ("random", "u8")])  # fmt: skip
+            how["scale"] = np.log2(np.e) / temperature
+            how["top_k"] = top_k
+            how["top_p"] = int(top_p * 2**64) if top_p < 1 else 0
+            how["least"] = int(np.ceil(min_p * 2**40))
+            how["random"] = int(random * 2**53) << 11
+            assert how.nbytes == ops.SAMPLING_BYTES
+            device.launch(kernel, (1,), (ops.CHOOSE_THREADS,),
+                          [token, at, device.upload(how.view(np.uint8)), i32(n)])  # fmt: skip
+            got = int(device.read(token, (1,), np.int32)[0])
+            assert got == drawn(logits, temperature, top_k, top_p, min_p, random)
+
+
+def test_greedy_choice_and_logits_that_give_none() -> None:
+    device = make_device()
+    kernel = device.load("choose", ops.render_choose())["choose"]
+    token, how = device.allocate(4), device.upload(np.zeros(ops.SAMPLING_BYTES, np.uint8))
+    for row, want in (([1, 3, np.nan, 3], 1), ([np.nan] * 4, -1), ([-np.inf] * 4, -1),
+                      ([1, np.inf, 0, 0], -1)):  # fmt: skip
+        at = device.upload(np.array(row, np.float32))
+        device.launch(kernel, (1,), (ops.CHOOSE_THREADS,), [token, at, how, i32(4)])
+        assert int(device.read(token, (1,), np.int32)[0]) == want
+
+
 # -- attention ------------------------------------------------------------------------------------
 
 
