@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,12 +26,15 @@ from qigen.artifact import (
     write_weights,
 )
 from qigen.backends.base import Isa
+from qigen.backends.cpu import gemm
+from qigen.backends.cpu.gemm import Tiles
 from qigen.backends.cpu.matmul import MatmulSpec
 from qigen.build import Progress, check_output, staging_folder
 from qigen.calibration import GraphRounder, Rounding, read_samples, with_static_codes
 from qigen.codegen.graph import GraphProgram, lower_graph
 from qigen.codegen.graph_kernels import GraphKernels, packed_formats, with_rows
 from qigen.codegen.render import render
+from qigen.costmodel.gemm import GemmShape, choose_tiles
 from qigen.errors import UsageError
 from qigen.formats import catalog
 from qigen.formats.layout import Layout
@@ -38,8 +42,9 @@ from qigen.frontends.onnx import import_model, read_model
 from qigen.frontends.onnx.importer import Size
 from qigen.frontends.onnx.reader import checksum, opsets
 from qigen.ir.dims import Sym
-from qigen.ir.graph import Array, Graph
+from qigen.ir.graph import Array, Graph, Node
 from qigen.ir.plan import KernelChoice
+from qigen.ir.types import TYPES
 from qigen.ir.verify import verify
 from qigen.passes.tensor import optimize_graph
 from qigen.paths import resource_folder
@@ -283,20 +288,24 @@ def _rounder(
 class _Variant:
     """What is compiled for one of the targets of an artifact.
 
-    ``choices`` say why matrices in formats of the catalog have their kernels, ``layout_losses`` by
-    how much the layout of another variant is predicted to slow this one down.
+    ``tilings`` say why gemm kernels have their register tiles, ``choices`` why matrices in formats
+    of the catalog have their kernels, ``layout_losses`` by how much the layout of another variant
+    is predicted to slow this one down.
     """
 
     machine: targets.Machine
     isa: Isa
     kernels: GraphKernels
+    tilings: list[dict[str, Any]]
     choices: list[dict[str, Any]]
     layout_losses: dict[str, float]
     program: GraphProgram
 
     def plan(self) -> dict[str, Any]:
         """The manifest's entry of the kernels."""
-        return {"kernels": self.kernels.choices(), "formats": self.choices}
+        return {
+            "kernels": self.kernels.choices(), "tiles": self.tilings, "formats": self.choices
+        }  # fmt: skip
 
 
 def _variants(
@@ -325,7 +334,8 @@ def _variants(
             layouts = {key: spec.layout for key, spec in formats.items()}
         own = with_rows(graph, formats)
         verify(own)
-        kernels = GraphKernels(isa, machine, formats)
+        tiles, tilings = _plan_tiles(own, isa, machine)
+        kernels = GraphKernels(isa, machine, formats, tiles)
         program = lower_graph(
             own,
             kernels.call,
@@ -342,7 +352,7 @@ def _variants(
             variants[-1].program.next = program.symbol
         losses = {"x".join(map(str, key)): round(loss, 4) for key, (_, loss) in shared.items()}
         described = [dataclasses.asdict(c) for c in choices]
-        variants.append(_Variant(machine, isa, kernels, described, losses, program))
+        variants.append(_Variant(machine, isa, kernels, tilings, described, losses, program))
     variants[-1].program.tensors = union.tensors  # the last one knows those of all
     for variant in variants:
         variant.program.weights_bytes = union.size
@@ -386,6 +396,78 @@ def _model_unit(
     include = (resource_folder("runtime") / "include",)
     used = build.included(text, {**headers, **_plain_headers()})
     return toolchain.Unit("model", text, model_flags, used, include)
+
+
+def _plan_tiles(
+    graph: Graph, isa: Isa, machine: targets.Machine
+) -> tuple[dict[str, Tiles], list[dict[str, Any]]]:
+    """The register tiles of gemm kernels by the cost model, by the kernels' suffixes, and why they
+    are those. A kernel serves all nodes with its arithmetic and epilogue."""
+    shapes: dict[str, list[GemmShape]] = {}
+    arithmetic: dict[str, str] = {}
+    plain = GraphKernels(isa, machine)
+    for node in graph.nodes:
+        if node.op in ("Product", "Convolution"):
+            spec = plain.gemm_spec(node)
+            arithmetic[spec.suffix] = spec.arithmetic
+            shapes.setdefault(spec.suffix, []).append(_gemm_shape(node, graph))
+    tiles: dict[str, Tiles] = {}
+    choices: list[dict[str, Any]] = []
+    for suffix, some in shapes.items():
+        choice = choose_tiles(arithmetic[suffix], some, isa, machine.cores, machine)
+        tiles[suffix] = choice.tiles
+        choices.append(
+            {
+                "kernel": f"gemm_{suffix}",
+                "nodes": len(some),
+                "tiles": _shown_tiles(choice.tiles),
+                "predicted_us": choice.us,
+                "rule_us": choice.rule_us,
+                "bound": choice.bound,
+                "runners_up": [
+                    {"tiles": _shown_tiles(t), "predicted_us": us, "reason":
+                     f"{us / choice.us - 1:.1%} slower" if us > choice.us else
+                     "faster by less than the model's error"}
+                    for t, us in choice.runners_up
+                ],
+            }
+        )  # fmt: skip
+    return tiles, choices
+
+
+def _shown_tiles(tiles: Tiles) -> str:
+    return (
+        f"{tiles.pixels} pixels x {16 * tiles.blocks} channels, "
+        f"{tiles.block_bytes >> 10} KiB of x together"
+    )
+
+
+_OPEN = 64  # what a size that run time decides is taken for, if there is no limit to it
+
+
+def _gemm_shape(node: Node, graph: Graph) -> GemmShape:
+    """What a Product or Convolution asks of its kernel; open sizes count as their limits, else as
+    1 in the first dimension and as 64 in others."""
+    limits: dict[str, int] = graph.meta.get("limits", {})
+
+    def sizes(name: str) -> list[int]:
+        return [
+            d if isinstance(d, int) else limits.get(str(d)) or (_OPEN if axis else 1)
+            for axis, d in enumerate(graph.values[name].shape)
+        ]
+
+    a, y = node.attrs, sizes(node.outputs[0])
+    if node.op == "Product":
+        pixel = 4 * gemm.steps(a["k"], a["arithmetic"])
+        return GemmShape(a["n"], a["k"], 1, max(1, math.prod(y[:-1])), 1, 1, pixel)
+    x = sizes(node.inputs[0])
+    images, rows, columns = (max(1, size) for size in y[:3])
+    if x[1:3] == y[1:3] and tuple(a["strides"]) == (1, 1):  # a point at a time, without a border
+        images, rows, columns = 1, 1, images * rows * columns
+    nbytes = TYPES[graph.values[node.inputs[0]].dtype].bytes
+    pixel = a["strides"][1] * x[3] * nbytes
+    taps = a["kernel"][0] * a["kernel"][1]
+    return GemmShape(a["n"] // a["group"], a["k"], taps, columns, rows, images, pixel)
 
 
 def _interface(graph: Graph, names: list[str]) -> list[dict[str, Any]]:

@@ -82,6 +82,29 @@ def test_compile(run: Any, run_json: Any, tiny: Path, tmp_path: Path) -> None:
     assert qigen.load(out).inputs[1] == {"name": "z", "dtype": "float32", "shape": (5, 4)}
 
 
+def test_tiles_are_explained(run: Any, run_json: Any, tmp_path: Path) -> None:
+    info = helper.make_tensor_value_info
+    w = np.random.default_rng(0).standard_normal((32, 48), np.float32)
+    product = onnx.ModelProto()
+    product.CopyFrom(
+        model(
+            [helper.make_node("MatMul", ["x", "w"], ["y"])],
+            [info("x", onnx.TensorProto.FLOAT, ["n", 32])],
+            [info("y", onnx.TensorProto.FLOAT, ["n", 48])],
+        )
+    )
+    product.graph.initializer.append(onnx.numpy_helper.from_array(w, "w"))
+    onnx.save(product, tmp_path / "p.onnx")
+    out = tmp_path / "p.qgn"
+    summary = run_json("compile", tmp_path / "p.onnx", "-o", out, "--shape", "x=..9x32",
+                       "--explain")  # fmt: skip
+    (row,) = summary["tiles"]
+    assert row["nodes"] == 1 and 0 < row["predicted_us"] <= row["rule_us"]
+    assert row["kernel"] in summary["explain"][0]["kernel"]
+    code, text, _ = run("compile", tmp_path / "p.onnx", "-o", out, "--explain")
+    assert code == 0 and "channels" in text and "bound by" in text
+
+
 def test_inspect_a_model(run: Any, run_json: Any, tiny: Path, tmp_path: Path) -> None:
     about = run_json("inspect", tiny)
     assert about["kind"] == "onnx" and about["name"] == "tiny" and "problem" not in about

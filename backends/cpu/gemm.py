@@ -196,17 +196,24 @@ class _Output:
 
 @dataclass(frozen=True)
 class GemmSpec(_Output):
-    """A kernel for matrix products and convolutions."""
+    """A kernel for matrix products and convolutions; ``chosen`` takes the place of the tiles that
+    :func:`tiles_for` gives. Every tiling has the same results to the last bit."""
+
+    chosen: Tiles | None = None
 
     @property
     def tiles(self) -> Tiles:
         """Its register tiles."""
-        return tiles_for(self.isa, self.arithmetic)
+        return self.chosen or tiles_for(self.isa, self.arithmetic)
 
     @property
     def name(self) -> str:
         """E.g. ``gemm_f32_f32__avx512vnni_12x2``: also the entry."""
-        return f"gemm_{self.suffix}_{self.tiles.pixels}x{self.tiles.blocks}"
+        own, tiles = tiles_for(self.isa, self.arithmetic), self.tiles
+        name = f"gemm_{self.suffix}_{tiles.pixels}x{tiles.blocks}"
+        if (tiles.tall, tiles.block_bytes) != (own.tall, own.block_bytes):
+            name += f"_t{tiles.tall}_{tiles.block_bytes >> 10}k"
+        return name
 
 
 def render_gemm(spec: GemmSpec) -> KernelSource:

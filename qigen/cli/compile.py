@@ -254,6 +254,7 @@ def _explanation(artifact: Artifact) -> dict[str, Any]:
     """What --json --explain adds."""
     explained: dict[str, Any] = {"explain": artifact.explain()}
     if artifact.is_graph:
+        explained["tiles"] = artifact.manifest["plan"].get("tiles", [])
         explained["formats"] = artifact.manifest["plan"].get("formats", [])
         explained["quantization"] = artifact.manifest["quantization"]
     return explained
@@ -268,6 +269,15 @@ def _print_graph(manifest: dict[str, Any]) -> None:
     limits = [{"size": name, "most": most} for name, most in interface["limits"].items()]
     print_rows("limits", limits)
     print_rows("kernels", manifest["plan"]["kernels"])
+    for kernel in manifest["plan"].get("tiles", []):
+        rule = kernel["rule_us"] / kernel["predicted_us"] - 1
+        gain = f", {rule:.0%} less than with the tiles of the rule" if rule > 0 else ""
+        click.echo(
+            f"\n{kernel['kernel']}, {kernel['nodes']} nodes: {kernel['tiles']}; predicted "
+            f"{kernel['predicted_us']:.1f} us in all{gain}, bound by {kernel['bound']}"
+        )
+        for other in kernel["runners_up"]:
+            click.echo(f"  or {other['tiles']}: {other['predicted_us']:.1f} us; {other['reason']}")
     _print_explanation(manifest["plan"].get("formats", []))
     print_rows("quantization", manifest["quantization"])
     memory = manifest["memory"]

@@ -7,7 +7,7 @@ of a kernel of the CPU backend for one ISA, and the call that the step makes.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 from qigen import targets
@@ -53,9 +53,16 @@ class GraphKernels:
     """Collects the kernels that the calls of one model need."""
 
     def __init__(
-        self, isa: Isa, machine: targets.Machine, formats: FormatSpecs | None = None
+        self,
+        isa: Isa,
+        machine: targets.Machine,
+        formats: FormatSpecs | None = None,
+        tiles: Mapping[str, gemm.Tiles] | None = None,
     ) -> None:
+        """``tiles``: register tiles of gemm kernels by what :attr:`GemmSpec.suffix` says of them,
+        where they are not those of the rule."""
         self.isa = isa
+        self.tiles = tiles or {}
         self.machine = machine
         self.formats = formats or {}
         self._sources: dict[str, KernelSource] = {}
@@ -149,9 +156,14 @@ class GraphKernels:
             "dynamic": bool(given(node, X_SCALE)),
         }
 
+    def gemm_spec(self, node: Node) -> gemm.GemmSpec:
+        """The kernel of a Product or Convolution."""
+        spec = gemm.GemmSpec(**self._output(node))
+        return replace(spec, chosen=self.tiles.get(spec.suffix))
+
     def _product(self, node: Node, graph: Graph) -> Call:
         a = node.attrs
-        spec = gemm.GemmSpec(**self._output(node))
+        spec = self.gemm_spec(node)
         kernel = self._use(lambda: gemm.render_gemm(spec), spec.name, "GemmArgs")
         steps = gemm.steps(a["k"], a["arithmetic"])
         self._choice(
@@ -176,7 +188,7 @@ class GraphKernels:
 
     def _convolution(self, node: Node, graph: Graph) -> Call:
         a = node.attrs
-        spec = gemm.GemmSpec(**self._output(node))
+        spec = self.gemm_spec(node)
         kernel = self._use(lambda: gemm.render_gemm(spec), spec.name, "GemmArgs")
         taps = a["kernel"][0] * a["kernel"][1]
         self._choice(

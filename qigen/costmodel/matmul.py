@@ -67,8 +67,8 @@ _OVERLAP = 5.0
 _FORWARD = 5  # cycles from a store to the load of the same bytes
 _EXPOSED = 0.5  # of the shorter of computing and reading adds to the longer without prefetches
 _CROWDED = 2  # times the registers: tiles that need more are not considered
-_TILE_CYCLES = 40.0  # of a tile: call, pipeline filling and draining, results
-_FULL = 0.8  # of a cache can be used before what is needed again gets lost
+TILE_CYCLES = 40.0  # of a tile: call, pipeline filling and draining, results
+FULL = 0.8  # of a cache can be used before what is needed again gets lost
 _SLAB = 64  # tokens of an f32 slab (templates/cpu/matmul_f32.cpp.j2)
 
 
@@ -104,7 +104,7 @@ def roofline(
     """
     row_blocks = packed_shape(spec.format, (n, k), spec.layout)[0]
     _, bandwidth = _home(machine, threads, working_set)
-    rates = _rates(machine, spec.isa)
+    rates = rates_of(machine, spec.isa)
     primitive, steps = _MULTIPLY[spec.activations]
     each = primitives(spec.isa)[primitive]
     cycles = max(each.get(kind, 0.0) / rates.per_cycle[kind] for kind in ("dot", "fma"))
@@ -120,7 +120,7 @@ _MULTIPLY = {
 """The primitive that multiplies, and the weights of a row that it takes in each lane."""
 
 
-def _together(values: Iterable[float]) -> float:
+def combined(values: Iterable[float]) -> float:
     """Time of resources that work side by side: the largest, and a bit more if others come near."""
     top = [v for v in values if v > 0]
     largest = max(top, default=0.0)
@@ -144,12 +144,12 @@ def fits(spec: MatmulSpec, tokens: int, rows: int) -> bool:
     return tokens * rows == 1 or registers(spec, tokens, rows) <= spec.isa.registers
 
 
-def _rates(machine: Machine, isa: Isa) -> Rates:
+def rates_of(machine: Machine, isa: Isa) -> Rates:
     width = 512 // isa.vectors
     return machine.rates[min(machine.rates, key=lambda bits: abs(bits - width))]
 
 
-def _port_cycles(count: Count, rates: Rates, machine: Machine) -> dict[str, float]:
+def port_cycles(count: Count, rates: Rates, machine: Machine) -> dict[str, float]:
     """Cycles that each resource of a core needs for a count."""
     cycles = {
         kind: count[kind] / rates.per_cycle[kind] for kind in (*COMPUTE, "load", "store")
@@ -174,14 +174,14 @@ class _Tile:
 
     @property
     def cycles(self) -> float:
-        return _together(self.resources.values()) + self.waiting
+        return combined(self.resources.values()) + self.waiting
 
 
 @functools.lru_cache(maxsize=4096)
 def _unpack(spec: MatmulSpec, tokens: int, machine: Machine) -> tuple[float, float]:
     """(cycles, instructions) that a kernel takes to unpack a K-block into a panel."""
     count = kernel_counts(spec, tokens, 1).unpack
-    cycles = _together(_port_cycles(count, _rates(machine, spec.isa), machine).values())
+    cycles = combined(port_cycles(count, rates_of(machine, spec.isa), machine).values())
     return cycles, count["instructions"]
 
 
@@ -220,8 +220,8 @@ def _tile(
     """One tile of a kernel, whichever tiles the kernel has; with ``panel`` that of an int8 kernel
     over unpacked weights."""
     count = tile_count(spec, tokens, rows, panel)
-    rates, latency = _rates(machine, spec.isa), machine.latency
-    cycles = _port_cycles(count, rates, machine)
+    rates, latency = rates_of(machine, spec.isa), machine.latency
+    cycles = port_cycles(count, rates, machine)
     weights = spec.format.block * spec.layout.blocks
     if not spec.integer:
         chains = 4 if tokens == 1 else 1
@@ -242,7 +242,7 @@ def _tile(
     return _Tile(
         cycles,
         _moved(spec, tokens, rows) if spec.isa.dot_limit is None else 0.0,
-        _together(_port_cycles(around, rates, machine).values()) + _TILE_CYCLES,
+        combined(port_cycles(around, rates, machine).values()) + TILE_CYCLES,
         count["instructions"],
         around["instructions"],
         count["prefetch"] > 0 or not spec.integer,
@@ -295,7 +295,7 @@ def predict(
     side = spec.row_tile if m > 1 else spec.streams
     row_blocks, kblocks, size = packed_shape(spec.format, (n, k), spec.layout)
     per_thread = -(-row_blocks // threads)
-    us = 1e-3 / _rates(machine, spec.isa).ghz  # of a cycle
+    us = 1e-3 / rates_of(machine, spec.isa).ghz  # of a cycle
     weights = packed_bytes(spec.format, (n, k), spec.layout)
     x = activation_bytes(alone, k) * m
 
@@ -322,7 +322,7 @@ def predict(
             # weights arrive while the first tile works; partly before, if nobody prefetches them
             # (those of a panel while all tiles work)
             first = groups * one * (times if panel else rows // together) if arriving else 0.0
-            time += _together((arriving, first))
+            time += combined((arriving, first))
             time += _EXPOSED * min(arriving, first) * (late if tile.prefetches else 1.0)
             time += calls * one - first
             arriving = 0.0
@@ -336,7 +336,7 @@ def predict(
         instructions += row_blocks * slabs * kblocks * count
     reload, traffic = _reload(spec, machine, kblocks * size, x, m)
     limits["reload"] = per_thread * reload
-    time = _together((time, limits["reload"]))
+    time = combined((time, limits["reload"]))
     limits["barrier"] = machine.barrier_us if threads > 1 else 0.0
     bound = max(limits, key=lambda name: limits[name])
     moved = {near: row_blocks * bytes_ for near, bytes_ in traffic.items()}
@@ -362,7 +362,7 @@ def resources(
     """What each resource has to do in one call, with the arguments of :func:`predict`: bytes by the
     level that they come from, instructions by class of port, the chain, the barrier."""
     prediction = predict(spec, n, k, m, threads, machine, working_set)
-    limits, rates = prediction.limits, _rates(machine, spec.isa)
+    limits, rates = prediction.limits, rates_of(machine, spec.isa)
     row_blocks, kblocks, size = packed_shape(spec.format, (n, k), spec.layout)
     per_thread = -(-row_blocks // threads)
     busy = row_blocks / per_thread  # threads, if all had as much as the slowest
@@ -418,7 +418,7 @@ def _reload(
     activations."""
     tiles = sum(split(spec.tiles, m).values())
     rows = spec.row_tile if m > 1 else spec.streams  # read together
-    near = _FULL * machine.l1d_bytes
+    near = FULL * machine.l1d_bytes
     if not spec.integer:
         block = 64 * PANEL  # an unpacked panel takes the place of the row-block
     elif panels(spec, m):
@@ -427,7 +427,7 @@ def _reload(
     us = again / (machine.l2_gb_s * 1e3)
     if x + rows * block <= near:
         return us, {"l2": again}
-    if x + rows * block <= _FULL * machine.l2_bytes:
+    if x + rows * block <= FULL * machine.l2_bytes:
         return us + x / rows / (machine.l2_gb_s * 1e3), {"l2": again + x / rows}
     return us + x / rows / (machine.l3_gb_s * 1e3), {"l2": again, "l3": x / rows}
 

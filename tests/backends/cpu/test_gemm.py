@@ -657,6 +657,30 @@ def test_tiles_fit_the_registers(isa: Isa, kind: str) -> None:
         assert pixels * blocks + blocks + 1 <= isa.registers
 
 
+TILINGS = (
+    gemm.Tiles(5, 1, 2, 1 << 16), gemm.Tiles(2, 2, 1, 1 << 16), gemm.Tiles(1, 1, 0, 1 << 19),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["f32", "u8s8"])
+def test_every_tiling_has_the_same_results(kind: str, pytestconfig: pytest.Config) -> None:
+    """To the last bit: the planner may choose any."""
+    isa = ISAS["avx2"] if not why_not(ISAS["avx2"]) else ISAS["scalar"]
+    if why_not(isa):
+        pytest.skip(why_not(isa))
+    own = GemmSpec(isa, kind)
+    kernels = [own, *(GemmSpec(isa, kind, chosen=tiles) for tiles in TILINGS)]
+    assert len({spec.name for spec in kernels}) == len(kernels)
+    path = build(pytestconfig.cache.mkdir("kernels"), isa, [gemm.render_gemm(s) for s in kernels])
+    handle = load(path)
+    for shape in SHAPES.values():
+        one = call_gemm(handle, own, shape, 1)
+        for spec in kernels[1:]:
+            for threads in (1, 3):
+                more = call_gemm(handle, spec, shape, threads)
+                assert one.flat.tobytes() == more.flat.tobytes(), spec.name
+
+
 # ---- sanitizers ----
 
 def every_case(lib: Library) -> None:
