@@ -10,6 +10,7 @@ from qigen.kernel_peers.base import Peer, copies, shared_codes, weight
 from qigen.kernel_peers.llamacpp import LlamaCpp
 from qigen.kernel_peers.onnxruntime import OnnxRuntime
 from qigen.kernel_peers.openvino import OpenVino
+from qigen.kernel_peers.original import OriginalQigen
 from qigen.kernel_peers.torch import Torch
 
 __all__ = ["PEERS", "Peer", "PeerRow", "copies", "shared_codes", "weight"]
@@ -39,5 +40,6 @@ PEERS = {
         "openvino",
         ({"precision": "int8"}, {"precision": "bf16"}, {"precision": "f32"}),
     ),
+    "original-qigen": PeerRow(OriginalQigen, "qigen", "qigen", ({},)),
     "torch": PeerRow(Torch, "torch", "torch", ({"precision": "bf16"}, {"precision": "f32"})),
 }
