@@ -145,6 +145,8 @@ def quantize_by_matrix(
     """The flat ``graph`` with the matrices that ``formats`` names in those formats, each by its own
     method; raises and resumes as :func:`quantize_language_model` does."""
     rows = {name: by_name(fmt) for name, fmt in formats.items()}
+    if set(by_matrix.values()) <= {"rtn"}:
+        sequences = None  # nothing looks at them
     told = None if sequences is None else hashlib.sha256(sequences.tobytes()).hexdigest()
     store = Store.of(
         toolchain.cache_folder() / "quantized", VERSION, source.metadata.sha256(),

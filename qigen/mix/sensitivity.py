@@ -42,8 +42,8 @@ Progress = Callable[[str, int, int], None]
 ROWS = 48
 """Rows of a matrix that its errors are estimated on."""
 
-PROBE_TOKENS = 512
-"""Tokens that the divergence of a probe is measured on, at least half of them scored."""
+PROBE_TOKENS = 256
+"""Tokens that the divergence of a probe is measured on, in two sequences."""
 
 PROBES = ("u3g64", "u4g64")
 """Formats of the probes: groups are rounded to the first, the whole model to both."""
@@ -125,12 +125,16 @@ def calibrated_errors(
     walk = Walk(graph, sequences, memory=memory, scratch=store.folder)
     errors: dict[str, dict[str, float]] = {}
     wanted = {c for row in options.values() for c in row if c != KEEP} | {PROBES[0], PROBES[1]}
+    reached = 0  # by the walk: it only goes where an earlier run has not been
     for number, segment in enumerate(walk.segments):
         names = list(dict.fromkeys(
             n.inputs[1] for n in segment.products(graph) if n.inputs[1] in matrices))
         part = f"errors-{number:04}"
         kept = store.get(part)
         if kept is None and names:
+            for passed in walk.segments[reached:number]:
+                walk.run(passed)
+            reached = number
             found = _segment_errors(walk, segment, names, matrices, options, method, wanted)
             store.put(part, {}, {"errors": found})
         elif kept is not None:
@@ -138,8 +142,6 @@ def calibrated_errors(
         else:
             found = {}
         errors |= found
-        if number + 1 < len(walk.segments):
-            walk.run(segment)
         report("sensitivity", number + 1, len(walk.segments))
     for name, m in matrices.items():
         if name not in errors:  # only looked up in
@@ -238,15 +240,15 @@ class _Probing:
         todo = [*((PROBES[0], group) for group in groups.values()),
                 *((fmt, names) for fmt in PROBES)]
         labels = [*groups, "all", "all"]
-        known = self.store.get("probes")
+        part = f"probes-{PROBE_TOKENS}"
+        known = self.store.get(part)
         divergences: list[float] = list(known[1]["divergences"]) if known else []
         if len(divergences) < len(todo):
             self._reference()
-            divergences = []
-            for done, (fmt, group) in enumerate(todo):
-                divergences.append(self._divergence(group, by_name(fmt)))
-                self.report("probes", done + 1, len(todo))
-            self.store.put("probes", {}, {"divergences": divergences})
+        for fmt, group in todo[len(divergences) :]:
+            divergences.append(self._divergence(group, by_name(fmt)))
+            self.store.put(part, {}, {"divergences": divergences})  # a run may be killed
+            self.report("probes", len(divergences), len(todo))
         factors: dict[str, float] = {}
         probes = []
         for (fmt, group), label, measured in zip(todo, labels, divergences, strict=True):
@@ -295,14 +297,12 @@ class _Probing:
             walk.run(segment)
         self._starts.append(walk.kept())
         self._segments = walk.segments
-        self._expected = self._logits(walk)
+        self._expected = [log_softmax(x).astype(np.float32) for x in self._logits(walk)]
 
     def _logits(self, walk: Walk) -> list[Float32Array]:
-        """Logits of the second halves of the sequences."""
+        """Logits of the sequences."""
         found: list[Float32Array] = []
-        half = self.sequences.shape[1] // 2
-        walk.run(walk.segments[-1], {"logits": lambda _, x: found.append(x[half:].copy())},
-                 advance=False)
+        walk.run(walk.segments[-1], {"logits": lambda _, x: found.append(x.copy())}, advance=False)
         return found
 
     def _divergence(self, names: Sequence[str], fmt: Format) -> float:
@@ -322,7 +322,7 @@ class _Probing:
         total, count = 0.0, 0
         for expected, got in zip(self._expected, self._logits(walk), strict=True):
             for a in range(0, len(got), _HEAD):
-                rows = divergence_rows(log_softmax(expected[a : a + _HEAD]),
+                rows = divergence_rows(expected[a : a + _HEAD].astype(np.float64),
                                        log_softmax(got[a : a + _HEAD]))
                 total += float(rows.sum())
                 count += len(rows)
