@@ -80,9 +80,9 @@ def formats() -> list[dict[str, Any]]:
 
 def _on_gpu(row: Format) -> list[str]:
     """The kernels that GPUs have for the format: products of few rows, of many on tensor cores from
-    the codes themselves or (halves-gemm) from halves made of them, of many in int8."""
+    the codes themselves or (halves-gemm) from halves made of them, of many in int8 and int4."""
     kernels = {"gemv": True, "gemm": gemm.supports(row), "halves-gemm": not gemm.supports(row),
-               "gemm-int8": gemm.supports(row, "s8")}
+               "gemm-int8": gemm.supports(row, "s8"), "gemm-int4": gemm.supports(row, "s4")}
     return [name for name, there in kernels.items() if there]
 
 

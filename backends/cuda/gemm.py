@@ -4,7 +4,8 @@ One template (cuda/gemm.cu.j2) takes every row whose codes are affine of 4 to 8 
 decoding after MARLIN), small floats of 5, 6 or 8 bits (their fields moved to those of halves, after
 FP6-LLM), or have a table of at most 16 values for the whole weight (pairs of codes look up pairs of
 halves, after FLUTE), and f16 weights, with f16 activations; codes of 4 and 8 bits also with int8
-activations (W8A8; two levels of scales after QServe). Widths between powers of two lie in planes:
+activations (W8A8; two levels of scales after QServe), codes of 4 bits also with int4 activations,
+whose outlier columns go through halves (after QUIK). Widths between powers of two lie in planes:
 5 = 4 + 1, 6 = 4 + 2, 7 = 4 + 2 + 1. Of a 2:4 mask only what is kept is stored and goes through
 mma.sp, which takes the sparse matrix on its left: then y^T = W x^T (after Sparse-MARLIN). Scales
 are applied to the sums of a group in float32, so codes enter the tensor cores exactly. Zero points
@@ -55,8 +56,13 @@ class Decoding:
 
     @property
     def integer(self) -> bool:
-        """Whether it feeds the int8 tensor cores."""
+        """Whether it feeds the integer tensor cores."""
         return self.name.startswith("signed")
+
+    @property
+    def x_bits(self) -> int:
+        """Bits of an activation."""
+        return 4 if self.name == "signed4by4" else 8 if self.integer else 16
 
     @property
     def planes(self) -> tuple[tuple[str, str, int], ...]:
@@ -93,6 +99,7 @@ DECODINGS: Mapping[str, Decoding] = {
         Decoding("table4", 4, 16, 4),
         Decoding("signed4", 4, 32, 8),
         Decoding("signed8", 8, 32, 16),
+        Decoding("signed4by4", 4, 64, 16),
     )
 }
 
@@ -119,8 +126,9 @@ def decoding(format: Format, activations: str = "f16") -> Decoding:
     """How the GEMM decodes a row of the catalog; Unsupported, with a way out, if it does not."""
     fields = {f.name for f in format.fields}
     sparse = format.mask == (2, 4) and format.has("ix")
+    apart = {"qc", "qv"} if activations == "s4" else set()
     known = (
-        fields <= {"codes", "d", "m", "z", "e", "sub", "lut", "ix"}
+        fields - apart <= {"codes", "d", "m", "z", "e", "sub", "lut", "ix"}
         and not (format.float_kind or format.base3 or format.vector)
         and (format.mask is None or (sparse and not format.has("sub")))
         and (not format.has("lut") or format.field("lut").scope == "tensor")
@@ -136,6 +144,12 @@ def decoding(format: Format, activations: str = "f16") -> Decoding:
             name = ""
         if format.group < 32 or sparse:
             name = ""  # an mma adds up 32 products
+    elif known and activations == "s4":
+        symmetric = not (format.has("z") or format.has("m") or format.has("sub") or sparse)
+        if _affine(format) and bits == 4 and symmetric and format.zero == 8:
+            wide = format.channel or format.group >= 64  # an mma adds up 64 products
+            columns = format.field("qc").count if format.has("qc") else 0
+            name = "signed4by4" if wide and columns % 16 == 0 else ""
     elif activations == "f16" and format.float_kind == "f16":
         name = "half"
     elif known and activations == "f16":
@@ -166,14 +180,18 @@ def usual_schedule(format: Format, activations: str = "f16", m_tiles: int = 1) -
     """A schedule that every target can take; of more ``m_tiles`` than there are registers for as
     many as there are."""
     d = decoding(format, activations)
-    tried = Schedule(m_tiles, depth=32, stages=4 if m_tiles < 4 else 3) if d.name == "half" else (
-        Schedule(m_tiles))
+    tried = Schedule(m_tiles)
+    if d.name == "half":
+        tried = Schedule(m_tiles, depth=32, stages=4 if m_tiles < 4 else 3)
+    elif d.x_bits == 4:
+        tried = Schedule(m_tiles, depth=128)
     return replace(tried, m_tiles=min(m_tiles, GemmSpec(format, activations).most_tiles))
 
 
 @dataclass(frozen=True)
 class GemmSpec:
-    """One kernel: format of the weight, kind of activations ('f16' or 's8') and of y, schedule."""
+    """One kernel: format of the weight, kind of activations ('f16', 's8' or 's4') and of y,
+    schedule."""
 
     format: Format
     activations: str = "f16"
@@ -209,6 +227,15 @@ class GemmSpec:
         grouped = any(f.name in ("d", "e", "sub") and f.scope == "block"
                       for f in self.format.fields)
         return self.format.group if grouped else 0
+
+    @property
+    def columns(self) -> int:
+        """Columns of W that are multiplied as halves."""
+        return self.format.field("qc").count if self.format.has("qc") else 0
+
+    def x_bytes(self, k: int) -> int:
+        """Bytes of ``k`` activations, an even number."""
+        return k * self.decoding.x_bits // 8
 
     @property
     def unit(self) -> int:
@@ -294,7 +321,7 @@ class GemmSpec:
     def stage_bytes(self) -> int:
         """Shared memory of a stage: x, codes, scales, zeros."""
         d, depth = self.decoding, self.block_depth
-        x = self.rows * depth * (1 if d.integer else 2)
+        x = self.rows * self.x_bytes(depth)
         words = sum(plane[2] for plane in d.planes) * depth // d.step * 128
         groups = max(depth // self.group, 1) if self.group else 0
         side = groups * COLUMNS * (self.scale_bytes + self.zero_bytes)
@@ -334,14 +361,14 @@ def check_schedule(spec: GemmSpec) -> None:
     s, d = spec.schedule, spec.decoding
     if spec.out not in ("f16", "f32"):
         raise Unsupported(f"y may be f16 or f32, not {spec.out}", spec.format.name)
-    least = 128 if d.integer else 64  # rows of x of 128 bytes: eight parts to swizzle
+    least = 1024 // d.x_bits  # rows of x of 128 bytes: eight parts to swizzle
     if s.depth % d.step or spec.unit % d.step or spec.block_depth < least:
         raise Unsupported(f"a stage of {s.warps_k} x {s.depth} is no whole number of steps of "
                           f"{d.step} and at least {least}", spec.format.name)
     if not 1 <= s.m_tiles <= spec.most_tiles:
         raise Unsupported(f"{s.m_tiles} tiles of 16 rows: the registers have room for 1 to "
                           f"{spec.most_tiles}", spec.format.name)
-    if spec.block_depth * (1 if d.integer else 2) > 16 * spec.block[0]:
+    if spec.x_bytes(spec.block_depth) > 16 * spec.block[0]:
         raise Unsupported(f"a stage is deeper ({spec.block_depth}) than its {spec.block[0]} "
                           "threads copy at once", spec.format.name)
     if spec.shared_bytes > 99 * 1024:
@@ -352,10 +379,12 @@ def check_schedule(spec: GemmSpec) -> None:
 def render_gemm(spec: GemmSpec) -> str:
     """CUDA text of ``spec.name``; its parameters, in order:
 
-    y [m, ldy] f32 or f16; x [m, ldx] f16, or int8 followed by its float32 scales [m]; the packed
+    y [m, ldy] f32 or f16; x [m, ldx] f16, or int8 (int4, two a byte,
+    low first) followed by its float32 scales [m] and, with columns apart, those of x as f16 [m,
+    columns] (they count as zero in x); the packed
     weight (:func:`pack_gemm`); float32 parts and int32 counters (:meth:`GemmSpec.workspace`); m, n,
     k, ldx and ldy (all int32). x lies at a multiple of 16 bytes and so do its rows: ldx is a
-    multiple of 8 (f16) or 16 (int8).
+    multiple of 8 (f16), 16 (int8) or 32 (int4).
     Raises Unsupported for formats and schedules that the template does not take.
     """
     check_schedule(spec)
@@ -368,8 +397,7 @@ def render_gemm(spec: GemmSpec) -> str:
     vectors = [spec.block_depth // d.step * words // 4 for _, _, words in d.planes]
     planes = [
         {"source": source, "to": to, "words": words, "vectors": vectors[i],
-         "at": 2 ** (not d.integer) * spec.rows * spec.block_depth
-         + 512 * s.warps_n * sum(vectors[:i])}
+         "at": spec.x_bytes(spec.rows * spec.block_depth) + 512 * s.warps_n * sum(vectors[:i])}
         for i, (source, to, words) in enumerate(d.planes)
     ]
     if not _in_table(spec):
@@ -378,15 +406,17 @@ def render_gemm(spec: GemmSpec) -> str:
         "cuda/gemm.cu.j2", name=spec.name, name_of_format=fmt.name, m_tiles=s.m_tiles,
         most_tiles=spec.most_tiles,
         warps_n=s.warps_n, warps_k=s.warps_k, depth=s.depth, stages=s.stages, unit=spec.unit,
-        step=d.step, decode=d.name, integer=d.integer, planes=planes, sparse=d.sparse,
-        fragments=d.fragments, tile=d.tile, small=small,
+        step=d.step, decode=d.name, integer=d.integer, x_bits=d.x_bits,
+        columns=spec.columns, planes=planes, sparse=d.sparse, fragments=d.fragments,
+        tile=d.tile, small=small,
         first_two=f"0x{_FIRST_TWO * 0x11111111:08x}u",
         group=spec.group, padding=spec.padding, scale_kind=spec.scale_kind,
         zero_kind=spec.zero_kind, minimum=fmt.has("m"), sum_rows=spec.zero_bytes > 0,
         row_scale=fmt.has("sub"), duplicates=s.duplicates, out=spec.out,
         code_zero=0 if fmt.has("z") or _fraction(spec) else int(fmt.zero), factor=factor,
         offset=(1 << fmt.code_bits - 1) if d.integer else 0,
-        ones={"signed4": "0x10101010u", "signed8": "0x01010101u"}.get(d.name, "0x3c003c00u"),
+        ones={"signed4": "0x10101010u", "signed8": "0x01010101u",
+              "signed4by4": "0x11111111u"}.get(d.name, "0x3c003c00u"),
         half_pair=half_pair)  # fmt: skip
 
 
@@ -482,6 +512,8 @@ def _code_planes(codes: Array, d: Decoding) -> list[Array]:
         return [_plane(low), _plane(top)]
     if d.name == "signed8":
         return [_plane(_words(parts.reshape(blocks, steps, lanes, 16, 4) ^ 0x80, 8))]
+    if d.name == "signed4by4":
+        return [_plane(_words(parts.reshape(blocks, steps, lanes, 16, 8) ^ 8, 4))]
     # signed4: the high nibbles of the bytes are the first register, the low ones the second
     signed = parts ^ 8
     pairs = np.stack([signed[..., 4:], signed[..., :4]], -1).reshape(blocks, steps, lanes, 8, 8)
@@ -558,6 +590,13 @@ def pack_gemm(spec: GemmSpec, weight: QuantizedTensor) -> npt.NDArray[np.uint8]:
         sections.append(_by_quads(_padded(factor, rows, 1)))
     if spec.table_entries:
         sections.append(_table(spec, weight).view(np.uint8))
+    if spec.columns:
+        # whole weights: what int4 activations leave out; a column that is named twice counts once
+        places = weight.fields["qc"].reshape(-1).astype(np.int64)
+        halves = weight.dequantize()[:, places].astype(np.float16)
+        halves[:, 1:][:, places[1:] == places[:-1]] = 0
+        sections += _code_planes(_padded(halves.view(np.uint16), rows, spec.columns),
+                                 DECODINGS["half"])
     return np.concatenate(sections)
 
 
@@ -568,7 +607,7 @@ def gemm_bytes(spec: GemmSpec, n: int, k: int) -> int:
     d = spec.decoding
     total = sum(words for _, _, words in d.planes) * columns // d.step * rows * 2
     total += rows * groups * (spec.scale_bytes + spec.zero_bytes)
-    total += 4 * rows * spec.format.has("sub")
+    total += 4 * rows * spec.format.has("sub") + 2 * rows * spec.columns
     return total + (2 * max(1 << spec.format.code_bits, 8) if spec.table_entries else 0)
 
 

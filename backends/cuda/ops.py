@@ -261,6 +261,21 @@ def render_choose() -> str:
     return render("cuda/choose.cu.j2", threads=CHOOSE_THREADS)
 
 
+QUANTIZE_THREADS = 256
+
+_FLAGS = 1024  # words of bits: K of at most 32768 with columns apart
+
+
+def render_quantize(bits: int, columns: int = 0) -> str:
+    """CUDA text of ``quantize_BITS[_cCOLUMNS](codes, ldx, scales, x, x_stride, k[, apart,
+    columns])``: float rows as signed codes with a scale a row, codes two a byte if they
+    have 4 bits; a block a row. ``columns`` of x, given as uint16 [columns], go to ``apart``
+    f16 [rows, columns]."""
+    name = f"quantize_{bits}" + (f"_c{columns}" if columns else "")
+    return render("cuda/quantize.cu.j2", name=name, bits=bits, columns=columns, flags=_FLAGS,
+                  threads=QUANTIZE_THREADS)
+
+
 def render_argmax() -> str:
     """CUDA text of ``argmax(int* tokens, logits, int64 stride, n)``, a block a row."""
     return render("cuda/sample.cu.j2", threads=ARGMAX_THREADS)

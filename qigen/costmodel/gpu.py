@@ -129,9 +129,8 @@ def bytes_moved(spec: GemmSpec, m: int, n: int, k: int, blocks: int) -> Bytes:
             lefts = [max(0, left - tile * i) for i in range(spec.schedule.m_tiles)]
             rows = sum(min(4, 2 * -(-part // 4)) if sparse else min(8, part) for part in lefts)
             parts += 2 * rows * 512 * spec.schedule.warps_n
-    width = 1 if spec.decoding.integer else 2
     out = 2 if spec.out == "f16" else 4
-    activations = m * -(-k * width // 32) * 32
+    activations = m * -(-k * spec.decoding.x_bits // 256) * 32
     return Bytes(gemm_bytes(spec, n, k), activations, m * n * out, parts)
 
 

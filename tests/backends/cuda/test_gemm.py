@@ -42,18 +42,36 @@ class Launch:
             codes = self.weight.fields["codes"]  # weights have no NaN and no infinity
             codes[codes & 0x7C >= 0x7C] = 1
         dense = self.weight.dequantize().astype(np.float64)
-        every = 16 if spec.activations == "s8" else 8
+        every = 128 // spec.decoding.x_bits
         self.ldx = -(-k // every) * every
         self.scales = np.ones(m, np.float32)
         if spec.activations == "s8":
             self.x: Array = rng.integers(-127, 128, (m, self.ldx)).astype(np.int8)
             self.scales = rng.uniform(0.01, 0.1, m).astype(np.float32)
+        elif spec.activations == "s4":
+            self._int4(m, k, rng)
         else:
             self.x = rng.standard_normal((m, self.ldx)).astype(np.float16)
-        x = self.x[:, :k].astype(np.float64) * self.scales[:, None].astype(np.float64)
+        x = self.dense if spec.activations == "s4" else self.x[:, :k]
+        x = x.astype(np.float64) * self.scales[:, None].astype(np.float64)
         self.want = x @ dense.T
         # what cancels where a zero point or minimum is taken off is as large as the codes
         self.bound = np.abs(x) @ np.abs(dense).T + np.abs(x).sum(1)[:, None] * np.abs(dense).max(1)
+
+    def _int4(self, m: int, k: int, rng: np.random.Generator) -> None:
+        """Codes of 4 bits, two a byte, and what x has in the columns apart, as halves."""
+        codes = np.zeros((m, self.ldx), np.int8)
+        codes[:, :k] = rng.integers(-7, 8, (m, k))
+        self.scales = rng.uniform(0.01, 0.1, m).astype(np.float32)
+        self.dense = codes[:, :k].astype(np.float64)
+        self.apart = np.zeros((m, 0), np.float16)
+        if self.spec.columns:
+            places = self.weight.fields["qc"].reshape(-1).astype(np.int64)
+            codes[:, places] = 0
+            values = (4 * rng.standard_normal((m, k))).astype(np.float16)
+            self.apart = np.ascontiguousarray(values[:, places])
+            self.dense[:, places] = self.apart.astype(np.float64) / self.scales[:, None]
+        self.x = (codes[:, ::2] & 15 | codes[:, 1::2] << 4).astype(np.uint8)
 
     def run(self, blocks: int = 0, turns: Turns | None = None, ptx: str = "",
             launches: int = 1) -> Array:
@@ -69,8 +87,10 @@ class Launch:
             np.zeros(counters, np.int32))
         self.px = device.upload(self.x)
         arguments: list[Any] = [self.y, self.px]
-        if spec.activations == "s8":
+        if spec.decoding.integer:
             arguments.append(device.upload(self.scales))
+        if spec.columns:
+            arguments.append(device.upload(self.apart))
         arguments += [self.w, self.parts, self.counters]
         arguments += [np.int32(v) for v in (m, n, k, self.ldx, n)]
         for _ in range(launches):
@@ -86,7 +106,7 @@ class Launch:
 def tolerance(spec: GemmSpec) -> float:
     """Relative to sums of magnitudes: float32 sums; f16 values of float tables; f16 results."""
     fmt = spec.format
-    halves = fmt.values is not None or spec.out == "f16"
+    halves = fmt.values is not None or spec.out == "f16" or spec.columns > 0
     return 6e-4 if halves else 4e-6
 
 
@@ -98,6 +118,7 @@ FAST: list[tuple[str, str, int]] = [
     ("z7g64", "f16", 16), ("h5g64", "f16", 1), ("bipolar8", "f16", 1), ("fp6_e3m2", "f16", 7),
     ("fp5_e2m2", "f16", 1), ("mxfp6_e2m3", "f16", 1), ("fp8_e4m3_f32", "f16", 1),
     ("mxfp8_e5m2", "f16", 1), ("f16", "f16", 17), ("s4g128_2of4", "f16", 8),
+    ("s4gchannel_c32", "s4", 17), ("s4g128", "s4", 7), ("s4gchannel", "s4", 1),
     ("s8g128_2of4", "f16", 1), ("s2g128_2of4", "f16", 17), ("nf4g64_2of4", "f16", 7),
 ]  # fmt: skip
 
@@ -212,7 +233,8 @@ def test_nan_and_infinity_pass_through(activations: str) -> None:
     assert np.isfinite(rest).all()
 
 
-CASES = [(name, a) for name, row in CATALOG.items() for a in ("f16", "s8") if supports(row, a)]
+CASES = [(name, a) for name, row in CATALOG.items() for a in ("f16", "s8", "s4")
+         if supports(row, a)]  # fmt: skip
 
 
 @pytest.mark.slow
@@ -237,6 +259,8 @@ def test_what_the_kernel_cannot_take_is_refused() -> None:
         render_gemm(GemmSpec(by_name("nf4g64"), "s8"))
     with pytest.raises(Unsupported, match="no tensor-core kernel for s8"):
         render_gemm(GemmSpec(by_name("s4g16"), "s8"))
+    with pytest.raises(Unsupported, match="no tensor-core kernel for s4"):
+        render_gemm(GemmSpec(by_name("s4g32"), "s4"))
     with pytest.raises(Unsupported, match="bytes of shared memory"):
         render_gemm(GemmSpec(by_name("s8g64"), schedule=Schedule(3, 4, 2, 64, 6)))
     with pytest.raises(BadInput, match="the kernel takes s4g64"):

@@ -36,8 +36,9 @@ class Case:
 
     @functools.cached_property
     def spec(self) -> GemmSpec:
+        depth = 128 if self.activations == "s4" else 64
         return GemmSpec(by_name(self.format), self.activations,
-                        schedule=Schedule(1, 1, 2, 64, 3))
+                        schedule=Schedule(1, 1, 2, depth, 3))
 
     @functools.cached_property
     def launch(self) -> Launch:
@@ -47,6 +48,7 @@ class Case:
 INT4, ZERO4, TABLE, INT8 = Case("s4g128"), Case("z4g64"), Case("nf4g64"), Case("s4g64", "s8")
 TABLE3, ONE = Case("nf3g64", m=1), Case("s8g128", m=1, n=1)
 SPARSE, SIX, FP6 = Case("s4g128_2of4", m=9), Case("s6g128", m=9), Case("fp6_e3m2", m=9)
+APART = Case("s4gchannel_c32", "s4", m=17)
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,9 @@ FAULTS = (
     Fault("high bits at the wrong place", SIX, r"r \* 2, 4, 0x00030003u", "r * 2, 5, 0x00030003u"),
     Fault("a sign that stays where it is", FP6, r"c << 10 & 0x80008000u", "c << 9 & 0x80008000u"),
     Fault("an exponent moved by a bit too few", FP6, r"\) << 8;", ") << 7;"),
+    Fault("columns apart scaled by another row", APART, r"x_scales\[row \+ 8\]", "x_scales[row]"),
+    Fault("columns apart of another half of K", APART, r"r / 2 \* 8 \+ lane", "lane"),
+    Fault("columns apart left out", APART, r"t < 2; \+\+t", "t < 1; ++t"),
     Fault("a barrier in a branch", INT4, LOOP_BARRIER, r"\1if (lane < 16) __syncthreads();"),
 )
 
@@ -176,7 +181,8 @@ def how_found(fault: Fault) -> str:
     return ""
 
 
-@pytest.mark.parametrize("case", [INT4, ZERO4, TABLE, INT8, TABLE3, ONE, SPARSE, SIX, FP6],
+@pytest.mark.parametrize("case", [INT4, ZERO4, TABLE, INT8, TABLE3, ONE, SPARSE, SIX, FP6,
+                                  APART],
                          ids=lambda c: c.format)  # fmt: skip
 def test_without_a_fault_nothing_is_found(case: Case) -> None:
     for policy, seed in TURNS:

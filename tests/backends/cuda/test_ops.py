@@ -165,6 +165,38 @@ def test_softcap_rows_and_columns() -> None:
     np.testing.assert_allclose(device.read(y, (2, 140), np.float32), want, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("bits", "columns"), [(8, 0), (4, 0), (4, 16)])
+def test_quantized_rows(bits: int, columns: int) -> None:
+    """Codes within half a step, columns apart as halves, zeros for rows of zeros, a NaN kept."""
+    m, k, ldx, top = 4, 71, 96, 2 ** (bits - 1) - 1
+    x = normal(m, 80)
+    x[2], x[3, 9] = 0, np.nan
+    places = np.sort(np.random.default_rng(2).choice(np.setdiff1d(np.arange(k), [9]), 16, False))
+    x[:, places] *= 50
+    name = f"quantize_{bits}" + f"_c{columns}" * bool(columns)
+    device = make_device(Schedule("random"))
+    kernel = device.load(name, ops.render_quantize(bits, columns))[name]
+    codes, scales, apart = (device.allocate(n) for n in (m * ldx * bits // 8, 4 * m, 2 * m * 16))
+    device.launch(kernel, (m,), (ops.QUANTIZE_THREADS,), [
+        codes, i32(ldx), scales, device.upload(x), i32(80), i32(k),
+        *([apart, device.upload(places.astype(np.uint16))] if columns else [])])  # fmt: skip
+    kept = x[:, :k].copy()
+    if columns:
+        kept[:, places] = 0
+        np.testing.assert_array_equal(device.read(apart, (m, 16), np.float16),
+                                      x[:, places].astype(np.float16))  # fmt: skip
+    raw = device.read(codes, (m, ldx * bits // 8), np.int8)
+    if bits == 4:
+        raw = np.stack([raw << 4 >> 4, raw >> 4], axis=-1).reshape(m, ldx)
+    got = device.read(scales, (m,), np.float32)
+    assert got[2] == 0
+    assert np.isnan(got[3])
+    np.testing.assert_allclose(got[:2], np.abs(kept[:2]).max(axis=1) / top, rtol=1e-6)
+    assert not raw[:3, k:].any()
+    error = np.abs(raw[:3, :k] * got[:3, None] - kept[:3])
+    assert (error <= 0.5001 * got[:3, None]).all()
+
+
 def test_argmax() -> None:
     logits = normal(6, 1000)
     logits[1, [700, 400]] = 9  # the lower of two
