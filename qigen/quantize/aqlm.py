@@ -40,8 +40,9 @@ def aqlm(w: Float32Array, fmt: Format, hessian: Float32Array, *, beam: int, roun
         return start
     state = _State(w, start, hessian)
     best = state.error(), start
-    for _ in range(rounds):
+    if rounds:
         state.search(beam)
+    for _ in range(rounds):
         state.fit_books(steps)
         state.fit_scales()
         state.search(beam)
@@ -110,18 +111,18 @@ class _State:
 
     def search(self, beam: int) -> None:
         """New codes, group by group, for the others as they are."""
-        entries = self.books.shape[1]
-        rows = max(1, _SCORES // (entries * (beam if len(self.books) > 1 else 1)))
+        rows = max(1, _SCORES // (self.books.shape[1] * (beam if len(self.books) > 1 else 1)))
         for g in range(self.groups):
             at = slice(g * self.size, (g + 1) * self.size)
             h = self.h[at, at]
             turned = self.books @ h  # [books, entries, size]
             own = np.einsum("bes,bes->be", turned, self.books)
+            entries = np.concatenate([-2 * self.books, own[..., None]], axis=2).transpose(0, 2, 1)
             before = self._vectors(g)
             target = self.pull[:, at] + before @ h
             for a in range(0, len(self.x), rows):
                 self.codes[a : a + rows, g] = self._beam(
-                    target[a : a + rows], self.codes[a : a + rows, g], turned, own, beam)
+                    target[a : a + rows], self.codes[a : a + rows, g], turned, entries, beam)
             self.pull -= (self._vectors(g) - before) @ self.h[at]
 
     def _vectors(self, g: int) -> Float32Array:
@@ -132,10 +133,12 @@ class _State:
         return values
 
     def _beam(self, target: Float32Array, codes: Array, turned: Float32Array,
-              own: Float32Array, beam: int) -> Array:
+              entries: Float32Array, beam: int) -> Array:
         """The codes [n, books] with the least v h v^T - 2 target v^T, v the sum of their entries.
 
-        One book after the other has its code replaced, in the ``beam`` best combinations so far.
+        ``turned`` are the entries e times h, ``entries`` [books, size + 1, entries] -2 e and
+        e h e^T. One book after the other has its code replaced, in the ``beam`` best combinations
+        so far.
         """
         n, count = codes.shape
         kept = codes[:, None]  # [n, combinations, books]
@@ -149,20 +152,11 @@ class _State:
                     pulled += turned[j][kept[..., j]]
             if count > 1:
                 cost = np.einsum("ncs,ncs->nc", rest, pulled - 2 * target[:, None])
-            open_ = (target[:, None] - pulled).reshape(-1, self.size)
-            scores = open_ @ self.books[i].T
-            scores *= -2
-            scores += own[i]
-            scores = scores.reshape(n, kept.shape[1], -1)
-            scores += cost[..., None]
-            scores = scores.reshape(n, -1)
-            if i == count - 1:
-                best = scores.argmin(axis=1)[:, None]
-            else:
-                best = np.argpartition(scores, min(beam, scores.shape[1]) - 1, axis=1)[:, :beam]
-            entries = self.books.shape[1]
-            kept = np.take_along_axis(kept, (best // entries)[..., None], axis=1)
-            kept[..., i] = best % entries
+            # the costs of all entries by one product: a column of ones brings what is their own
+            left = np.ones((n * kept.shape[1], self.size + 1), np.float32)
+            left[:, :-1] = (target[:, None] - pulled).reshape(-1, self.size)
+            scores = (left @ entries[i]).reshape(n, kept.shape[1], -1)
+            kept = _best(kept, i, scores, cost, beam if i < count - 1 else 1)
         return kept[:, 0]
 
     # -- books and scales -------------------------------------------------------------------------
@@ -216,3 +210,27 @@ class _State:
         fitted = as_float32("f16", bits_of(fitted, "f16"))[:, None]
         self.d = np.where(np.isfinite(fitted) & (fitted != 0), fitted, self.d)
         self._normalize()
+
+
+def _best(kept: Array, i: int, scores: Float32Array, cost: Float32Array, beam: int) -> Array:
+    """The ``beam`` best of the combinations ``kept`` [n, c, books] with their code ``i`` replaced:
+    ``scores`` [n, c, entries] are the costs of the codes, which are overwritten, and ``cost``
+    [n, c] is what is added for each combination."""
+    n, combinations, entries = scores.shape
+    beam = min(beam, combinations * entries)
+    rows = np.arange(n)
+    found = np.empty((n, beam), np.intp)
+    if beam == 1:
+        own = scores.argmin(axis=2)
+        least = np.take_along_axis(scores, own[..., None], axis=2)[..., 0] + cost
+        which = least.argmin(axis=1)
+        found[:, 0] = which * entries + own[rows, which]
+    else:
+        scores += cost[..., None]
+        flat = scores.reshape(n, -1)
+        for j in range(beam):  # few: faster than a partition
+            found[:, j] = flat.argmin(axis=1)
+            flat[rows, found[:, j]] = np.inf
+    chosen = np.take_along_axis(kept, (found // entries)[..., None], axis=1)
+    chosen[..., i] = found % entries
+    return chosen

@@ -54,7 +54,8 @@ def test_a_group_gets_the_best_of_all_combinations():
     cost = np.einsum("es,es->e", sums @ one.h[at, at], sums) - 2 * target @ sums.T
     turned = one.books @ one.h[at, at]
     own = np.einsum("bes,bes->be", turned, one.books)
-    found = one._beam(target, one.codes[:, g], turned, own, 64)
+    entries = np.concatenate([-2 * one.books, own[..., None]], axis=2).transpose(0, 2, 1)
+    found = one._beam(target, one.codes[:, g], turned, entries, 64)
     chosen = cost[np.arange(96), found[:, 0] * 64 + found[:, 1]]
     np.testing.assert_allclose(chosen, cost.min(axis=1), rtol=1e-4, atol=1e-4)
 
