@@ -9,6 +9,7 @@ its inputs or weights loses too much, measured on the samples.
 from __future__ import annotations
 
 import hashlib
+from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
@@ -20,18 +21,18 @@ import numpy.typing as npt
 
 from qigen import toolchain
 from qigen.build import Progress
-from qigen.codegen.reference import evaluate
+from qigen.codegen.reference import Run
 from qigen.errors import BadInput, Unsupported, UsageError
 from qigen.formats.algebra import QuantizedTensor
 from qigen.formats.catalog import by_name
 from qigen.frontends.model import LanguageModel
-from qigen.ir.graph import Array, Graph, Node
+from qigen.ir.graph import Array, Graph, Node, load_constant
 from qigen.ir.types import TYPES
 from qigen.passes.tensor.products import quantize_channels
 from qigen.passes.tensor.rewrite import Rewriter
 from qigen.passes.tensor.simplify import simplify
 from qigen.quantize import methods
-from qigen.quantize.hessian import Statistics
+from qigen.quantize.hessian import Statistics, check_memory
 from qigen.quantize.methods import parse
 from qigen.quantize.model import (
     CONTEXT,
@@ -220,9 +221,10 @@ def _sample(file: Path, graph: Graph) -> dict[str, Array]:
 
 
 class GraphRounder:
-    """Brings the matrices of an ONNX graph to a format, with the statistics of their inputs if
-    there are calibration samples. A call is what :func:`qigen.passes.tensor.optimize_graph` asks
-    for; ``outcomes`` says what became of every matrix.
+    """Brings the matrices of an ONNX graph to a format, for the inputs that they have over the
+    calibration samples if there are any. A call is what
+    :func:`qigen.passes.tensor.optimize_graph` asks for; ``outcomes`` says what became of every
+    matrix.
     """
 
     def __init__(self, graph: Graph, rounding: Rounding, told: str, report: Progress) -> None:
@@ -234,7 +236,6 @@ class GraphRounder:
                               "method gptq or clip")
         self.keep = rounding.keep
         self.outcomes: list[dict[str, Any]] = []
-        self._statistics: dict[str, Statistics] = {}
         self._names = product_matrices(graph := simplify(graph))
         for pattern in self.keep:
             if not any(fnmatchcase(name, pattern) for name in self._names):
@@ -257,39 +258,197 @@ class GraphRounder:
             self._store = Store.of(
                 toolchain.cache_folder() / "quantized", VERSION, told, self.format.name,
                 self.recipe.method, sorted(self.recipe.options.items()), digest.hexdigest())
-        missing = [n for n in self._names if self.wanted(n) and not self._store.get(_key(n))]
-        if samples and missing:
-            self._statistics = graph_statistics(graph, missing, samples, self.recipe.memory, report)
+        self._found: dict[str, tuple[Array, QuantizedTensor, Array | None]] = {}
+        if samples:
+            self._calibrate(graph, samples)
 
     def wanted(self, name: str) -> bool:
         """Whether a matrix comes to the format at all."""
         return not any(fnmatchcase(name, pattern) for pattern in self.keep)
 
-    def __call__(self, w: Array, name: str) -> QuantizedTensor | None:
-        """The matrix [N, K], which the constant ``name`` holds, in the format; None: it is kept."""
+    def __call__(self, w: Array, name: str) -> tuple[QuantizedTensor, Array | None] | None:
+        """The matrix [N, K], which the constant ``name`` holds, in the format, and what is to be
+        added to its product [N]; None: it is kept."""
         if not self.wanted(name):
             return None
-        found = self._store.get(_key(name))
+        known = self._found.get(name)
+        if known is not None and np.array_equal(known[0], w):
+            return known[1], known[2]
+        found = self._stored(name, w)
         if found is not None:
-            tensor = found[0]["w"]
-            if isinstance(tensor, QuantizedTensor) and tensor.shape == w.shape:
-                self.outcomes.append(found[1])
-                return tensor
-        statistics = self._statistics.get(name)
+            return found[0], None
         method, options = self.recipe.method, dict(self.recipe.options)
-        if statistics is None and methods.by_name(method).needs_hessian:
+        if methods.by_name(method).needs_hessian:
             method, options = "clip", {}  # its input is nothing that the samples reach
+        return self._quantized(w, name, method, options, None), None
+
+    def _stored(self, name: str, w: Array) -> tuple[QuantizedTensor, Array | None] | None:
+        """What an earlier run has kept of a matrix."""
+        found = self._store.get(_key(name))
+        if found is None:
+            return None
+        tensor, shift, of = (found[0].get(part) for part in ("w", "shift", "of"))
+        if not isinstance(of, np.ndarray) or not np.array_equal(of, _mark(w)):
+            return None  # of other weights
+        assert isinstance(tensor, QuantizedTensor) and not isinstance(shift, QuantizedTensor)
+        self.outcomes.append(found[1])
+        return tensor, shift
+
+    def _quantized(self, w: Array, name: str, method: str, options: dict[str, Any],
+                   hessian: Statistics | Array | None, shift: Callable[[QuantizedTensor], Array]
+                   | None = None) -> QuantizedTensor:
         try:
             tensor, outcome = methods.quantize_matrix(
-                np.ascontiguousarray(w, np.float32), self.format, method, statistics, **options)
+                np.ascontiguousarray(w, np.float32), self.format, method, hessian, **options)
         except BadInput as error:
             raise BadInput(f"{self.format.name}: {error.message}", name) from None
         if self.recipe.method != "rtn":
             about = {"matrix": name, **outcome.to_json()}
-            self._store.put(_key(name), {"w": tensor}, about)
+            kept: dict[str, Array | QuantizedTensor] = {"w": tensor, "of": _mark(w)}
+            if shift is not None:
+                kept["shift"] = shift(tensor)
+            self._store.put(_key(name), kept, about)
             self.outcomes.append(about)
             self._report("quantize", len(self.outcomes), len(self._names))
         return tensor
+
+    def _calibrate(self, graph: Graph, samples: Sequence[Mapping[str, Array]]) -> None:
+        """Quantize the matrices in the order of the graph, each for the inputs that the ones before
+        it, quantized, make of the samples.
+
+        What a product is off in the mean over its inputs is made up for by what is added to it, so
+        that the weights have to fit their inputs' deviations from the mean alone.
+        """
+        walk = GraphWalk(graph, samples, self.recipe.memory)
+        readers = {name: set(inputs) for name, inputs in self._names.items()}
+        left = {name for name in readers if self.wanted(name)}
+        for number, node in enumerate(graph.nodes):
+            name = node.inputs[1] if node.op in ("onnx.MatMul", "onnx.Gemm") else ""
+            if not left:
+                break
+            if name in left:
+                left.discard(name)
+                w = walk.matrix(node)
+                x = node.inputs[0]
+                found = self._stored(name, w)
+                if found is None:
+                    found = self._fitted(walk, w, name, x, len(readers[name]) == 1)
+                self._found[name] = w, *found
+                walk.exchange(node, found[0].dequantize(), found[1])
+            walk.step(number)
+
+    def _fitted(self, walk: GraphWalk, w: Array, name: str, x: str, alone: bool
+                ) -> tuple[QuantizedTensor, Array | None]:
+        """A matrix for its input ``x`` (``alone``: which no other product of it has)."""
+        statistics = walk.statistics(x, name)
+        if not alone:
+            return self._quantized(w, name, self.recipe.method, dict(self.recipe.options),
+                                   statistics), None
+        mean = statistics.mean
+
+        def shift(tensor: QuantizedTensor) -> Array:
+            return np.asarray((w - tensor.dequantize()) @ mean, np.float32)
+
+        tensor = self._quantized(w, name, self.recipe.method, dict(self.recipe.options),
+                                 statistics.centred(), shift)
+        return tensor, shift(tensor)
+
+
+class GraphWalk:
+    """An ONNX graph on its way over all samples at once, node by node, by numpy.
+
+    Where there is an input called attention_mask [B, T], what padding makes of an input [B, T, K]
+    counts for nothing. What is live has to fit into ``memory`` bytes.
+    """
+
+    def __init__(self, graph: Graph, samples: Sequence[Mapping[str, Array]], memory: int) -> None:
+        self.graph = graph
+        self._memory = memory
+        self._constants: dict[str, Array] = {}
+        for name, data in graph.constants.items():
+            loaded = load_constant(data)
+            self._constants[name] = loaded.dequantize() if isinstance(
+                loaded, QuantizedTensor) else loaded
+        self._runs = [Run(graph, sample, ChainMap({}, self._constants)) for sample in samples]
+        self._masks = [sample.get("attention_mask") for sample in samples]
+        self._last = {name: i for i, node in enumerate(graph.nodes) for name in node.inputs}
+        self._shifts: dict[str, Array] = {}
+        self._counted: tuple[str, Statistics] | None = None
+
+    def matrix(self, node: Node) -> Array:
+        """The weights [N, K] of a product, as :class:`~qigen.passes.tensor.products.Products` takes
+        them."""
+        w = self._constants[node.inputs[1]]
+        if node.op == "onnx.MatMul":
+            return np.ascontiguousarray(w.T)
+        turned = w if node.attrs["transB"] else w.T
+        return np.ascontiguousarray(turned * np.float32(node.attrs["alpha"]))
+
+    def exchange(self, node: Node, w: Array, shift: Array | None) -> None:
+        """Go on with other weights [N, K], and ``shift`` [N] added to the product."""
+        if node.op == "onnx.Gemm":
+            w = w / np.float32(node.attrs["alpha"] or 1)
+        turned = node.op == "onnx.Gemm" and node.attrs["transB"]
+        self._constants[node.inputs[1]] = w if turned else np.ascontiguousarray(w.T)
+        if shift is not None:
+            self._shifts[node.outputs[0]] = shift
+
+    def statistics(self, x: str, where: str) -> Statistics:
+        """Those of a value that is known by now, for the matrix ``where``."""
+        if self._counted is None or self._counted[0] != x:
+            width = self.graph.values[x].shape[-1]
+            assert isinstance(width, int)
+            check_memory(width, self._memory, where)
+            found = Statistics.empty(width)
+            for run, mask in zip(self._runs, self._masks, strict=True):
+                value = run.values[x]
+                if mask is not None and value.shape[:-1] == mask.shape:
+                    value = value[mask != 0]
+                found.add(value)
+            self._counted = x, found
+        return self._counted[1]
+
+    def step(self, number: int) -> None:
+        """Run a node for all samples and forget what nobody needs any more."""
+        node = self.graph.nodes[number]
+        for run in self._runs:
+            weights = self._constants.get(node.inputs[1]) if node.op == "onnx.MatMul" else None
+            # in float32, which is enough here, and fast
+            if weights is not None and weights.ndim == 2 and weights.dtype == np.float32:
+                run.put(node.outputs[0], run.values[node.inputs[0]] @ weights)
+            elif node.op == "onnx.Erf":
+                run.put(node.outputs[0], _erf(run.values[node.inputs[0]]))
+            else:
+                run.step(node)
+            for name in node.outputs:
+                if name in self._shifts:
+                    run.values[name] = run.values[name] + self._shifts[name]
+            for name in node.inputs:
+                if self._last.get(name) == number and name not in self._constants:
+                    run.values.pop(name, None)
+        live = sum(a.nbytes for run in self._runs for name, a in run.values.items()
+                   if name not in self._constants)
+        if live > self._memory:
+            raise UsageError(
+                f"the activations of {len(self._runs)} samples take {live / 2**20:.0f} MiB here, "
+                f"and calibration may have {self._memory / 2**20:.0f}; give fewer --samples, or "
+                f"--calibration-memory {-(-live // 2**20)}MiB or more", node.name)
+
+
+def _erf(x: Array) -> Array:
+    """The error function, to 2e-7 (Abramowitz and Stegun, 7.1.26)."""
+    t = 1 / (1 + np.float32(0.3275911) * np.abs(x))
+    tail = np.zeros_like(t)
+    for factor in (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592):
+        tail = (tail + np.float32(factor)) * t
+    found: Array = np.copysign(1 - tail * np.exp(-x * x), x)
+    return found
+
+
+def _mark(w: Array) -> Array:
+    """uint8 [16]: tells matrices from each other."""
+    digest = hashlib.blake2b(np.ascontiguousarray(w).tobytes(), digest_size=16).digest()
+    return np.frombuffer(digest, np.uint8)
 
 
 def _key(name: str) -> str:
@@ -306,51 +465,6 @@ def product_matrices(graph: Graph) -> dict[str, list[str]]:
         if isinstance(data, np.ndarray) and data.ndim == 2 and data.dtype == np.float32:
             found.setdefault(node.inputs[1], []).append(node.inputs[0])
     return found
-
-
-def graph_statistics(
-    graph: Graph,
-    names: Sequence[str],
-    samples: Sequence[Mapping[str, Array]],
-    memory: int,
-    report: Progress,
-) -> dict[str, Statistics]:
-    """The statistics of the inputs of matrices by their constants' names, by numpy over samples of
-    the graph's inputs. If they do not fit into half of ``memory``, the samples are gone through
-    several times for some of them at once; what a matrix needs has to fit."""
-    readers = product_matrices(graph)
-    inputs: dict[str, int] = {}
-    for x in (x for name in names for x in readers[name]):
-        width = graph.values[x].shape[-1]
-        if isinstance(width, int):
-            inputs[x] = width
-    found: dict[str, Statistics] = {}
-    waiting = list(inputs)
-    first = True
-    while waiting:
-        room = memory // 2
-        batch: list[str] = []
-        while waiting and (not batch or 4 * inputs[waiting[0]] ** 2 <= room):
-            batch.append(waiting.pop(0))
-            room -= 4 * inputs[batch[-1]] ** 2
-        found |= {x: Statistics.empty(inputs[x]) for x in batch}
-        for done, sample in enumerate(samples):
-            for x, value in evaluate(graph, sample, batch).items():
-                found[x].add(value)
-            if first:
-                report("calibrate", done + 1, len(samples))
-        first = False
-    result: dict[str, Statistics] = {}
-    for name in names:
-        parts = [found[x] for x in readers[name] if x in found]
-        if len(parts) == 1:
-            result[name] = parts[0]
-        elif parts:
-            total = Statistics.empty(len(parts[0].largest))
-            for part in parts:
-                total.merge(part)
-            result[name] = total
-    return result
 
 
 def with_static_codes(

@@ -11,8 +11,10 @@ import pytest
 
 import qigen
 from qigen.artifact import Artifact
-from qigen.calibration import quantizer, read_samples
-from qigen.errors import BadInput, UsageError
+from qigen.calibration import GraphRounder, Rounding, quantizer, read_samples
+from qigen.codegen.reference import evaluate
+from qigen.errors import BadInput, Unsupported, UsageError
+from qigen.passes.tensor.simplify import simplify
 from tests.passes.test_tensor import cnn, imported
 
 SHAPE = (1, 3, 20, 28)
@@ -84,3 +86,113 @@ def test_ranges_hold_zero() -> None:
 def test_artifact_has_no_rows_without_calibration(model: Path, tmp_path: Path) -> None:
     out = qigen.compile(model, tmp_path / "f.qgn", shape={"x": SHAPE}).path
     assert Artifact(out).manifest["quantization"] == []
+
+
+# -- formats of the catalog, with samples ----------------------------------------------------------
+
+WIDTH = 64
+
+
+def encoder_model() -> onnx.ModelProto:
+    """x [B, T, 64], attention_mask [B, T] -> three products with biases, none of zero mean."""
+    rng = np.random.default_rng(0)
+    helper, floats = onnx.helper, onnx.TensorProto.FLOAT
+    nodes, constants, x = [], [], "x"
+    for i in range(3):
+        w = (rng.standard_normal((WIDTH, WIDTH)) / 8).astype(np.float32)
+        constants += [onnx.numpy_helper.from_array(w, f"w{i}"),
+                      onnx.numpy_helper.from_array(np.full(WIDTH, 0.5, np.float32), f"b{i}")]
+        nodes += [helper.make_node("MatMul", [x, f"w{i}"], [f"p{i}"]),
+                  helper.make_node("Add", [f"p{i}", f"b{i}"], [f"s{i}"]),
+                  helper.make_node("Relu", [f"s{i}"], [f"r{i}"])]
+        x = f"r{i}"
+    nodes += [helper.make_node("Cast", ["attention_mask"], ["m"], to=floats),
+              helper.make_node("Unsqueeze", ["m", "axes"], ["m1"]),
+              helper.make_node("Mul", [x, "m1"], ["y"])]
+    constants.append(onnx.numpy_helper.from_array(np.array([2]), "axes"))
+    info = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        nodes, "encoder", [info("x", floats, ["B", "T", WIDTH]),
+                           info("attention_mask", onnx.TensorProto.INT64, ["B", "T"])],
+        [info("y", floats, ["B", "T", WIDTH])], constants)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+
+
+def padded(count: int, seed: int, mean: float = 1.0) -> dict[str, np.ndarray[Any, Any]]:
+    """Correlated inputs, each sequence with padding that is nothing like them."""
+    rng = np.random.default_rng(seed)
+    common = np.random.default_rng(7).standard_normal((12, WIDTH))
+    x = mean + rng.standard_normal((count, 20, 12)) @ common
+    mask = (np.arange(20) < rng.integers(5, 21, (count, 1))).astype(np.int64)
+    x[mask == 0] = 100 * rng.standard_normal((int((mask == 0).sum()), WIDTH))
+    return {"x": x.astype(np.float32), "attention_mask": mask}
+
+
+@pytest.fixture
+def calibrated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("QIGEN_CACHE", str(tmp_path / "cache"))
+    for i in range(8):
+        np.savez(tmp_path / f"{i}.npz", **padded(8, i))
+    return tmp_path
+
+
+def rounder(folder: Path, method: str = "gptq", **options: Any) -> GraphRounder:
+    rounding = Rounding("s3g32", method, calibration=folder, **options)
+    return GraphRounder(imported(encoder_model()), rounding, "model", lambda *_: None)
+
+
+def missed(found: GraphRounder) -> float:
+    """The error of the output with the rounded matrices, relative to its square."""
+    graph, sample = simplify(imported(encoder_model())), padded(16, 99)
+    (wanted,) = evaluate(graph, sample).values()
+    for i in range(3):
+        w = np.asarray(graph.constants[f"w{i}"])
+        made = found(np.ascontiguousarray(w.T), f"w{i}")
+        assert made is not None
+        tensor, shift = made
+        graph.constants[f"w{i}"] = np.ascontiguousarray(tensor.dequantize().T)
+        if shift is not None:
+            graph.constants[f"b{i}"] = np.asarray(graph.constants[f"b{i}"]) + shift
+    (got,) = evaluate(graph, sample).values()
+    return float(np.square(got - wanted).sum() / np.square(wanted).sum())
+
+
+def test_a_graph_is_calibrated_in_its_order(calibrated: Path) -> None:
+    nearest = missed(rounder(calibrated, "rtn"))
+    found = rounder(calibrated)
+    assert missed(found) < nearest / 3
+    assert [row["matrix"] for row in found.outcomes] == ["w0", "w1", "w2"]
+    # what is finished is not computed again
+    again = rounder(calibrated)
+    assert again.outcomes == found.outcomes and missed(again) == missed(found)
+    # a matrix that a pass has changed is none of those
+    other = again(np.eye(WIDTH, dtype=np.float32), "w0")
+    assert other is not None and other[1] is None
+    np.testing.assert_array_equal(other[0].dequantize(), np.eye(WIDTH))
+
+
+def test_the_compiled_model_has_what_was_calibrated(calibrated: Path) -> None:
+    onnx.save(encoder_model(), calibrated / "encoder.onnx")
+    samples = calibrated / "samples"
+    samples.mkdir()
+    for i in range(4):
+        np.savez(samples / f"{i}.npz", **padded(8, i))
+    sample = padded(4, 99)
+    (wanted,) = evaluate(imported(encoder_model()), sample).values()
+    errors = []
+    for options in ({}, {"calibration": samples}):
+        made = qigen.compile(calibrated / "encoder.onnx", calibrated / "e.qgn", weights="s3g32",
+                             **options)
+        (got,) = qigen.load(made.path, threads=1).run(sample).values()
+        errors.append(float(np.square(got - wanted).sum() / np.square(wanted).sum()))
+    assert errors[1] < errors[0] / 3
+    assert [row["method"] for row in made.manifest["quantization"]] == ["gptq"] * 3
+
+
+def test_calibration_that_does_not_fit(calibrated: Path) -> None:
+    with pytest.raises(UsageError, match=r"64 columns take 0\.0 MiB.*calibration-memory 1MiB"):
+        rounder(calibrated, memory=1000)
+    with pytest.raises(UsageError, match=r"activations of 8 samples take .* fewer --samples"):
+        rounder(calibrated, memory=100000)
+    with pytest.raises(Unsupported, match="done for language models alone"):
+        rounder(calibrated, "awq+gptq")

@@ -6,7 +6,7 @@ constants that the kernels read, in float64 or int64, and rounded once to the ty
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,36 +26,53 @@ def evaluate(
     graph: Graph, feeds: Mapping[str, Array], keep: Sequence[str] | None = None
 ) -> dict[str, Array]:
     """The values called ``keep`` (default: the outputs) for inputs by name."""
-    values: dict[str, Array] = {}
-    sizes: dict[str, int] = {}
-    for name in graph.inputs:
-        if name not in feeds:
-            raise UsageError(f"input {name} is missing")
-        values[name] = np.asarray(feeds[name])
-        for d, n in zip(graph.values[name].shape, values[name].shape, strict=True):
-            if isinstance(d, Sym):
-                sizes[str(d)] = n
+    run = Run(graph, feeds)
     for name, data in graph.constants.items():
         loaded = load_constant(data)
-        values[name] = loaded.dequantize() if isinstance(loaded, QuantizedTensor) else loaded
+        run.values[name] = loaded.dequantize() if isinstance(loaded, QuantizedTensor) else loaded
     for node in graph.nodes:
-        inputs = [values[n] if n else np.zeros(0, np.float32) for n in node.inputs]
+        run.step(node)
+    return {name: run.values[name] for name in (graph.outputs if keep is None else keep)}
+
+
+class Run:
+    """The values of one run so far, by name: those of the inputs, and what :meth:`step` adds.
+
+    Constants have to be put there; ``values`` may be any mapping.
+    """
+
+    def __init__(self, graph: Graph, feeds: Mapping[str, Array],
+                 values: MutableMapping[str, Array] | None = None) -> None:
+        self.graph = graph
+        self.values: MutableMapping[str, Array] = {} if values is None else values
+        self.sizes: dict[str, int] = {}
+        for name in graph.inputs:
+            if name not in feeds:
+                raise UsageError(f"input {name} is missing")
+            self.put(name, np.asarray(feeds[name]))
+
+    def put(self, name: str, array: Array) -> None:
+        """Add a value, and the sizes that it says."""
+        self.values[name] = array
+        for d, n in zip(self.graph.values[name].shape, array.shape, strict=True):
+            if isinstance(d, Sym) and str(d) not in self.sizes and str(d) in d.names():
+                self.sizes[str(d)] = n
+
+    def step(self, node: Node) -> None:
+        """Run a node."""
+        inputs = [self.values[n] if n else np.zeros(0, np.float32) for n in node.inputs]
         function = _FUSED.get(node.op)
         if function is not None:
             results = function(node, inputs)
         else:
-            bound = Node(node.op, node.name, node.inputs, node.outputs, _bound(node.attrs, sizes))
+            bound = Node(node.op, node.name, node.inputs, node.outputs,
+                         _bound(node.attrs, self.sizes))
             operator = schema.operator(node.op, node.name)
             results = operator.reference(bound, inputs, None)  # type: ignore[arg-type]
         for name, array in zip(node.outputs, results, strict=False):
-            if not name:
-                continue
-            value = graph.values[name]
-            values[name] = np.asarray(array).astype(TYPES[value.dtype].numpy)
-            for d, n in zip(value.shape, values[name].shape, strict=True):
-                if isinstance(d, Sym) and str(d) not in sizes and str(d) in d.names():
-                    sizes[str(d)] = n
-    return {name: values[name] for name in (graph.outputs if keep is None else keep)}
+            if name:
+                kind = TYPES[self.graph.values[name].dtype].numpy
+                self.put(name, np.asarray(array).astype(kind))
 
 
 def _bound(attrs: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, Any]:

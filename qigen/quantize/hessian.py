@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from qigen.errors import BadInput
+from qigen.errors import BadInput, UsageError
 
 Float32Array = npt.NDArray[np.float32]
 Float64Array = npt.NDArray[np.float64]
@@ -27,19 +27,20 @@ _MOST_DAMPING = 10.0
 class Statistics:
     """Sums over the input ``x [K]`` of a matrix, token by token.
 
-    ``products`` is float32 [K, K], the sum of x x^T; ``largest`` and ``total`` float32 [K], the
-    greatest and the sum of |x|; ``tokens`` how many there were.
+    ``products`` is float32 [K, K], the sum of x x^T; ``largest`` and ``total`` [K], the greatest
+    and the sum of |x|; ``sums`` [K] the sum of x; ``tokens`` how many there were.
     """
 
     products: Float32Array
     largest: Float32Array
     total: Float64Array
+    sums: Float64Array
     tokens: int = 0
 
     @classmethod
     def empty(cls, k: int) -> Statistics:
         """Nothing seen yet of an input of ``k`` numbers."""
-        return cls(np.zeros((k, k), np.float32), np.zeros(k, np.float32), np.zeros(k))
+        return cls(np.zeros((k, k), np.float32), np.zeros(k, np.float32), np.zeros(k), np.zeros(k))
 
     def add(self, x: npt.NDArray[Any]) -> None:
         """Count the rows of ``x`` [.., K]; BadInput if they are not finite."""
@@ -52,6 +53,7 @@ class Statistics:
         self.products += rows.T @ rows
         np.maximum(self.largest, largest, out=self.largest)
         self.total += magnitude.sum(axis=0, dtype=np.float64)
+        self.sums += rows.sum(axis=0, dtype=np.float64)
         self.tokens += len(rows)
 
     def merge(self, other: Statistics) -> None:
@@ -59,6 +61,7 @@ class Statistics:
         self.products += other.products
         np.maximum(self.largest, other.largest, out=self.largest)
         self.total += other.total
+        self.sums += other.sums
         self.tokens += other.tokens
 
     @property
@@ -67,10 +70,32 @@ class Statistics:
         mean: Float32Array = self.products / np.float32(max(1, self.tokens))
         return mean
 
+    def centred(self) -> Statistics:
+        """The same of x less its mean, where that is made up for otherwise."""
+        mean = self.sums / max(1, self.tokens)
+        products = self.products - np.float32(self.tokens) * np.outer(mean, mean).astype(np.float32)
+        np.fill_diagonal(products, np.diagonal(products).clip(0))
+        return Statistics(products, self.largest, self.total, self.sums, self.tokens)
+
+    @property
+    def mean(self) -> Float32Array:
+        """float32 [K]: the mean of x."""
+        return (self.sums / max(1, self.tokens)).astype(np.float32)
+
     @property
     def mean_magnitude(self) -> Float32Array:
         """float32 [K]: the mean of |x|."""
         return (self.total / max(1, self.tokens)).astype(np.float32)
+
+
+def check_memory(k: int, memory: int, where: str) -> None:
+    """UsageError, saying how much it takes, if the statistics of an input of ``k`` numbers do not
+    fit into ``memory`` bytes."""
+    needed = 4 * k * k
+    if needed > memory:
+        raise UsageError(f"the statistics of {k} columns take {needed / 2**20:.1f} MiB, and "
+                         f"calibration may have {memory / 2**20:.1f}; give --calibration-memory "
+                         f"{-(-needed // 2**20)}MiB or more", where)
 
 
 def check_hessian(hessian: npt.ArrayLike, k: int) -> Float32Array:

@@ -30,7 +30,7 @@ from qigen.formats.algebra import Array, Format, QuantizedTensor
 from qigen.formats.catalog import by_name
 from qigen.ir.graph import Graph, constant_shape, load_constant
 from qigen.quantize import methods
-from qigen.quantize.hessian import Statistics, output_error
+from qigen.quantize.hessian import Statistics, check_memory, output_error
 from qigen.quantize.methods import Report
 from qigen.quantize.prepare import Task
 from qigen.quantize.walk import Segment, Walk
@@ -364,6 +364,7 @@ class _Work:
         batches: list[list[str]] = []
         room = 0
         for x in inputs:
+            check_memory(self._width(x), self.recipe.memory, x)
             size = 4 * self._width(x) ** 2
             if not batches or size > room:
                 batches.append([])

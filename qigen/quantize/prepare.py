@@ -25,7 +25,7 @@ from qigen.errors import Unsupported, UsageError
 from qigen.formats.algebra import Array, Float32Array, Format, QuantizedTensor
 from qigen.formats.catalog import by_name
 from qigen.ir.graph import Constant, Graph, Node, Value, constant_shape, load_constant
-from qigen.quantize.hessian import Statistics, output_error
+from qigen.quantize.hessian import Statistics, check_memory, output_error
 from qigen.quantize.rtn import quantize_rtn
 from qigen.quantize.walk import Walk
 
@@ -301,6 +301,7 @@ def _scaled(task: Task, name: str, sites: Mapping[str, _Site],
             for x in mine:  # one after the other: a Hessian each
                 width = task.graph.values[x].shape[-1]
                 assert isinstance(width, int)
+                check_memory(width, task.memory, x)
                 statistics = Statistics.empty(width)
                 walk.run(segment, {x: lambda _, value, s=statistics: s.add(value)},  # type: ignore[misc]
                          advance=False)

@@ -202,7 +202,7 @@ def test_same_results(name: str, activations: str | None) -> None:
 def test_weights_of_convolutions_become_bytes() -> None:
     graph = imported(cnn())
     row = by_name("s8g32")
-    fast = optimize_graph(graph, rounded=lambda w, name: quantize_rtn(w, row))
+    fast = optimize_graph(graph, rounded=lambda w, name: (quantize_rtn(w, row), None))
     dense = [n for n in fast.nodes if n.op in ("Convolution", "Product")]
     assert {n.attrs["arithmetic"] for n in dense if n.attrs.get("group", 1) == 1} == {"f32s8"}
     (wanted,) = evaluate(graph, feeds("cnn")).values()

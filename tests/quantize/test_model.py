@@ -123,7 +123,7 @@ def test_statistics_in_little_memory_are_the_same():
     graph, texts = build(F32), sequences()
     formats = dict.fromkeys(layers_of(graph), by_name("s4g32"))
     one, _ = quantize_model(graph, formats, texts, RECIPE)
-    two, _ = quantize_model(graph, formats, texts, replace(RECIPE, memory=40000))
+    two, _ = quantize_model(graph, formats, texts, replace(RECIPE, memory=70000))
     for name in formats:
         np.testing.assert_array_equal(one.constants[name].dequantize(),
                                       two.constants[name].dequantize())
@@ -227,6 +227,9 @@ def test_wrong_use():
     with pytest.raises(BadInput, match=r"l0\.q\.w.*row 3 of the weight has a NaN"):
         graph.constants["l0.q.w"][3, 4] = np.nan
         quantize_model(graph, formats, None, Recipe("clip"))
+    with pytest.raises(UsageError, match=r"128 columns take 0\.1 MiB, .*-memory 1MiB or more"):
+        quantize_model(graph, dict.fromkeys(layers_of(graph), by_name("s4g32")), sequences(),
+                       replace(RECIPE, memory=40000))
     with pytest.raises(UsageError, match="too few"):
         Recipe("rtn", context=3).check()
     with pytest.raises(BadInput, match="activations that are not finite"):

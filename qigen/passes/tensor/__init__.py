@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from qigen.backends.cpu.elementwise import ELEMENTWISE
-from qigen.formats.algebra import QuantizedTensor
-from qigen.ir.graph import Array, Graph, Node
+from qigen.ir.graph import Graph, Node
 from qigen.passes.tensor import elementwise, layout, rows
 from qigen.passes.tensor.halves import promote_halves
 from qigen.passes.tensor.patterns import find_patterns
-from qigen.passes.tensor.products import Products, quantized_tables
+from qigen.passes.tensor.products import Products, Rounding, quantized_tables
 from qigen.passes.tensor.quantized import folded, quantized_products, weight_only
 from qigen.passes.tensor.simplify import simplify
 
@@ -18,7 +17,7 @@ from qigen.passes.tensor.simplify import simplify
 def optimize_graph(
     graph: Graph,
     activations: str | None = None,
-    rounded: Callable[[Array, str], QuantizedTensor | None] | None = None,
+    rounded: Rounding | None = None,
 ) -> Graph:
     """The graph that is lowered.
 

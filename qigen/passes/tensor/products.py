@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -76,18 +76,22 @@ def padded(vector: Array, dtype: Any) -> Array:
     return out
 
 
+Rounding: TypeAlias = Callable[[Array, str], tuple[QuantizedTensor, Array | None] | None]
+
+
 class Products:
     """The pass; ``arithmetic_of(node)`` says how a node's product is computed.
 
     ``rounded`` brings the weights [N, K] of matrix products to a format of the catalog; they are
-    then read by the kernels of that format. None keeps a matrix as it is.
+    then read by the kernels of that format. With them comes what is added to the product [N], or
+    None. None keeps a matrix as it is.
     """
 
     def __init__(
         self,
         graph: Graph,
         arithmetic_of: Callable[[Node], str],
-        rounded: Callable[[Array, str], QuantizedTensor | None] | None = None,
+        rounded: Rounding | None = None,
     ) -> None:
         self.r = Rewriter(graph)
         self.arithmetic_of = arithmetic_of
@@ -141,7 +145,10 @@ class Products:
         """Replace a node by x times w[N, K] transposed."""
         found = self.rounded(w, name) if self.rounded is not None else None
         if found is not None:
-            emit_format_product(self.r, node, x, found, bias, name)
+            tensor, shift = found
+            if shift is not None:
+                bias = shift if bias is None else bias + shift
+            emit_format_product(self.r, node, x, tensor, bias, name)
             return
         weights = prepare(w[:, None, :], self.arithmetic_of(node))
         emit_product(self.r, node, x, weights, bias, name)
