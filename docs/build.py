@@ -25,6 +25,7 @@ from qigen.frontends.checkpoints import READERS
 from qigen.frontends.families import FAMILIES
 from qigen.ir import ops, schema  # noqa: F401  (ops registers the operators)
 from qigen.ir.tensor import TensorOp
+from qigen.quantize.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
 
@@ -123,6 +124,29 @@ def families() -> str:
                 traits(row),
             )
             for row in FAMILIES
+        ),
+    )
+
+
+def methods() -> str:
+    """The quantization methods: a row of ``qigen.quantize.METHODS`` each."""
+
+    def shown(name: str, default: object) -> str:
+        value = str(default).lower() if isinstance(default, bool) else default
+        return f"`{name}={value}`"
+
+    return markdown(
+        ("`--method`", "what it does", "minimises", "data", "options", "written from"),
+        (
+            (
+                f"`{m.name}`",
+                m.about,
+                m.minimises,
+                m.data,
+                ", ".join(shown(name, p.default) for name, p in m.options.items()) or "–",
+                m.source or "–",
+            )
+            for m in METHODS.values()
         ),
     )
 
@@ -226,6 +250,7 @@ TABLES: dict[str, Callable[[], str]] = {
         rounded_formats,
         checkpoints,
         families,
+        methods,
         operators,
         onnx_operators,
         isas,

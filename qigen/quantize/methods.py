@@ -82,6 +82,13 @@ class Method:
     prepare: Preparation | None = None
 
     @property
+    def data(self) -> str:
+        """'needed', 'may help' or 'not looked at': the calibration data."""
+        if self.needs_hessian or (self.prepare is not None and self.prepare is not rotate):
+            return "needed"
+        return "may help" if self.function in (_clip, _kmeans) else "not looked at"
+
+    @property
     def options(self) -> dict[str, inspect.Parameter]:
         """The options by name, those of the preparation among them."""
         return {**_options_of(self.prepare), **_options_of(self.function)}

@@ -228,7 +228,7 @@ def test_wrong_use():
         graph.constants["l0.q.w"][3, 4] = np.nan
         quantize_model(graph, formats, None, Recipe("clip"))
     with pytest.raises(UsageError, match=r"128 columns take 0\.1 MiB, .*-memory 1MiB or more"):
-        quantize_model(graph, dict.fromkeys(layers_of(graph), by_name("s4g32")), sequences(),
+        quantize_model(build(F32), dict.fromkeys(layers_of(graph), by_name("s4g32")), sequences(),
                        replace(RECIPE, memory=40000))
     with pytest.raises(UsageError, match="too few"):
         Recipe("rtn", context=3).check()
