@@ -23,6 +23,15 @@ ArtifactMaker = Callable[..., Path]
 """Path of the artifact of a model compiled with the options of ``qigen.compile``."""
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A file runs in one worker, so that it compiles its kernels once, unless it says itself what
+    belongs together: files that take minutes would hold up the others' end."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def outside_of_the_sources(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Another working directory: a child ``python -m qigen`` takes what lies there first."""

@@ -436,9 +436,13 @@ def formats() -> Iterator[tuple[int, Format]]:
     yield from enumerate(CATALOG[name] for name in REPRESENTATIVE)
 
 
+OTHER_DOT = (ISAS["avxvnni"], ISAS["avx512"])
+"""Rows that differ from AVX2 and from AVX-512 with VNNI in the integer dot product only."""
+
+
 def thinned(isa: Isa) -> bool:
     """Whether the default run takes only a part of the rows that no GGUF has."""
-    return not foreign(isa) and (isa is SCALAR or isa.native_bf16)
+    return not foreign(isa) and (isa is SCALAR or isa.native_bf16 or isa in OTHER_DOT)
 
 
 def default_specs() -> list[tuple[MatmulSpec, tuple[str, ...]]]:
@@ -446,7 +450,8 @@ def default_specs() -> list[tuple[MatmulSpec, tuple[str, ...]]]:
     out over formats and ISAs.
 
     AVX2 and AVX-512 get the same kind and tiles, so that their results can be compared. Rows with
-    an instruction for bf16 differ from the ones before in bf16 arithmetic only. Formats are dealt
+    an instruction for bf16 differ from the ones before in bf16 arithmetic only, and those with
+    another dot product in integer arithmetic only. Formats are dealt
     out over the rows that are emulated, which is slow.
     """
     kinds = ("f32", "int8", "bf16", "int8-token")
@@ -462,6 +467,10 @@ def default_specs() -> list[tuple[MatmulSpec, tuple[str, ...]]]:
             kind = kinds[choice % 4] if f.integer else kinds[choice % 2 * 2]
             if isa.native_bf16:
                 kind = "bf16"
+            if isa in OTHER_DOT:
+                if not f.integer:
+                    continue
+                kind = kinds[1 + 2 * (i % 2)]
             more = EPILOGUES[1 + (i // 3 + (isa is AVX2)) % 3]
             tiles = (1,) if isa is SCALAR else (2, 1)
             streams = isa.row_tile if i % 2 else 1
@@ -495,7 +504,22 @@ def identity(spec: MatmulSpec) -> str:
 
 
 DEFAULT, SLOW = default_specs(), slow_specs()
-TOGETHER = 12  # kernels of a translation unit
+TOGETHER = 16  # kernels of a translation unit
+
+
+def unit(specs: list[tuple[MatmulSpec, tuple[str, ...]]], index: int) -> int:
+    """The translation unit of a kernel, among those of its ISA."""
+    isa = specs[index][0].isa
+    return sum(spec.isa is isa for spec, _ in specs[:index]) // TOGETHER
+
+
+def grouped(index: int) -> Any:
+    """The index of a kernel as a parameter; the tests of a translation unit run in one worker.
+    Those of AVX2 and AVX-512 that are compared do, too."""
+    isa = DEFAULT[index][0].isa
+    name = "avx" if isa in (AVX2, AVX512VNNI) else isa.name
+    group = f"matmul-{name}-{unit(DEFAULT, index)}"
+    return pytest.param(index, marks=pytest.mark.xdist_group(group))
 
 
 class Libraries:
@@ -508,7 +532,7 @@ class Libraries:
     def get(self, specs: list[tuple[MatmulSpec, tuple[str, ...]]], index: int) -> ctypes.CDLL:
         isa = specs[index][0].isa
         mine = [i for i, (spec, _) in enumerate(specs) if spec.isa is isa]
-        group = mine.index(index) // TOGETHER
+        group = unit(specs, index)
         key = (id(specs), isa, group)
         if key not in self.loaded:
             part = [specs[i] for i in mine[group * TOGETHER : (group + 1) * TOGETHER]]
@@ -556,7 +580,9 @@ def check_rows(library: ctypes.CDLL, spec: MatmulSpec) -> None:
         assert (y[-1] == GUARD).all() and (y[:, -16:] == GUARD).all()
 
 
-@pytest.mark.parametrize("index", range(len(DEFAULT)), ids=lambda i: identity(DEFAULT[i][0]))
+@pytest.mark.parametrize(
+    "index", map(grouped, range(len(DEFAULT))), ids=lambda i: identity(DEFAULT[i][0])
+)
 def test_kernel(index: int, libraries: Libraries) -> None:
     check_kernel(libraries, DEFAULT, index)
 
@@ -574,7 +600,10 @@ def pairs() -> list[tuple[int, int]]:
     return [(i, found[spec]) for i, (spec, _) in enumerate(DEFAULT) if spec in found]
 
 
-@pytest.mark.parametrize("indices", pairs(), ids=lambda p: identity(DEFAULT[p[0]][0]))
+@pytest.mark.parametrize(
+    "indices", [pytest.param(p, marks=grouped(p[0]).marks) for p in pairs()],
+    ids=lambda p: identity(DEFAULT[p[0]][0]),
+)
 def test_isas_agree_to_the_last_bit(indices: tuple[int, int], libraries: Libraries) -> None:
     """Integer sums are exact and float operations come in the same order on AVX2 and AVX-512."""
     results = []
