@@ -28,7 +28,7 @@
 namespace qigen::runtime {
 namespace {
 
-constexpr uint64_t kTileFeatures =
+[[maybe_unused]] constexpr uint64_t kTileFeatures =
     CpuFeature::amx_tile | CpuFeature::amx_int8 | CpuFeature::amx_bf16;
 
 #if defined(__x86_64__) || defined(__i386__)
