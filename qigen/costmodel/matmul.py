@@ -56,6 +56,9 @@ BLOCKS = (1, 2)
 """Source blocks of a K-block to consider: the inner loop is unrolled over a K-block. Two take 3 to
 5 % less time than one; four took up to 6 % more (benchmarks/costmodel_validation.py)."""
 
+STREAMS = (1, 2, 4)
+"""Row-blocks to consider that one token alone reads side by side."""
+
 _UNROLLED = 128
 """Weights of a K-block of several source blocks at most: longer loops gain nothing."""
 
@@ -309,7 +312,7 @@ def predict(
     for rows, groups in ((side, pairs), (1, per_thread - pairs * side)):
         arriving = limits[level] * groups * rows / per_thread
         for tokens, times in split(spec.tiles, m).items() if groups else ():
-            together = rows if tokens > 1 else min(rows, spec.streams)
+            together = rows if tokens > 1 or m == 1 else 1
             panel = tokens == spec.tiles[0] and panels(spec, m)
             tile = _tile(alone, tokens, together, machine, panel)
             calls = groups * times * (rows // together)
@@ -479,7 +482,7 @@ def schedules(
     those with a given list of tiles; Unsupported if the codes overflow the ISA's accumulators."""
     lists = tile_lists(token_tiles(format, isa, activations)) if tiles is None else [tiles]
     prefetch = prefetch_distance(machine)
-    most = min(isa.row_tile, machine.streams) if activations.startswith("int8") else 1
+    most = machine.streams if activations.startswith("int8") and isa.features else 1
     return [
         MatmulSpec(
             format,
@@ -509,10 +512,11 @@ def space(
     best = prefetch_distance(machine)
     distances = (best, *(d for d in (0, *PREFETCH) if d != best))
     return [
-        replace(spec, prefetch=distance, streams=(spec.streams - 1 + other) % isa.row_tile + 1)
-        for other in range(isa.row_tile)
+        replace(spec, prefetch=distance, streams=streams or spec.streams)
+        for streams in (0, *STREAMS)  # the model's choice first
         for distance in distances
         for spec in schedules(format, k, isa, activations, machine)
+        if streams != spec.streams
     ]
 
 

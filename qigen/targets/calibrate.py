@@ -27,7 +27,7 @@ from qigen.targets.topology import available_memory
 RunCompiler = Callable[[Sequence[str], str], None]
 """Runs the C++ compiler with arguments; the second argument says for what."""
 
-VERSION = 2
+VERSION = 3
 SECONDS = 12.0
 """Of measuring; compiling and touching the memory come on top and stay below 8 s."""
 
@@ -42,6 +42,7 @@ class Calibration:
 
     ``l1_gb_s`` to ``l3_gb_s`` are of one thread. ``rates`` and ``latency`` are those of
     :class:`qigen.targets.machine.Machine`, for the vector widths that the processor has.
+    ``streams`` is how many sequential streams a thread reads best side by side (0: not measured).
     """
 
     date: str
@@ -56,6 +57,7 @@ class Calibration:
     l3_gb_s: float = 0.0
     rates: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
     latency: Mapping[str, float] = field(default_factory=dict)
+    streams: int = 0
 
     def changes(self, machine: Machine) -> list[str]:
         """In words, how ``machine`` (this one now) differs from what was measured."""
@@ -92,6 +94,7 @@ class Calibration:
             rates=rates,
             latency={**machine.latency, **self.latency},
             calibrated=self.date,
+            streams=self.streams or machine.streams,
         )
 
 
@@ -170,7 +173,21 @@ def calibrate(
         l3_gb_s=values["l3"],
         rates=_rates(values),
         latency=_latencies(values, max(machine.rates)),
+        streams=_streams({s: values[f"streams.{s}"] for s in (1, 2, 4)}),
     )
+
+
+_WORTH = 1.03
+"""More streams must read faster by so much: their tiles need more registers."""
+
+
+def _streams(measured: Mapping[int, float]) -> int:
+    """The streams to read side by side, from GB/s by their number."""
+    best = 1
+    for streams in sorted(measured):
+        if measured[streams] > _WORTH * measured[best]:
+            best = streams
+    return best
 
 
 _COMPILED = ("avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni")
@@ -265,6 +282,7 @@ def load() -> Calibration | None:
                 for width, row in data["rates"].items()
             },
             latency={str(k): _positive(v) for k, v in data["latency"].items()},
+            streams=int(data["streams"]),
         )
     except FileNotFoundError:
         return None

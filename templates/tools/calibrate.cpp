@@ -1,8 +1,9 @@
 // Measures what the machine table cannot know of the machine at hand: read bandwidth by number of
-// threads (one sequential stream each), bandwidths of the caches, the cost of a barrier, and how
+// threads (one sequential stream each, then several), bandwidths of the caches, the cost of a barrier, and how
 // many instructions of each class that the kernels use a core issues a cycle.
 // usage: calibrate THREADS,THREADS,.. MIB_PER_THREAD L1_BYTES L2_BYTES L3_BYTES SECONDS
-// Prints lines of "name value": read.T in GB/s of T threads together; l1, l2, l3 in GB/s of one
+// Prints lines of "name value": read.T in GB/s of T threads together, streams.S in GB/s of all
+// threads that read S streams side by side; l1, l2, l3 in GB/s of one
 // thread; barrier.T in microseconds; ghz.W, rate.W.CLASS in instructions a cycle and
 // latency.W.CLASS in cycles for vectors of W bits. Every value is the best that was seen, because
 // others may use the machine at the same time.
@@ -30,6 +31,19 @@ uint64_t read(const uint64_t* p, size_t n) {
   uint64_t s[32] = {};
   for (size_t i = 0; i < n; i += 32)
     for (int j = 0; j < 32; ++j) s[j] += p[i + j];
+  uint64_t total = 0;
+  for (uint64_t x : s) total += x;
+  return total;
+}
+
+// Reads `streams` stretches of 36 KiB side by side, like row-blocks, then the next ones.
+uint64_t read_side_by_side(const uint64_t* p, size_t n, size_t streams) {
+  constexpr size_t kStretch = (36 << 10) / 8, kLine = 8;
+  uint64_t s[kLine] = {};
+  for (size_t first = 0; first + streams * kStretch <= n; first += streams * kStretch)
+    for (size_t i = 0; i < kStretch; i += kLine)
+      for (size_t r = 0; r < streams; ++r)
+        for (size_t j = 0; j < kLine; ++j) s[j] += p[first + r * kStretch + i + j];
   uint64_t total = 0;
   for (uint64_t x : s) total += x;
   return total;
@@ -250,22 +264,32 @@ int main(int argc, char** argv) {
 
   // half of the time: memory
   std::vector<uint64_t> sums(16 * cores);
-  for (const int threads : counts) {
+  const auto bandwidth = [&](int threads, double time, const auto& read_all) {
     double best = 0.0;
-    for (const double end = seconds() + 0.5 * limit / static_cast<double>(counts.size());
-         seconds() < end;) {
+    for (const double end = seconds() + time; seconds() < end;) {
       qigen::Barrier barrier(threads);
       double took = 0.0;
       on_all(threads, [&](int t) {
         barrier.wait(t);
         const double start = seconds();
-        sums[16 * t] += read(buffers[t], bytes / 8);
+        sums[16 * t] += read_all(buffers[t]);
         barrier.wait(t);
         if (t == 0) took = seconds() - start;
       });
       best = std::max(best, static_cast<double>(bytes) * threads / took / 1e9);
     }
+    return best;
+  };
+  for (const int threads : counts) {
+    const double best = bandwidth(threads, 0.38 * limit / static_cast<double>(counts.size()),
+                                  [&](const uint64_t* p) { return read(p, bytes / 8); });
     std::printf("read.%d %.3f\n", threads, best);
+  }
+  for (const size_t streams : {1, 2, 4}) {
+    const double best = bandwidth(cores, 0.04 * limit, [&](const uint64_t* p) {
+      return read_side_by_side(p, bytes / 8, streams);
+    });
+    std::printf("streams.%zu %.3f\n", streams, best);
   }
   for (int level = 0; level < 3; ++level) {
     // most of it, but well above what the level before holds

@@ -148,8 +148,8 @@ def test_space_is_enumerated() -> None:
     )
     everything = space(by_name("q4_0"), 64, VNNI, "int8", ICELAKE)
     assert everything[: len(specs)] == specs
-    assert len(set(everything)) == len(everything) == 2 * len(specs) * (1 + len(PREFETCH))
-    assert len({s.name for s in everything if s.tiles == (1,)}) == 4 * (1 + len(PREFETCH))
+    assert len(set(everything)) == len(everything) == 3 * len(specs) * (1 + len(PREFETCH))
+    assert len({s.name for s in everything if s.tiles == (1,)}) == 6 * (1 + len(PREFETCH))
     floats = space(by_name("q4_0"), 64, VNNI, "f32", ICELAKE)
     assert floats == schedules(by_name("q4_0"), 64, VNNI, "f32", ICELAKE)
 

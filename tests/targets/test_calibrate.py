@@ -121,7 +121,7 @@ def test_another_machine(change: dict[str, object], words: str) -> None:
 
 def test_another_version() -> None:
     save(made_up())
-    data_file().write_text(data_file().read_text().replace('"version": 2', '"version": 1'))
+    data_file().write_text(data_file().read_text().replace('"version": 3', '"version": 1'))
     with pytest.warns(UserWarning, match="another version"):
         assert load() is None
 

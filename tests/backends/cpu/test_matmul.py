@@ -370,7 +370,8 @@ def fill_args(
 
 def run(library: ctypes.CDLL, spec: MatmulSpec, c: Case, epilogue: str, m: int,
         y: Array, bias: Array | None) -> None:
-    """Call an entry for all row-blocks (or pairs of them), cut in two calls."""
+    """Call an entry for all row-blocks (or pairs of them), cut in two calls unless that leaves too
+    few for all streams."""
     x = c.x.laid_out(spec, m)
     args = fill_args(spec, c, m, x, y, bias)
     gated = epilogue not in ("store", "add")
@@ -379,7 +380,7 @@ def run(library: ctypes.CDLL, spec: MatmulSpec, c: Case, epilogue: str, m: int,
     args.w = pointer(packed)
     entry = getattr(library, spec.entry(epilogue))
     blocks = -(-ROWS // 16) // (1 if epilogue in ("store", "add") else 2)
-    for b0, b1 in ((0, 1), (1, blocks)):
+    for b0, b1 in ((0, blocks),) if spec.streams > 2 else ((0, 1), (1, blocks)):
         entry(ctypes.byref(args), ctypes.c_int(b0), ctypes.c_int(b1))
 
 
@@ -473,7 +474,7 @@ def default_specs() -> list[tuple[MatmulSpec, tuple[str, ...]]]:
                 kind = kinds[1 + 2 * (i % 2)]
             more = EPILOGUES[1 + (i // 3 + (isa is AVX2)) % 3]
             tiles = (1,) if isa is SCALAR else (2, 1)
-            streams = isa.row_tile if i % 2 else 1
+            streams = (1, 2, 4)[i % 3] if isa.features else 1
             specs.append((MatmulSpec(f, Layout(), isa, kind, tiles, streams=streams),
                           ("store", more)))
     for i, name in enumerate(("q4_0", "s5g64", "u3g32", "iq4_nl", "mxfp4")):
@@ -493,7 +494,7 @@ def default_specs() -> list[tuple[MatmulSpec, tuple[str, ...]]]:
 def slow_specs() -> list[tuple[MatmulSpec, tuple[str, ...]]]:
     """The whole product, with the tiles of the planner."""
     return [(MatmulSpec(f, Layout(16, blocks), isa, kind, planner_tiles(isa),
-                        streams=isa.row_tile), EPILOGUES)
+                        streams=4 if isa.features else 1), EPILOGUES)
             for isa in ISAS.values() for f in CATALOG.values()
             for kind in (("f32", "bf16", "int8", "int8-token") if f.integer else ("f32", "bf16"))
             for blocks in ((1,) if f.float_kind else (1, 2))]
