@@ -3,7 +3,7 @@
 ``int8`` has one float32 scale for each head and position, for the key and for the value.
 
 ``int4`` and ``int2`` follow KIVI (Liu et al. 2024, arXiv 2402.02750): channels of keys have
-outliers that stay in their channel, so keys are rounded per channel over a block of :data:`BLOCK`
+outliers that stay in their channel, so keys are rounded per channel over a group of
 positions; values per position over a group of channels. A number is ``scale · code + lowest`` with
 f16 ``scale`` and ``lowest``. The newest positions stay in f16: a query at position p sees the
 first ``sealed(p)`` blocks rounded and the rest, its last ``window`` positions and up to a block
@@ -24,18 +24,22 @@ from qigen.errors import UsageError
 Array = NDArray[Any]
 
 BLOCK = 64
-"""Positions of a softmax block, and of the groups that keys are rounded in."""
+"""Positions of a softmax block; what is rounded, is by whole blocks."""
 
 
 @dataclass(frozen=True)
 class KvFormat:
     """``bits`` a number; ``window`` newest positions stay f16 (0: none, every position is rounded
-    when it is written); ``value_group`` channels at most share the scale of a value (0: all)."""
+    when it is written), and so do the ``first`` blocks, which all queries look at much (attention
+    sinks, Xiao et al. 2024, arXiv 2309.17453); ``key_group`` positions share the scale of a
+    channel of keys, ``value_group`` channels at most that of a value (0: all)."""
 
     name: str
     bits: int
     window: int = 0
     value_group: int = 0
+    key_group: int = BLOCK
+    first: int = 0
     source: str = ""
 
     def __post_init__(self) -> None:
@@ -65,13 +69,14 @@ class KvFormat:
         codes = 2 * BLOCK * wide * self.bits // 8
         if not self.window:
             return codes + 2 * 4 * BLOCK
-        return codes + 2 * 2 * wide + 2 * 2 * BLOCK * (wide // self.group(head_dim))
+        keys, values = BLOCK // self.key_group, wide // self.group(head_dim)
+        return codes + 2 * 2 * wide * keys + 2 * 2 * BLOCK * values
 
     def window_bytes(self, head_dim: int) -> int:
         """Bytes of a session for the newest positions of one head, and where it notes its state."""
         if not self.window:
             return 0
-        return 64 + (self.window // BLOCK + 1) * half_block_bytes(head_dim)
+        return 64 + (self.window // BLOCK + 1 + self.first) * half_block_bytes(head_dim)
 
     def step_blocks(self, max_tokens: int) -> int:
         """Blocks that the newest positions and ``max_tokens`` more touch at most."""
@@ -93,7 +98,8 @@ KV_FORMATS = {
     for row in (
         KvFormat("f16", 16, source="IEEE 754 half precision"),
         KvFormat("int8", 8, source="symmetric, a scale for each head and position"),
-        KvFormat("int4", 4, window=64, value_group=64, source="KIVI, arXiv 2402.02750"),
+        KvFormat("int4", 4, window=64, value_group=64, key_group=32, first=1,
+                 source="KIVI, arXiv 2402.02750"),
         KvFormat("int2", 2, window=128, value_group=32, source="KIVI, arXiv 2402.02750"),
     )
 }
@@ -142,8 +148,9 @@ def round_groups(x: Array, bits: int, axis: int) -> Rounded:
 def round_block(keys: Array, values: Array, fmt: KvFormat) -> tuple[Rounded, Rounded]:
     """A block of one head or several: ``keys, values [BLOCK, heads, head_dim]`` (already f16).
 
-    The codes of the keys have that shape, those of the values ``[BLOCK, heads, groups, channels]``
-    where the last group may be short: groups are those of the padded head.
+    The codes of the keys are ``[groups, key_group, heads, head_dim]``, those of the values
+    ``[BLOCK, heads, groups, channels]`` where the last group may be short: groups are those of the
+    padded head.
     """
     head_dim, group = values.shape[-1], fmt.group(values.shape[-1])
     whole = np.full((*values.shape[:-1], padded(head_dim)), np.nan, dtype=np.float32)
@@ -151,4 +158,5 @@ def round_block(keys: Array, values: Array, fmt: KvFormat) -> tuple[Rounded, Rou
     parts = whole.reshape(*values.shape[:-1], -1, group)
     # channels beyond the head repeat one of it, so that they do not change the range
     parts = np.where(np.isnan(parts), parts[..., :1], parts)
-    return round_groups(keys, fmt.bits, 0), round_groups(parts, fmt.bits, -1)
+    groups = keys.reshape(-1, fmt.key_group, *keys.shape[1:])
+    return round_groups(groups, fmt.bits, 1), round_groups(parts, fmt.bits, -1)

@@ -93,8 +93,11 @@ class KvCache:
         self._data[:, lost] = old
         for block in range(again, end):
             place = slice(block * BLOCK, (block + 1) * BLOCK)
+            if block < self._format.first:  # stays as it is
+                self._rounded_blocks[:, place] = self._data[:, place]
+                continue
             keys, values = round_block(self._data[0, place], self._data[1, place], self._format)
-            self._rounded_blocks[0, place] = keys.dequantize()
+            self._rounded_blocks[0, place] = keys.dequantize().reshape(self._data[0, place].shape)
             dense = values.dequantize().reshape(BLOCK, self._state.n_kv_heads, -1)
             self._rounded_blocks[1, place] = dense[..., : self._state.head_dim]
         self._sealed = end
