@@ -151,7 +151,7 @@ def remembered(
     try:
         if database.database_file().exists():
             data = Database()
-    except QigenError as error:
+    except (QigenError, OSError) as error:  # a folder that may not even be looked into
         note = f"{error}; kernels are chosen without it"
     try:
         if data is None and not any(e.machine == key for e in database.shipped()):

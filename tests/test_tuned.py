@@ -180,3 +180,38 @@ def test_defaults_are_written_and_read(
     assert len(database.read_export(tmp_path / "x.json")) == 0, "the database is empty now"
     assert main(["tune", "--defaults", "--shape", "32x32"]) == 2
     assert main(["tune", "import", "--defaults", "x"]) == 2
+
+
+def test_a_data_folder_that_cannot_be_used(
+    known: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A compilation does without: where the folder would be lies a file, or it may not be read."""
+    monkeypatch.setattr(database, "shipped", lambda: ())
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("QIGEN_DATA", str(tmp_path / "file" / "data"))
+    model, note = chosen()
+    assert note == ""
+
+    def refused() -> Path:
+        raise PermissionError(13, "Permission denied", str(tmp_path))
+
+    monkeypatch.setattr(database, "database_file", refused)
+    spec, note = chosen()
+    assert spec == model and "Permission denied" in note and "without it" in note
+
+
+def test_a_limit_below_the_cores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A container's quota, or processors that were unplugged: threads that were tuned before on
+    more of them are not started any more."""
+    from qigen.targets import topology
+
+    monkeypatch.setattr(topology, "cgroup_cpus", lambda: None)
+    cores = topology.usable_cores()
+    tuned.write_tuned(tmp_path, cores, 64)
+    assert tuned.tuned_threads(tmp_path) == cores
+    one = frozenset({min(topology.allowed_cpus())})
+    for name, value in (("cgroup_cpus", 0.5), ("allowed_cpus", one)):
+        with monkeypatch.context() as changed:
+            changed.setattr(topology, name, lambda value=value: value)
+            assert topology.usable_cores() == 1
+            assert tuned.tuned_threads(tmp_path) == (0 if cores > 1 else 1)

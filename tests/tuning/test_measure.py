@@ -271,3 +271,33 @@ def test_models_that_are_none(tmp_path: Path) -> None:
 
     with pytest.raises(BadInput, match="no such file"):
         model_products(tmp_path / "missing.gguf")
+
+
+# ---- machines that change, and clocks that are wrong ----
+
+
+@pytest.mark.parametrize("cpus", ["one", "one that is gone too", "only one that is gone"])
+def test_processors_that_are_not_there(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, cpus: str
+) -> None:
+    """A machine with one core, or with less than when the process began: threads run where they
+    may, and results stay right."""
+    gone = 1023  # the last that a set of processors holds
+    first = min(measure.allowed_cpus())
+    found = {"one": {first}, "one that is gone too": {first, gone}, "only one that is gone": {gone}}
+    monkeypatch.setattr(measure, "allowed_cpus", lambda: frozenset(found[cpus]))
+    (outcome,) = bench.measure(bench.build([spec()]), 32, 64, 1, 2, 0, 0.01)
+    assert (outcome.status, outcome.message) == ("ok", "") and outcome.us > 0
+
+
+def test_dates_decide_nothing_here(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was measured while the clock was wrong counts, and a later measurement replaces it
+    though its date is earlier."""
+    with Database(tmp_path / "tuning.sqlite") as data:
+        for year, again, count in (("2999", False, 2), ("1970", False, 0), ("1970", True, 2)):
+            monkeypatch.setattr("qigen.tuning.database.now", lambda year=year: f"{year}-01-01")
+            _, rows = tune(data, buckets=(1,), again=again)
+            assert [r.measured for r in rows] == [count]  # type: ignore[attr-defined]
+        assert {e.date for e in data.entries()} == {"1970-01-01"}
