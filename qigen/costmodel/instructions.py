@@ -32,7 +32,7 @@ _INTRINSICS: tuple[tuple[str, str | None], ...] = (
     (r"fn?madd|(mul|add|sub|div|max|min)_ps|round|reduce|sqrt|scalef|mul_ep|mullo", "fma"),
     (r"cvt|packu?s", "convert"),
     (r"s[rl]l|sra|avg", "shift"),
-    (r"(mask_)?shuffle|permute|unpack|extract|(mask_)?blend", "shuffle"),
+    (r"(mask_)?shuffle|permute|unpack|extract|insert|(mask_)?blend", "shuffle"),
     (r"and|or|xor|ternarylogic|cmp|test|mov|mask_(mov|and|sub)|kor", "logic"),
     (r"add_epi|sub|abs|sign|min_ep|max_ep", "logic"),
     (r"prefetch", "load"),
@@ -263,6 +263,8 @@ def kernel_counts(spec: MatmulSpec, tokens: int, rows: int) -> KernelCounts:
             groups = spec.format.block * spec.layout.blocks // ACTIVATION_GROUP
             panel = _looped(group, spec.isa, groups)
         return KernelCounts(kblock, unpack, count_text(outside, spec.isa), panel)
+    if tokens == 1 and "void one_token(" in text:
+        return _entries(spec, text)
     header, inside, outside = _loop(_function(text, f"fma_{tokens}"))
     unrolled = re.search(r"k \+= (\d+)", header)
     steps = spec.format.block * spec.layout.blocks / (2 if spec.activations == "bf16" else 1)
@@ -277,6 +279,18 @@ def kernel_counts(spec: MatmulSpec, tokens: int, rows: int) -> KernelCounts:
         for kind, n in _looped(packing, spec.isa, steps).items():
             unpack[kind] += n
     return KernelCounts(kblock, unpack, count_text(outside, spec.isa), counted({}))
+
+
+def _entries(spec: MatmulSpec, text: str) -> KernelCounts:
+    """The counts of a kernel that reads the entries of codebooks in one piece, for one token."""
+    kblock = count_text(_function(text, "find_entries"), spec.isa)
+    _, inside, outside = _loop(_function(text, "fma_entries"))
+    places = spec.format.field("codes").count * spec.layout.blocks
+    for kind, n in _looped(inside, spec.isa, 4).items():  # 4 rows at a time
+        kblock[kind] += n
+    kblock["load"] += 16 * places
+    kblock["instructions"] += 16 * places
+    return KernelCounts(kblock, counted({}), count_text(outside, spec.isa), counted({}))
 
 
 _WORD = {"instructions": 9.0, "load": 4.0, "store": 2.0}

@@ -341,6 +341,12 @@ def _weights(
     if quantization is None:
         return {name: _dense(tensor) for name, tensor in raw.items()}, paths
     matrices, parts = read_quantized(raw, quantization)
+    wide = sum(matrix.format.float_kind is not None for matrix in matrices.values())
+    if wide:
+        notes.append(
+            f"{wide} matrices have groups that no format has and are kept as float32 numbers: they "
+            "take more room than the checkpoint; --weights rounds them"
+        )
     dense = {name: _dense(tensor) for name, tensor in raw.items() if name not in parts}
     return {**dense, **matrices}, paths
 

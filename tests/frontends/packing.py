@@ -169,8 +169,8 @@ def awq(group: int, version: str = "gemm") -> Family:
 # -- HQQ -------------------------------------------------------------------------------------------
 
 
-def hqq(bits: int, group: int, dtype: str = "F16") -> Family:
-    """HQQLinear with axis 1: rows of groups, packed far apart; float zeros."""
+def hqq(bits: int, group: int, dtype: str = "F16", axis: int = 1) -> Family:
+    """HQQLinear: rows of groups (axis 0: columns), packed far apart; float zeros."""
     packing, slots, letters = {8: ("8bit_u8", 1, "U8"), 4: ("4bit_u8", 2, "U8"),
                                3: ("3bit_32", 10, "I32"), 2: ("2bit_u8", 4, "U8")}[bits]
 
@@ -182,8 +182,8 @@ def hqq(bits: int, group: int, dtype: str = "F16") -> Family:
 
     def pack(name: str, w: np.ndarray) -> tuple[Tensors, np.ndarray]:
         n, k = w.shape
-        rows = w.reshape(-1, group)
-        low, high = rows.min(axis=1, keepdims=True), rows.max(axis=1, keepdims=True)
+        rows = w.reshape(-1, group) if axis else w.reshape(group, -1)
+        low, high = rows.min(axis=axis, keepdims=True), rows.max(axis=axis, keepdims=True)
         kept_scale, scale = stored(np.maximum(high - low, 1e-3) / ((1 << bits) - 1))
         kept_zero, zero = stored(-low / scale)
         codes = np.clip(np.rint(rows / scale + zero), 0, (1 << bits) - 1).astype(np.uint8)
@@ -191,7 +191,7 @@ def hqq(bits: int, group: int, dtype: str = "F16") -> Family:
         padded = -(-len(codes) // slots) * slots
         codes = np.pad(codes, ((0, padded - len(codes)), (0, 0)))
         step = padded // slots
-        words = np.zeros((step, group), np.uint32)
+        words = np.zeros((step, codes.shape[1]), np.uint32)
         for slot in range(slots):
             part = codes[slot * step : (slot + 1) * step].astype(np.uint32)
             words |= part << np.uint32(bits * (slots - 1 - slot))
@@ -201,7 +201,7 @@ def hqq(bits: int, group: int, dtype: str = "F16") -> Family:
             "zero": (dtype, kept_zero),
             "nbits": ("I64", np.array(bits)),
             "group_size": ("I64", np.array(group)),
-            "axis": ("I64", np.array(1)),
+            "axis": ("I64", np.array(axis)),
             "shape": ("I64", np.array([n, k])),
             "packing": ("U8", np.frombuffer(packing.encode(), np.uint8)),
             "encoded_state_dict": ("U8", np.array([1], np.uint8)),

@@ -67,6 +67,8 @@ FAMILIES: dict[str, tuple[Family, set[str]]] = {
     "hqq-3": (hqq(3, 64, "BF16"), {"h3g64"}),
     "hqq-4": (hqq(4, 64), {"h4g64"}),
     "hqq-8-f32": (hqq(8, 32, "F32"), {"h8g32_f32"}),
+    "hqq-4-axis-0": (hqq(4, 32, axis=0), {"f32"}),
+    "hqq-3-axis-0": (hqq(3, 64, "BF16", axis=0), {"f32"}),
     "ct-4-group": (compressed(4, "group", 64), {"s4g64"}),
     "ct-4-asym": (compressed(4, "group", 32, sym=False, dtype="F16"), {"z4g32"}),
     "ct-4-act-order": (compressed(4, "group", 32, sym=False, act_order=True), {"z4g32"}),
@@ -234,6 +236,26 @@ def test_marlin(group: int) -> None:
                        Settings(config, "config.json"))
 
 
+def test_experts_of_mxfp4(tmp_path: Path) -> None:
+    """gpt-oss: the matrices of all experts behind one another, each one as it is alone."""
+    rng = np.random.default_rng(15)
+    weights = [rng.normal(0, 0.1, (24, 96)).astype(np.float32) for _ in range(3)]
+    made = [mxfp4().pack("e", w) for w in weights]
+    packed: Tensors = {}
+    for part in ("blocks", "scales"):
+        stacked = np.stack([tensors[f"weight_{part}"][1] for tensors, _ in made])
+        packed[f"mlp.experts.gate_up_proj_{part}"] = ("U8", stacked)
+    write_safetensors(tmp_path / "m.safetensors", packed)
+    tensors = read_safetensors(tmp_path / "m.safetensors")
+    matrices, used = read_quantized(tensors, Settings({"quant_method": "mxfp4"}, "config.json"))
+    assert used == set(tensors)
+    assert list(matrices) == [f"mlp.experts.gate_up_proj.{i}" for i in range(3)]
+    for matrix, (_, values) in zip(matrices.values(), made, strict=True):
+        assert np.array_equal(matrix.load(0, 24).dequantize(), values)
+        assert np.array_equal(matrix.load(5, 9).dequantize(), values[5:9])
+        assert matrix.format.name == "mxfp4"
+
+
 def test_every_reader_is_tested() -> None:
     tested = {family.config["quant_method"] for family, _ in FAMILIES.values()}
     assert tested == {reader.quant_method for reader in READERS}
@@ -393,7 +415,9 @@ BAD: dict[str, tuple[Family, Damage, type[QigenError], str]] = {
     "awq as gemv": (awq(32), setting(version="gemv"), BadInput, "down_proj.scales"),
     "awq scale": (awq(32), put("scales", at(0, -np.inf)), BadInput, "k_proj.scales' holds"),
     # HQQ
-    "hqq axis": (hqq(4, 32), put("axis", at(0, 0)), Unsupported, "k_proj.W_q' (hqq) has groups"),
+    "hqq axis": (hqq(4, 32), put("axis", at(0, 2)), BadInput, "k_proj.axis' holds 2, expected 0"),
+    "hqq axis 0": (hqq(4, 32, axis=0), put("scale", lambda x: x.T), BadInput,
+                   "k_proj.scale' has the shape"),
     "hqq bits": (hqq(4, 32), put("nbits", at(0, 3)), BadInput, "3 bits in the packing '4bit_u8'"),
     "hqq group": (hqq(4, 32), put("group_size", at(0, 48)), BadInput, "groups of 48, which do not"),
     "hqq zero": (hqq(4, 32), put("zero", at(3, np.nan)), BadInput, "k_proj.zero' holds a NaN"),
@@ -441,8 +465,8 @@ BAD: dict[str, tuple[Family, Damage, type[QigenError], str]] = {
     "mxfp4 scales": (mxfp4(), drop("weight_scales"), BadInput, "k_proj.weight_scales' is missing"),
     "mxfp4 shape": (mxfp4(), put("weight_blocks", lambda x: x[:, 1:]), BadInput,
                     "k_proj.weight_scales' has the shape [32, 2], expected [32, 1]"),
-    "mxfp4 experts": (mxfp4(), put("weight_blocks", lambda x: x[None]), Unsupported,
-                      "k_proj.weight_blocks' (mxfp4) has a matrix for every expert"),
+    "mxfp4 experts": (mxfp4(), put("weight_blocks", lambda x: x[None]), BadInput,
+                      "k_proj.weight_scales' has the shape"),
     "aqlm code": (aqlm(1, 12), put("codes", at(5, 1 << 12)), BadInput,
                   "k_proj.codes' names entry 4096 at [0, 5, 0], but books of 12 bits have 4096"),
     "aqlm books": (aqlm(2, 8), setting(num_codebooks=1), BadInput, "codes' has the shape"),

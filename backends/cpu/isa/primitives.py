@@ -192,6 +192,10 @@ def _zip(a: Array, b: Array) -> Array:
     return np.stack([a, b], axis=2).reshape(len(a), -1)
 
 
+def _halves(a: Array, b: Array) -> Array:
+    return np.concatenate([a[:, :8], b[:, :8]], axis=1)
+
+
 def _shifts(name: str, meaning: Callable[[int, Array], Array]) -> Iterator[Primitive]:
     for n in _SHIFTS:
         yield Primitive(name, (_VI,), "vi", partial(meaning, n), f"{name}<{n}>({{0}})")
@@ -211,6 +215,9 @@ PRIMITIVES: tuple[Primitive, ...] = (
     Primitive("vf_load_n", (Operand("float*"), _COUNT), "vf", _head),
     Primitive("vf_store_n", (_VF, _COUNT), "float*", _head, "vf_store_n({out}, {0}, {1})"),
     Primitive("vf_load_f16", (Operand("half*"),), "vf", lambda p: _f32(p.view(np.float16))),
+    Primitive("vf_load_halves", (Operand("float*"), Operand("float*")), "vf", _halves),
+    Primitive("vf_load_f16_halves", (Operand("half*"), Operand("half*")), "vf",
+              lambda a, b: _f32(_halves(a, b).view(np.float16))),
     Primitive("vf_store_f16", (_VF,), "half*", lambda x: x.astype(np.float16).view(np.uint16),
               "vf_store_f16({out}, {0})"),
     Primitive("vf_load_i8", (Operand("int8*"),), "vf", _f32),

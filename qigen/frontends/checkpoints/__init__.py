@@ -58,7 +58,8 @@ READERS: tuple[Reader, ...] = (
     ),
     Reader(
         "hqq",
-        "2, 3, 4 and 8 bits in groups along K (`axis` 1), float zeros",
+        "2, 3, 4 and 8 bits in groups along K (`axis` 1), float zeros; groups across rows "
+        "(`axis` 0) as float32 numbers",
         "HQQ `BitPack`, `HQQLinear`",
         hqq.read,
     ),
@@ -95,7 +96,8 @@ READERS: tuple[Reader, ...] = (
     ),
     Reader(
         "mxfp4",
-        "E2M1 codes in blocks of 32 with E8M0 scales (`_blocks`, `_scales`)",
+        "E2M1 codes in blocks of 32 with E8M0 scales (`_blocks`, `_scales`), of matrices and of "
+        "experts",
         "transformers `integrations/mxfp4.py`; OCP Microscaling Formats 1.0",
         mxfp4.read,
     ),

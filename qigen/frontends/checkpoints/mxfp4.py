@@ -2,18 +2,20 @@
 
 A parameter ``NAME`` of shape ``[N, K]`` is ``NAME_blocks`` uint8 ``[N, K / 32, 16]``, the lower
 nibble of a byte first, and ``NAME_scales`` uint8 ``[N, K / 32]``, exponents e of ``2^(e - 127)``.
+Experts have one dimension more, in front: expert i is the matrix ``NAME.i``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 
 from qigen.errors import BadInput
 from qigen.formats.algebra import Array, QuantizedTensor
 from qigen.formats.catalog import by_name
-from qigen.frontends.checkpoints.grouped import PackedMatrix, no_row
+from qigen.frontends.checkpoints.grouped import PackedMatrix
 from qigen.frontends.checkpoints.raw import RawTensor
 from qigen.frontends.model import SourceTensor
 from qigen.frontends.settings import Settings, shown
@@ -38,16 +40,32 @@ def read(
                 "read without it",
                 str(blocks.file),
             )
-        result[parameter] = _matrix(parameter, blocks, scales)
+        if len(blocks.shape) == 4:
+            experts, n, groups = blocks.shape[:3]
+            scales.expect((experts, n, groups), "U8", "F8_E8M0")
+            for i in range(experts):
+                result[f"{parameter}.{i}"] = _matrix(
+                    f"{parameter}.{i}", _expert(blocks, i), _expert(scales, i)
+                )
+        else:
+            result[parameter] = _matrix(parameter, blocks, scales)
         used |= {name, parameter + _SCALES}
     return result, used
 
 
+def _expert(tensor: RawTensor, index: int) -> RawTensor:
+    """One of the matrices that lie behind one another in a tensor."""
+    each = tensor.data.size // tensor.shape[0]
+    return replace(
+        tensor, shape=tensor.shape[1:], data=tensor.data[index * each : (index + 1) * each]
+    )
+
+
 def _matrix(name: str, blocks: RawTensor, scales: RawTensor) -> SourceTensor:
-    if len(blocks.shape) == 4:
-        raise no_row(blocks, "mxfp4", "a matrix for every expert")
     if len(blocks.shape) != 3 or blocks.shape[2] != 16:
-        raise blocks.bad(f"has the shape {list(blocks.shape)}, expected [N, K / 32, 16]")
+        raise blocks.bad(
+            f"has the shape {list(blocks.shape)}, expected [N, K / 32, 16], or that of every expert"
+        )
     n, groups = blocks.shape[:2]
     stored: Array = blocks.expect(blocks.shape, "U8").array()
     exponents: Array = scales.expect((n, groups), "U8", "F8_E8M0").array()
