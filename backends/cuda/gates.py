@@ -12,6 +12,7 @@ Numbers of another version of the compiler are not compared, the bounds hold all
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from qigen.backends.cuda import toolchain
+from qigen.backends.cuda import gemv, ops, toolchain
 from qigen.backends.cuda.gemm import GemmSpec, Schedule, render_gemm, usual_schedule
 from qigen.formats import by_name
 from qigen.paths import resource_folder
@@ -170,15 +171,81 @@ def gated() -> tuple[Gated, ...]:
     )
 
 
+@dataclass(frozen=True)
+class Plain:
+    """What the machine code of a kernel without tensor cores has: registers a thread, bytes of
+    stack and of static shared memory, spills, instructions; loads from device memory of 128 bits
+    and narrower ones."""
+
+    registers: int
+    stack: int
+    shared: int
+    spills: int
+    instructions: int
+    loads128: int
+    loads: int
+
+
+def measure_plain(name: str, text: str, arch: str) -> dict[str, Plain]:
+    """Compile a module and read the machine code of its kernels; ToolchainError if that fails."""
+    cubin = toolchain.compile_cubin(name, text, arch)
+    resources, found = toolchain.read_resources(cubin), {}
+    for kernel, code in toolchain.read_sass(cubin).items():
+        r = resources[kernel]
+        loads = [i.opcode for i in code if i.opcode.startswith("LDG.") or i.opcode == "LDG"]
+        wide = sum(".128" in opcode for opcode in loads)
+        found[kernel] = Plain(r.registers, r.stack, r.shared,
+                              sum(i.opcode.startswith(("LDL", "STL")) for i in code),
+                              sum(not _filler(i) for i in code), wide, len(loads) - wide)
+    return found
+
+
+def plain() -> dict[str, Callable[[], str]]:
+    """The modules without tensor cores that are gated, and their text."""
+    specs = [gemv.GemvSpec(by_name(name), m) for name, m in (
+        ("q4_0", 1), ("q4_k", 1), ("s4g128", 8), ("nf4g64", 1), ("aqlm_2x8", 1),
+        ("s4g128_2of4", 1))]  # fmt: skip
+    table, halves = gemv.EmbeddingSpec(by_name("q6_k")), gemv.HalvesSpec(by_name("q4_k"))
+    cache = ops.KvSpec("int8", 2, 64)
+    attention, rope = ops.AttentionSpec(cache, 8, False), ops.RopeSpec(cache, 8, 64, False, False)
+    norm = ops.NormSpec()
+    return {
+        **{spec.name: functools.partial(gemv.render_gemv, spec) for spec in specs},
+        table.name: lambda: gemv.render_embedding(table),
+        halves.name: lambda: gemv.render_halves(halves),
+        attention.name: lambda: ops.render_attention(attention),
+        rope.name: lambda: ops.render_rope(rope),
+        norm.name: lambda: ops.render_norm(norm),
+        "choose": ops.render_choose,
+        "quantize_4_c32": lambda: ops.render_quantize(4, 32),
+    }
+
+
+def check_plain(names: Sequence[str], archs: Sequence[str] = ARCHS) -> tuple[dict[str, Plain],
+                                                                             list[str]]:
+    """Measure modules of :func:`plain`: numbers by 'kernel target', and what spills or takes more
+    shared memory than every launch has without asking."""
+    numbers, broken = {}, []
+    for name in names:
+        for arch in archs:
+            for kernel, m in measure_plain(name, plain()[name](), arch).items():
+                numbers[f"{kernel} {arch}"] = m
+                broken += [f"{kernel} {arch}: {what} {value}" for what, value, most in (
+                    ("stack", m.stack, 0), ("spills", m.spills, 0),
+                    ("shared memory", m.shared, 48 << 10)) if value > most]  # fmt: skip
+    return numbers, broken
+
+
 def golden_file() -> Path:
     """The table of golden numbers."""
     return resource_folder("templates") / "cuda" / "gates.toml"
 
 
-def read_golden() -> tuple[str, Mapping[str, Mapping[str, int]]]:
-    """The version of the compiler, and the numbers by 'kernel target'."""
+def read_golden() -> tuple[str, Mapping[str, Mapping[str, int]], Mapping[str, Mapping[str, int]]]:
+    """The version of the compiler, and the numbers by 'kernel target' of kernels with and without
+    tensor cores."""
     table: dict[str, Any] = tomllib.loads(golden_file().read_text())
-    return table["compiler"], table["kernels"]
+    return table["compiler"], table["kernels"], table["plain"]
 
 
 def compiler_version() -> str:
@@ -215,9 +282,10 @@ def check(gates: Sequence[Gated], archs: Sequence[str] = ARCHS) -> tuple[dict[st
     return numbers, broken
 
 
-def differences(numbers: Mapping[str, Measured]) -> list[str]:
+def differences(numbers: Mapping[str, Measured] | Mapping[str, Plain]) -> list[str]:
     """What differs from the golden numbers, if those are of this version of the compiler."""
-    version, golden = read_golden()
+    version, tensor, others = read_golden()
+    golden = {**tensor, **others}
     if version != compiler_version():
         return []
     return [f"{key}: {asdict(m)}, golden {dict(golden.get(key, {}))}; if it is meant: python -m "
@@ -228,9 +296,13 @@ def differences(numbers: Mapping[str, Measured]) -> list[str]:
 def main(arguments: Sequence[str]) -> int:
     """Print the numbers and what breaks a gate; ``--write`` makes them the golden ones."""
     numbers, broken = check(gated())
+    others, more = check_plain(list(plain()))
+    broken += more
     for key, m in numbers.items():
         print(f"{key}: {m.slots_per_mma:.2f} issue slots an mma, {m.registers} registers, "
               f"{m.copies} copies, {m.loads128} + {m.loads} loads")
+    for key, p in others.items():
+        print(f"{key}: {p.instructions} instructions, {p.registers} registers")
     if "--write" in arguments:
         lines = ["# Golden numbers of the machine code (backends/cuda/gates.py); written by",
                  "# python -m qigen.backends.cuda.gates --write", "",
@@ -238,9 +310,13 @@ def main(arguments: Sequence[str]) -> int:
         for key, m in numbers.items():
             values = ", ".join(f"{name} = {value}" for name, value in asdict(m).items())
             lines.append(f'"{key}" = {{ {values} }}')
+        lines += ["", "[plain]"]
+        for key, p in others.items():
+            values = ", ".join(f"{name} = {value}" for name, value in asdict(p).items())
+            lines.append(f'"{key}" = {{ {values} }}')
         golden_file().write_text("\n".join(lines) + "\n")
     else:
-        broken += differences(numbers)
+        broken += differences(numbers) + differences(others)
     print("\n".join(broken))
     return 1 if broken else 0
 

@@ -28,8 +28,24 @@ def test_gate(gate: gates.Gated) -> None:
 
 
 def test_golden_numbers_are_of_the_gated_kernels() -> None:
-    _, golden = gates.read_golden()
+    _, golden, others = gates.read_golden()
     assert set(golden) == {f"{g.name} {arch}" for g in ROWS for arch in gates.ARCHS}
+    for name in gates.plain():
+        assert any(key.startswith(name) for key in others)
+
+
+QUICK = ("choose", "norm_rms")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in gates.plain()],
+)
+def test_gate_of_kernels_without_tensor_cores(name: str) -> None:
+    numbers, broken = gates.check_plain([name])
+    assert numbers
+    assert not broken
+    assert not gates.differences(numbers)
 
 
 def test_what_breaks_a_gate_is_named() -> None:
