@@ -60,6 +60,8 @@ def random_rows(format: Format, k: int, seed: int = 0) -> QuantizedTensor:
             order = rng.random((ROWS, nblocks, format.block // of, of)).argsort(axis=3)
             places = np.sort(order[..., :keep], axis=3).reshape(ROWS, nblocks, -1)
             fields.update(mask_field(format, places))
+        elif f.name == "qc":  # columns, ascending
+            fields[f.name] = np.sort(rng.integers(0, k, shape)).astype(f.dtype)
         else:
             low, high = (120, 128) if f.name == "e" else (0, 1 << f.bits)
             fields[f.name] = rng.integers(low, high, shape).astype(f.dtype)

@@ -15,7 +15,7 @@ from tests.backends.llvm.translated import primitives, x86_isas
 def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder: Path = tmp_path_factory.mktemp("primitives")
     return {
-        isa.name: primitives(folder, isa, [p for p in cpp.ALL if not p.narrow or isa.signed_dot])
+        isa.name: primitives(folder, isa, [p for p in cpp.ALL if cpp.needed(p, isa)])
         for isa in x86_isas()
     }
 
