@@ -22,7 +22,7 @@ def check_plot(path: Path) -> None:
 
 def save_plot(mix: Mapping[str, Any], path: Path, title: str) -> None:
     """Draw the curve of :meth:`qigen.mix.Choice.to_json`: divergence over bits, and over time."""
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # type: ignore[import-not-found, unused-ignore]
 
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
