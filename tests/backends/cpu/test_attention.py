@@ -318,5 +318,5 @@ def test_bytes() -> None:
             assert row.window_bytes(head_dim) % 32 == 0
     assert KV_FORMATS["f16"].block_bytes(64) == BLOCK * 256
     assert KV_FORMATS["int8"].block_bytes(64) == BLOCK * 136
-    assert KV_FORMATS["int4"].block_bytes(64) == BLOCK * 72
+    assert KV_FORMATS["int4"].block_bytes(64) == BLOCK * 76
     assert KV_FORMATS["int2"].block_bytes(64) == BLOCK * 44

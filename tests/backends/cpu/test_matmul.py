@@ -582,7 +582,7 @@ def check_rows(library: ctypes.CDLL, spec: MatmulSpec) -> None:
 
 
 @pytest.mark.parametrize(
-    "index", map(grouped, range(len(DEFAULT))), ids=lambda i: identity(DEFAULT[i][0])
+    "index", list(map(grouped, range(len(DEFAULT)))), ids=lambda i: identity(DEFAULT[i][0])
 )
 def test_kernel(index: int, libraries: Libraries) -> None:
     check_kernel(libraries, DEFAULT, index)
