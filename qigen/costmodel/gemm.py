@@ -152,7 +152,7 @@ def predict_gemm(
         blocks = 1 << (rest.bit_length() - 1)
         passes.append((blocks, 1))
         rest -= blocks
-    table = primitives(isa)[_PRIMITIVES[arithmetic][0]]
+    table = counted(primitives(isa)[_PRIMITIVES[arithmetic][0]])
     latency = machine.latency["dot" if table["dot"] else "fma" if table["fma"] else "logic"]
     for blocks, times in passes:
         if not times:
