@@ -156,7 +156,10 @@ def remembered(
     try:
         if data is None and not any(e.machine == key for e in database.shipped()):
             return {}, note
-        compiler = database.compiler_key(toolchain.find_compiler().version)
+        try:
+            compiler = database.compiler_key(toolchain.find_compiler().version)
+        except ToolchainError:  # sources or LLVM: what was shipped is for any compiler
+            compiler = ""
         kernel = functools.lru_cache(None)(lambda spec: kernel_text(spec)[1])
         times: dict[tuple[MatmulSpec, int, int, int], float] = {}
         for p in products:

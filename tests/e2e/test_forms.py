@@ -12,6 +12,7 @@ import pytest
 
 import qigen
 from qigen.errors import UsageError
+from qigen.tuning.database import Database
 from tests.e2e.harness import JOBS
 from tests.e2e.test_cross import GGUF, ROOT, embed, reference
 
@@ -52,10 +53,14 @@ def test_a_static_library(tmp_path: Path) -> None:
 
 
 def test_sources_build_without_qigen(tmp_path: Path) -> None:
-    """No compiler is asked when they are written; CMake and a compiler suffice to build them."""
+    """No compiler is asked when they are written, not even for what was measured with one; CMake
+    and a compiler suffice to build them."""
     need("cmake", "gcc", "g++")
     out = tmp_path / "src.qgn"
-    environment = {"PATH": "/nonexistent", "PYTHONPATH": os.pathsep.join(sys.path)}
+    with Database(tmp_path / "tuning.sqlite"):
+        pass
+    environment = {"PATH": "/nonexistent", "PYTHONPATH": os.pathsep.join(sys.path),
+                   "QIGEN_DATA": str(tmp_path)}
     call(sys.executable, "-m", "qigen", "compile", GGUF, "-o", out, "--emit", "source",
          **environment)  # fmt: skip
     assert not list(out.glob("model.so")) and (out / "CMakeLists.txt").is_file()
