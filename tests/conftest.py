@@ -15,6 +15,7 @@ import pytest
 import qigen
 from qigen import targets
 from qigen.backends.cpu.isa import ISAS
+from qigen.cli import main
 from qigen.demo import demo_model
 
 DATA = Path(__file__).parent / "data"
@@ -46,6 +47,18 @@ def interruptible() -> None:
     """Children that Ctrl-C ends, even if a shell started pytest in the background."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Any:
+    """``run(*arguments)`` -> (exit code, standard output, standard error)."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        code = main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
 
 
 @pytest.fixture(scope="session")

@@ -16,23 +16,11 @@ import numpy as np
 import pytest
 
 import qigen
-from qigen.cli import cli, main
+from qigen.cli import cli
 from qigen.formats import CATALOG
 
 HERE = Path(__file__).parent
 PROMPT = "Once upon a time"
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Any:
-    """``run(*arguments)`` -> (exit code, standard output, standard error)."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        code = main([str(argument) for argument in arguments])
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
 
 
 @pytest.fixture

@@ -14,21 +14,8 @@ from onnx import helper
 
 import qigen
 from qigen.arrays import file_names, parse_files, read_array, write_arrays
-from qigen.cli import main
 from qigen.errors import BadInput, Unsupported, UsageError
 from tests.frontends.tiny_onnx import ODD, model, tiny_result, write_tiny_onnx
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Any:
-    """``run(*arguments)`` -> (exit code, standard output, standard error)."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        code = main([str(argument) for argument in arguments])
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
 
 
 @pytest.fixture

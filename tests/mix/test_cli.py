@@ -10,22 +10,11 @@ import numpy as np
 import pytest
 
 import qigen
-from qigen.cli import main
 from qigen.cli.mix import print_mix
 from qigen.mix.curve import save_plot
 from qigen.mix.plan import WeightPlan
 
 NAMES = ("u3g32", "u8g32")
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Any:
-    def call(*arguments: object) -> tuple[int, str, str]:
-        code = main([str(argument) for argument in arguments])
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
 
 
 @pytest.fixture(scope="module")
