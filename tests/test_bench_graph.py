@@ -106,7 +106,7 @@ def test_what_peers_need(
 
 def test_open_dimensions(artifact_of: Any, tiny: Path) -> None:
     artifact = module.Artifact(artifact_of(tiny))
-    made = module._inputs(artifact, {}, {})
+    made = module.model_inputs(artifact, {}, {})
     assert made["x"].shape == made["z"].shape == (1, 4)
     interface = {
         "inputs": [
@@ -115,11 +115,11 @@ def test_open_dimensions(artifact_of: Any, tiny: Path) -> None:
         ]
     }
     artifact.manifest["interface"] = interface
-    made = module._inputs(artifact, {}, {"ids": (2, "7")})
+    made = module.model_inputs(artifact, {}, {"ids": (2, "7")})
     assert made["half"].shape == (7, 2) and made["half"].dtype == np.float16
     assert made["ids"].tolist() == [[1] * 7] * 2
     with pytest.raises(UsageError, match="--shape ids=bxn"):
-        module._inputs(artifact, {}, {})
+        module.model_inputs(artifact, {}, {})
 
 
 def test_difference() -> None:

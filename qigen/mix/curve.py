@@ -12,10 +12,10 @@ from qigen.errors import BadInput, UsageError
 
 def check_plot(path: Path) -> None:
     """UsageError if no picture can be drawn there, before anything is computed."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UsageError("--plot needs matplotlib; install it, or take --explain for the terminal")
     if path.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise UsageError(f"--plot {path} must end in .png, .svg or .pdf")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UsageError("--plot needs matplotlib; install it, or take --explain for the terminal")
     if not path.resolve().parent.is_dir():
         raise UsageError("there is no such folder", str(path.resolve().parent))
 
