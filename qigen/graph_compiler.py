@@ -39,7 +39,7 @@ from qigen.errors import UsageError
 from qigen.formats import catalog
 from qigen.formats.layout import Layout
 from qigen.frontends.onnx import import_model, read_model
-from qigen.frontends.onnx.importer import Size
+from qigen.frontends.onnx.dimensions import Size
 from qigen.frontends.onnx.reader import checksum, opsets
 from qigen.ir.dims import Sym
 from qigen.ir.graph import Array, Graph, Node
