@@ -1,24 +1,20 @@
-"""Compile kernels of the gemm family into a library and call them through ctypes."""
+"""Kernels of the gemm family: their structs, for ctypes."""
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import subprocess
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 import numpy.typing as npt
 
 from qigen.backends.base import Isa, KernelSource
 from qigen.backends.cpu.gemm import PREPARE_ENTRIES
-from qigen.codegen.render import render
-from tests.backends.cpu.foreign import open_library
-from tests.backends.cpu.kernel_build import FLAGS, SANITIZERS, compiler
+from tests.backends.cpu import entry_build
+from tests.backends.cpu.entry_build import run as run
+from tests.backends.cpu.kernel_build import SANITIZERS
 
 Array = npt.NDArray[Any]
 
@@ -75,33 +71,6 @@ class QuantizeRowsArgs(ctypes.Structure):
 
 STRUCTS = {s.__name__: s for s in (GemmArgs, DepthwiseArgs, PadArgs, QuantizeRowsArgs)}
 
-_HARNESS = """\
-{#- One translation unit: kernels in namespaces of their own, entries with C linkage. #}
-#include "{{ isa.header }}"
-#include "gemm.h"
-#include "epilogue.h"
-{% for kernel in kernels %}
-namespace k{{ loop.index0 }} {
-using namespace ::qg;
-#include "{{ kernel.name }}.cpp"
-}
-{% endfor %}
-extern "C" {
-{% for name in structs %}
-int64_t bytes_{{ name }}() { return sizeof(qg::{{ name }}); }
-{% endfor %}
-{% for kernel in kernels %}
-{% set space = "k%d::qg" % loop.index0 %}
-{% for entry in kernel.entries %}
-void {{ entry }}(const qg::{{ struct[entry] }}* a, int thread, int threads) {
-  {{ space }}::{{ entry }}(*a, thread, threads);
-}
-{% endfor %}
-{% endfor %}
-}
-"""
-
-
 def struct_of(entry: str) -> str:
     """The name of the struct that an entry takes."""
     if entry in PREPARE_ENTRIES:
@@ -111,39 +80,14 @@ def struct_of(entry: str) -> str:
 
 def build(folder: Path, isa: Isa, kernels: Sequence[KernelSource], sanitize: bool = False) -> Path:
     """Compile everything in one translation unit, once; the path of the library."""
-    sources = {f"{kernel.name}.cpp": kernel.text for kernel in kernels}
-    sources[isa.header] = render(isa.template)
-    for name in ("kernels.h", "epilogue.h", "gemm.h"):
-        sources[name] = render(f"cpu/{name}.j2")
     struct = {entry: struct_of(entry) for kernel in kernels for entry in kernel.entries}
-    template = jinja2.Template(_HARNESS, undefined=jinja2.StrictUndefined, trim_blocks=True,
-                               lstrip_blocks=True)
-    sources["harness.cpp"] = template.render(isa=isa, kernels=kernels, struct=struct,
-                                             structs=list(STRUCTS))
-    flags = [*FLAGS, *isa.flags, *(SANITIZERS if sanitize else ()), "-shared", "-fPIC"]
-    command = [compiler(isa) or "g++", *flags]
-    digest = hashlib.sha256(repr((command, sorted(sources.items()))).encode()).hexdigest()[:20]
-    target = folder / f"gemm-{isa.name}-{digest}.so"
-    if target.exists():
-        return target
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        for name, text in sources.items():
-            Path(scratch, name).write_text(text, encoding="utf-8")
-        done = subprocess.run([*command, "harness.cpp", "-o", "out"], cwd=scratch, check=False,
-                              capture_output=True, text=True)
-        assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr[:4000]}"
-        Path(scratch, "out").replace(target)  # atomic: another process may build the same
-    return target
+    flags = SANITIZERS if sanitize else ()
+    return entry_build.build(folder, isa, kernels, "gemm.h", struct, flags, STRUCTS)
 
 
 def load(path: Path) -> Any:
     """The library, checked to agree on the layout of the structs."""
-    library = open_library(path)
-    for name, struct in STRUCTS.items():
-        size = getattr(library, f"bytes_{name}")
-        size.restype = _L
-        assert size() == ctypes.sizeof(struct), name
-    return library
+    return entry_build.load(path, STRUCTS.values())
 
 
 def fill(struct: ctypes.Structure, values: Mapping[str, Any]) -> list[Array]:
@@ -157,9 +101,3 @@ def fill(struct: ctypes.Structure, values: Mapping[str, Any]) -> list[Array]:
         else:
             setattr(struct, name, value)
     return kept
-
-
-def run(library: ctypes.CDLL, entry: str, args: ctypes.Structure, threads: int = 1) -> None:
-    """Call an entry as each of ``threads`` threads in turn."""
-    for thread in range(threads):
-        getattr(library, entry)(ctypes.byref(args), _I(thread), _I(threads))

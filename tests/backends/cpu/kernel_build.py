@@ -6,7 +6,7 @@ import ctypes
 import hashlib
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ FLAGS = ("-std=c++17", "-O2", "-ffp-contract=off", "-fno-math-errno", "-Wall", "
          "-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-uninitialized", "-Wno-unused-function")
 SANITIZERS = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all",
               "-fno-omit-frame-pointer")
+LIBRARY = ("-shared", "-fPIC")
 
 
 EMULATED_TILES = replace(ISAS["scalar"], name="emulated_tiles",
@@ -80,10 +81,17 @@ def build(folder: Path, isa: Isa, kernels: Sequence[KernelSource] = (),
     sizes = {kind: np.dtype(dtype).itemsize * count for kind, (dtype, count) in KINDS.items()}
     sources["harness.cpp"] = template.render(isa=isa, kernels=kernels, primitives=primitives,
                                              bytes=sizes, main=sanitize)
-    flags = [*FLAGS, *isa.flags, *(SANITIZERS if sanitize else ("-shared", "-fPIC"))]
-    command = [compiler(isa) or "g++", *flags]
+    flags = SANITIZERS if sanitize else LIBRARY
+    return compile_once(folder, isa, sources, flags, isa.name, "" if sanitize else ".so")
+
+
+def compile_once(folder: Path, isa: Isa, sources: Mapping[str, str], flags: Sequence[str],
+                 stem: str, suffix: str = ".so") -> Path:
+    """Compile ``harness.cpp`` of ``sources``, unless a run before did; the path of what it made,
+    which is named by the hash of all that made it."""
+    command = [compiler(isa) or "g++", *FLAGS, *isa.flags, *flags]
     digest = hashlib.sha256(repr((command, sorted(sources.items()))).encode()).hexdigest()[:20]
-    target = folder / f"{isa.name}-{digest}{'' if sanitize else '.so'}"
+    target = folder / f"{stem}-{digest}{suffix}"
     if target.exists():
         return target
     folder.mkdir(parents=True, exist_ok=True)

@@ -25,8 +25,8 @@ from qigen.backends.cpu.elementwise import (
     render_loops,
 )
 from qigen.backends.cpu.isa import ISAS
+from tests.backends.cpu.entry_build import LOOP_SANITIZERS, build, load, run
 from tests.backends.cpu.kernel_build import compiler, why_not
-from tests.backends.cpu.loop_build import build, load, run
 
 Array = npt.NDArray[Any]
 
@@ -86,7 +86,7 @@ def library(isa: Isa, folder: Path, sanitize: bool = False) -> ctypes.CDLL:
             specs += [row_spec(isa, row) for row in ELEMENTWISE.values()]
         kernel = render_loops("loops", specs)
         struct = dict.fromkeys(kernel.entries, "LoopArgs")
-        path = build(folder, isa, [kernel], "loop.h", struct, sanitize)
+        path = build(folder, isa, [kernel], "loop.h", struct, LOOP_SANITIZERS * sanitize)
         _made[isa.name] = load(path, [LoopArgs])
     return _made[isa.name]
 

@@ -14,8 +14,8 @@ import pytest
 from qigen.backends.base import Isa
 from qigen.backends.cpu.isa import ISAS
 from qigen.backends.cpu.rowops import ENTRIES, MAX_HEAD_DIM, render_rowops
+from tests.backends.cpu.entry_build import LOOP_SANITIZERS, build, load, run
 from tests.backends.cpu.kernel_build import why_not
-from tests.backends.cpu.loop_build import build, load, run
 from tests.backends.cpu.test_elementwise import run_sanitized
 
 Array = npt.NDArray[Any]
@@ -93,7 +93,8 @@ _made: dict[str, ctypes.CDLL] = {}
 
 def library(isa: Isa, folder: Path, sanitize: bool = False) -> ctypes.CDLL:
     if isa.name not in _made:
-        path = build(folder, isa, [render_rowops(isa)], "rowops.h", ENTRIES, sanitize)
+        path = build(folder, isa, [render_rowops(isa)], "rowops.h", ENTRIES,
+                     LOOP_SANITIZERS * sanitize)
         _made[isa.name] = load(path, list(STRUCTS.values()))
     return _made[isa.name]
 

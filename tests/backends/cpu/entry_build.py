@@ -1,12 +1,9 @@
-"""Compile fused loops and row operators into a library and call them through ctypes."""
+"""Compile kernels whose entries take a struct of their own, and call them through ctypes."""
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import subprocess
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +12,10 @@ import jinja2
 from qigen.backends.base import Isa, KernelSource
 from qigen.codegen.render import render
 from tests.backends.cpu.foreign import open_library
-from tests.backends.cpu.kernel_build import FLAGS, SANITIZERS, compiler
+from tests.backends.cpu.kernel_build import LIBRARY, SANITIZERS, compile_once
 
 # without what makes the compiler slow and finds nothing in these kernels
-_SANITIZERS = (*SANITIZERS, "-g0", "-fno-sanitize=null,object-size,pointer-overflow")
+LOOP_SANITIZERS = (*SANITIZERS, "-g0", "-fno-sanitize=null,object-size,pointer-overflow")
 
 _HARNESS = """\
 {#- One translation unit: kernels in namespaces of their own, entries with C linkage. #}
@@ -48,9 +45,10 @@ void call_{{ entry }}(const qg::{{ struct[entry] }}* a, int thread, int threads)
 
 
 def build(folder: Path, isa: Isa, kernels: Sequence[KernelSource], header: str,
-          struct: Mapping[str, str], sanitize: bool = False) -> Path:
+          struct: Mapping[str, str], flags: Sequence[str] = (), more: Iterable[str] = ()) -> Path:
     """Compile everything in one translation unit, once; the path of the library. ``struct`` has
-    the name of the arguments of each entry, which ``header`` (a template of cpu/) defines."""
+    the name of the arguments of each entry, which ``header`` (a template of cpu/) defines;
+    ``more`` names structs that no entry may take and load asks for all the same."""
     sources = {f"{kernel.name}.cpp": kernel.text for kernel in kernels}
     sources[isa.header] = render(isa.template)
     for name in ("kernels.h", "epilogue.h", header):
@@ -59,24 +57,12 @@ def build(folder: Path, isa: Isa, kernels: Sequence[KernelSource], header: str,
                                lstrip_blocks=True)
     sources["harness.cpp"] = template.render(
         isa=isa, header=header, kernels=kernels, struct=struct,
-        structs=sorted(set(struct.values())))
-    flags = [*FLAGS, *isa.flags, *(_SANITIZERS if sanitize else ()), "-shared", "-fPIC"]
-    command = [compiler(isa) or "g++", *flags]
-    digest = hashlib.sha256(repr((command, sorted(sources.items()))).encode()).hexdigest()[:20]
-    target = folder / f"{Path(header).stem}-{isa.name}-{digest}.so"
-    if target.exists():
-        return target
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        for name, text in sources.items():
-            Path(scratch, name).write_text(text, encoding="utf-8")
-        done = subprocess.run([*command, "harness.cpp", "-o", "out"], cwd=scratch, check=False,
-                              capture_output=True, text=True)
-        assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr[:4000]}"
-        Path(scratch, "out").replace(target)  # atomic: another process may build the same
-    return target
+        structs=sorted({*struct.values(), *more}))
+    return compile_once(folder, isa, sources, (*LIBRARY, *flags),
+                        f"{Path(header).stem}-{isa.name}")
 
 
-def load(path: Path, structs: Sequence[type[ctypes.Structure]]) -> Any:
+def load(path: Path, structs: Iterable[type[ctypes.Structure]]) -> Any:
     """The library, checked to agree on the layout of the structs."""
     library = open_library(path)
     for struct in structs:
