@@ -67,10 +67,12 @@ from qigen.frontends.tokenizer import Tokenizer
 from qigen.graph_compiler import (
     SHORT_FORMATS,
     GraphOptions,
+    Measure,
     compile_graph,
     is_onnx,
     parse_shapes,
 )
+from qigen.graph_tiles import GraphCalls, GraphMeasured
 from qigen.ir.graph import Graph, constant_shape
 from qigen.ir.plan import Plan
 from qigen.mix import Budget, Choice, WeightPlan, Wishes, choose
@@ -90,6 +92,7 @@ from qigen.planner import (
 from qigen.quantize.model import MEMORY, SAMPLES
 from qigen.quantize.weights import with_byte_tables
 from qigen.tune import remember, remembered, tune_model, tune_products
+from qigen.tune_graph import remembered_graph, tune_graph, tune_graph_model
 
 DEFAULT_MAX_SEQ = 4096
 """Positions of a session when the user does not say: what the model was made for, up to this."""
@@ -194,8 +197,6 @@ def compile(
     if is_onnx(Path(model)):
         if backend != "cpu":
             raise Unsupported(f"ONNX models have no {backend} backend; leave --backend out")
-        if tune == "measure":
-            raise Unsupported("only language models can be tuned so far; leave --tune out")
         for option, given in (
             ("--max-seq", max_seq is not None),
             ("--max-batch", max_batch != DEFAULT_MAX_BATCH),
@@ -203,7 +204,7 @@ def compile(
         ):
             if given:
                 raise UsageError(f"{option} is for language models; leave it out for an ONNX model")
-        return compile_graph(
+        artifact = compile_graph(
             Path(model),
             out,
             pairs=pairs,
@@ -221,7 +222,11 @@ def compile(
             keep_sources=Path(keep_sources) if keep_sources else None,
             form=emit,
             progress=progress,
+            measure=_graph_measure(tune, row, machine, jobs) if target == "native" else None,
         )
+        if tune == "measure":
+            tune_graph_model(out, progress=progress)
+        return artifact
     if shape:
         raise UsageError("--shape is for ONNX models; language models take any number of tokens")
     if plan is not None and (weights not in ("keep", "auto") or budget or candidates or keep):
@@ -376,6 +381,24 @@ def _remembered(some: Sequence[Product], *, isa: Isa, machine: targets.Machine, 
                 ) -> Measured:
     """What the tuning database knows of products."""
     return remembered(some, isa=isa, machine=machine, threads=threads)[0]
+
+
+def _graph_measure(
+    tune: str, isa: Isa, machine: targets.Machine, jobs: int | None
+) -> Measure | None:
+    """What finds, or with ``tune`` "measure" makes, the measurements of a graph's kernels."""
+    if tune == "off":
+        return None
+
+    def measure(calls: GraphCalls, report: Progress) -> tuple[GraphMeasured, str]:
+        if tune == "model":
+            return remembered_graph(calls, isa=isa, machine=machine, threads=machine.cores)
+        found, _ = tune_graph(
+            calls, isa=isa, machine=machine, threads=machine.cores, jobs=jobs, progress=report
+        )
+        return found, ""
+
+    return measure
 
 
 @dataclasses.dataclass

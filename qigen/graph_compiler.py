@@ -6,12 +6,11 @@ import dataclasses
 import functools
 import hashlib
 import json
-import math
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import onnx
 
@@ -26,30 +25,29 @@ from qigen.artifact import (
     write_weights,
 )
 from qigen.backends.base import Isa
-from qigen.backends.cpu import gemm
-from qigen.backends.cpu.gemm import Tiles
 from qigen.backends.cpu.matmul import MatmulSpec
 from qigen.build import Progress, check_output, staging_folder
 from qigen.calibration import GraphRounder, Rounding, read_samples, with_static_codes
 from qigen.codegen.graph import GraphProgram, lower_graph
 from qigen.codegen.graph_kernels import GraphKernels, packed_formats, with_rows
 from qigen.codegen.render import render
-from qigen.costmodel.gemm import GemmShape, choose_tiles
 from qigen.errors import UsageError
-from qigen.formats import catalog
 from qigen.formats.layout import Layout
 from qigen.frontends.onnx import import_model, read_model
 from qigen.frontends.onnx.dimensions import Size
 from qigen.frontends.onnx.reader import checksum, opsets
+from qigen.graph_tiles import GraphCalls, GraphMeasured, graph_calls, plan_tiles
 from qigen.ir.dims import Sym
-from qigen.ir.graph import Array, Graph, Node
+from qigen.ir.graph import Array, Graph
 from qigen.ir.plan import KernelChoice
-from qigen.ir.types import TYPES
 from qigen.ir.verify import verify
 from qigen.passes.tensor import optimize_graph
 from qigen.paths import resource_folder
-from qigen.planner import Product, plan_products, shared_product_layouts
+from qigen.planner import plan_products, shared_product_layouts
 from qigen.quantize.model import MEMORY, SAMPLES
+
+Measure: TypeAlias = Callable[[GraphCalls, Progress], tuple[GraphMeasured, str]]
+"""Finds what was measured of the kernels of a graph, or measures it; with a note for the user."""
 
 SHORT_FORMATS = {"int8": "s8g32", "int4": "u4g32"}
 """Short names of formats."""
@@ -113,10 +111,12 @@ def compile_graph(
     form: str = "library",
     progress: Progress | None = None,
     model: onnx.ModelProto | None = None,
+    measure: Measure | None = None,
 ) -> Artifact:
     """Compile an ONNX model (the file at ``path``, or ``model``) into the folder ``out``.
 
-    ``pairs`` are the machines that it is for, each with its ISA row, the fastest first.
+    ``pairs`` are the machines that it is for, each with its ISA row, the fastest first. What
+    ``measure`` finds counts before the predictions of the cost model.
     """
     report = progress or (lambda stage, done, total: None)
     check_output(out)
@@ -152,8 +152,18 @@ def compile_graph(
         graph = with_static_codes(graph, samples, observed, report)
         # what is left stays float
         options = dataclasses.replace(options, activations=None, calibration=None)
-    build_artifact(graph, about, out, pairs, options, jobs, keep_sources, report, form)
+    build_artifact(graph, about, out, pairs, options, jobs, keep_sources, report, form, measure)
     return Artifact(out)
+
+
+def optimized(path: Path, options: GraphOptions) -> Graph:
+    """The graph of an ONNX file as its kernels are chosen for."""
+    source = read_model(path)
+    graph = import_model(source, str(path), options.shapes)
+    verify(graph)
+    about = {"sha256": checksum(source)}
+    rounder = _rounder(graph, about, options, lambda stage, done, total: None)
+    return optimize_graph(graph, options.activations, rounder)
 
 
 def _observed(
@@ -182,6 +192,7 @@ def build_artifact(
     keep_sources: Path | None = None,
     report: Progress = lambda stage, done, total: None,
     form: str = "library",
+    measure: Measure | None = None,
 ) -> None:
     """Optimize, lower and compile an imported graph; ``about`` is its source for the manifest."""
     machine = pairs[0][0]
@@ -190,7 +201,13 @@ def build_artifact(
     graph = optimize_graph(graph, options.activations, rounder)
     if rounder is not None:
         graph.meta["quantization"] = [*graph.meta.get("quantization", []), *rounder.outcomes]
-    variants = _variants(graph, pairs, options.activations)
+    notes = list(graph.meta.get("notes", ()))
+    measured = GraphMeasured()
+    if measure is not None:
+        calls = graph_calls(graph, pairs[0][1], machine, options.activations)
+        measured, note = measure(calls, report)
+        notes += [note] if note else []
+    variants = _variants(graph, pairs, options.activations, measured)
     first = variants[0]
     program, tensors = first.program, variants[-1].program.tensors
     report("read", 1, 1)
@@ -238,7 +255,7 @@ def build_artifact(
                     }
                     for variant in variants[1:]
                 ],
-                "source": {**about, "notes": list(graph.meta.get("notes", ()))},
+                "source": {**about, "notes": notes},
                 "interface": {
                     "inputs": _interface(graph, graph.inputs),
                     "outputs": _interface(graph, graph.outputs),
@@ -309,16 +326,22 @@ class _Variant:
 
 
 def _variants(
-    graph: Graph, pairs: Sequence[tuple[targets.Machine, Isa]], activations: str | None
+    graph: Graph,
+    pairs: Sequence[tuple[targets.Machine, Isa]],
+    activations: str | None,
+    measured: GraphMeasured,
 ) -> list[_Variant]:
-    """The programs of an optimized graph for each target; weights that lie alike are shared."""
+    """The programs of an optimized graph for each target; weights that lie alike are shared. What
+    was ``measured`` is of the first."""
     union = TensorUnion(graph.constants)
-    wanted = _products(graph)
     arithmetic = activations or "f32"
     layouts: dict[tuple[str, int, int], Layout] = {}
     variants: list[_Variant] = []
     for number, (machine, isa) in enumerate(pairs):
         shared = {}
+        known = GraphMeasured() if number else measured
+        calls = graph_calls(graph, isa, machine, activations)
+        wanted = calls.products
         if number and wanted:
             shared = shared_product_layouts(
                 wanted, layouts, isa, machine, arithmetic, machine.cores
@@ -327,14 +350,14 @@ def _variants(
         choices: list[KernelChoice] = []
         if wanted:
             formats, choices = plan_products(
-                wanted, isa, machine, arithmetic, machine.cores,
+                wanted, isa, machine, arithmetic, machine.cores, known.formats,
                 layouts={key: layout for key, (layout, _) in shared.items()},
             )  # fmt: skip
         if not number:
             layouts = {key: spec.layout for key, spec in formats.items()}
         own = with_rows(graph, formats)
         verify(own)
-        tiles, tilings = _plan_tiles(own, isa, machine)
+        tiles, tilings = plan_tiles(calls, isa, machine, known.tiles)
         kernels = GraphKernels(isa, machine, formats, tiles)
         program = lower_graph(
             own,
@@ -357,16 +380,6 @@ def _variants(
     for variant in variants:
         variant.program.weights_bytes = union.size
     return variants
-
-
-def _products(graph: Graph) -> list[Product]:
-    """The matrices in formats of the catalog, and how often they are used."""
-    uses: dict[tuple[str, int, int], int] = {}
-    for node in graph.nodes:
-        if node.op == "FormatProduct":
-            key = graph.values[node.inputs[1]].dtype, node.attrs["n"], node.attrs["k"]
-            uses[key] = uses.get(key, 0) + 1
-    return [Product(catalog.by_name(f), n, k, count) for (f, n, k), count in uses.items()]
 
 
 def _kernel_units(
@@ -396,78 +409,6 @@ def _model_unit(
     include = (resource_folder("runtime") / "include",)
     used = build.included(text, {**headers, **_plain_headers()})
     return toolchain.Unit("model", text, model_flags, used, include)
-
-
-def _plan_tiles(
-    graph: Graph, isa: Isa, machine: targets.Machine
-) -> tuple[dict[str, Tiles], list[dict[str, Any]]]:
-    """The register tiles of gemm kernels by the cost model, by the kernels' suffixes, and why they
-    are those. A kernel serves all nodes with its arithmetic and epilogue."""
-    shapes: dict[str, list[GemmShape]] = {}
-    arithmetic: dict[str, str] = {}
-    plain = GraphKernels(isa, machine)
-    for node in graph.nodes:
-        if node.op in ("Product", "Convolution"):
-            spec = plain.gemm_spec(node)
-            arithmetic[spec.suffix] = spec.arithmetic
-            shapes.setdefault(spec.suffix, []).append(_gemm_shape(node, graph))
-    tiles: dict[str, Tiles] = {}
-    choices: list[dict[str, Any]] = []
-    for suffix, some in shapes.items():
-        choice = choose_tiles(arithmetic[suffix], some, isa, machine.cores, machine)
-        tiles[suffix] = choice.tiles
-        choices.append(
-            {
-                "kernel": f"gemm_{suffix}",
-                "nodes": len(some),
-                "tiles": _shown_tiles(choice.tiles),
-                "predicted_us": choice.us,
-                "rule_us": choice.rule_us,
-                "bound": choice.bound,
-                "runners_up": [
-                    {"tiles": _shown_tiles(t), "predicted_us": us, "reason":
-                     f"{us / choice.us - 1:.1%} slower" if us > choice.us else
-                     "faster by less than the model's error"}
-                    for t, us in choice.runners_up
-                ],
-            }
-        )  # fmt: skip
-    return tiles, choices
-
-
-def _shown_tiles(tiles: Tiles) -> str:
-    return (
-        f"{tiles.pixels} pixels x {16 * tiles.blocks} channels, "
-        f"{tiles.block_bytes >> 10} KiB of x together"
-    )
-
-
-_OPEN = 64  # what a size that run time decides is taken for, if there is no limit to it
-
-
-def _gemm_shape(node: Node, graph: Graph) -> GemmShape:
-    """What a Product or Convolution asks of its kernel; open sizes count as their limits, else as
-    1 in the first dimension and as 64 in others."""
-    limits: dict[str, int] = graph.meta.get("limits", {})
-
-    def sizes(name: str) -> list[int]:
-        return [
-            d if isinstance(d, int) else limits.get(str(d)) or (_OPEN if axis else 1)
-            for axis, d in enumerate(graph.values[name].shape)
-        ]
-
-    a, y = node.attrs, sizes(node.outputs[0])
-    if node.op == "Product":
-        pixel = 4 * gemm.steps(a["k"], a["arithmetic"])
-        return GemmShape(a["n"], a["k"], 1, max(1, math.prod(y[:-1])), 1, 1, pixel)
-    x = sizes(node.inputs[0])
-    images, rows, columns = (max(1, size) for size in y[:3])
-    if x[1:3] == y[1:3] and tuple(a["strides"]) == (1, 1):  # a point at a time, without a border
-        images, rows, columns = 1, 1, images * rows * columns
-    nbytes = TYPES[graph.values[node.inputs[0]].dtype].bytes
-    pixel = a["strides"][1] * x[3] * nbytes
-    taps = a["kernel"][0] * a["kernel"][1]
-    return GemmShape(a["n"] // a["group"], a["k"], taps, columns, rows, images, pixel)
 
 
 def _interface(graph: Graph, names: list[str]) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from qigen import targets, toolchain
 from qigen.artifact import Artifact
@@ -35,10 +35,11 @@ from qigen.planner import (
     tuning_candidates,
 )
 from qigen.targets import Machine
+from qigen.targets.calibrate import thread_counts
 from qigen.tuned import write_tuned
 from qigen.tuning import database
 from qigen.tuning.database import Database, Entry, spec_from_json, spec_to_json
-from qigen.tuning.measure import Bench, kernel_text
+from qigen.tuning.measure import Bench, Spec, kernel_text
 
 TOP = 8
 """Candidates of a product that are measured, by default."""
@@ -55,6 +56,8 @@ BYTES_AT_MOST = 1 << 30
 """... and at most so many bytes."""
 
 Progress = Callable[[str, int, int], None]
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,7 @@ def _known(
     ]
     found: dict[MatmulSpec, Entry] = {}
     for entry in entries:
-        if entry.spec["format"] != p.format.name or entry.spec["isa"] != isa.name:
+        if entry.spec.get("format") != p.format.name or entry.spec["isa"] != isa.name:
             continue
         spec = spec_from_json(entry.spec)
         if spec not in found and kernel(spec) == entry.kernel:
@@ -145,8 +148,44 @@ def remembered(
     Returns what ``plan_model`` takes as ``measured``, and a sentence for the user if the database
     cannot be used (a model can do without).
     """
-    key, note = database.machine_key(machine), ""
     where = home(_working_set(products), machine)
+
+    def find(data: Database | None, compiler: str) -> Measured:
+        return remembered_times(
+            data, compiler, products, where, isa=isa, machine=machine, threads=threads
+        )
+
+    return look_up(machine, find, {})
+
+
+def remembered_times(
+    data: Database | None,
+    compiler: str,
+    products: Sequence[Product],
+    where: str,
+    *,
+    isa: Isa,
+    machine: Machine,
+    threads: int,
+) -> Measured:
+    """What is known of products whose weights come from ``where``."""
+    key = database.machine_key(machine)
+    kernel = functools.lru_cache(None)(lambda spec: kernel_text(spec)[1])
+    times: dict[tuple[MatmulSpec, int, int, int], float] = {}
+    for p in products:
+        entries = {
+            m: _known(data, p, m, where, isa, threads, key, compiler, kernel) for m in BUCKETS
+        }
+        times.update(_times(p, entries))
+    return times
+
+
+def look_up(
+    machine: Machine, find: Callable[[Database | None, str], Found], nothing: Found
+) -> tuple[Found, str]:
+    """What ``find`` finds in the user's database (None if there is none) for a compiler's key, and
+    a sentence for the user if the database cannot be used."""
+    key, note = database.machine_key(machine), ""
     data: Database | None = None
     try:
         if database.database_file().exists():
@@ -155,21 +194,14 @@ def remembered(
         note = f"{error}; kernels are chosen without it"
     try:
         if data is None and not any(e.machine == key for e in database.shipped()):
-            return {}, note
+            return nothing, note
         try:
             compiler = database.compiler_key(toolchain.find_compiler().version)
         except ToolchainError:  # sources or LLVM: what was shipped is for any compiler
             compiler = ""
-        kernel = functools.lru_cache(None)(lambda spec: kernel_text(spec)[1])
-        times: dict[tuple[MatmulSpec, int, int, int], float] = {}
-        for p in products:
-            entries = {
-                m: _known(data, p, m, where, isa, threads, key, compiler, kernel) for m in BUCKETS
-            }
-            times.update(_times(p, entries))
-        return times, note
+        return find(data, compiler), note
     except BadInput as error:  # an entry that is none
-        return {}, f"{error}; kernels are chosen without it"
+        return nothing, f"{error}; kernels are chosen without it"
     finally:
         if data is not None:
             data.__exit__()
@@ -204,7 +236,7 @@ class Tuner:
         self._own = data is None
         self.bench = Bench(compiler, jobs, jit, "qg." if jit else "")
         self.key = database.machine_key(machine)
-        self._kernels: dict[MatmulSpec, str] = {}
+        self._kernels: dict[Spec, str] = {}
 
     def __enter__(self) -> Tuner:
         self.bench.__enter__()
@@ -215,7 +247,7 @@ class Tuner:
         if self._own:
             self.data.__exit__()
 
-    def kernel(self, spec: MatmulSpec) -> str:
+    def kernel(self, spec: Spec) -> str:
         """The hash of a kernel's source."""
         if spec not in self._kernels:
             self._kernels[spec] = kernel_text(spec)[1]
@@ -448,17 +480,15 @@ def shapes_to_products(shapes: Iterable[str], formats: Iterable[str]) -> list[Pr
 def model_products(
     path: Path, weights: str = "keep", activations: str | None = None
 ) -> list[Product]:
-    """The matrices of a model file or of an artifact, as they are for ``activations``."""
+    """The matrices of a language model, a file or an artifact, as they are for ``activations``."""
     from qigen.frontends import build_graph, load_model
-    from qigen.graph_compiler import SHORT_FORMATS, is_onnx
+    from qigen.graph_compiler import SHORT_FORMATS
     from qigen.passes.pipeline import optimize
     from qigen.planner import products
     from qigen.quantize.weights import requantized, with_byte_tables
 
     if (path / "manifest.json").is_file():
         artifact = Artifact(path)
-        if artifact.is_graph:
-            raise Unsupported("only language models can be tuned so far", str(path))
         seen: dict[tuple[str, int, int], int] = {}
         for tensor in artifact.tensors.values():
             if "layout" in tensor:
@@ -468,8 +498,6 @@ def model_products(
         return [Product(by_name(f), n, k, uses) for (f, n, k), uses in seen.items()]
     if not path.exists():
         raise BadInput("there is no such file", str(path))
-    if is_onnx(path):
-        raise Unsupported("only language models can be tuned so far", str(path))
     source = load_model(path)
     graph = optimize(build_graph(source, min(source.config.max_position, 4096)))
     if weights != "keep":
@@ -501,7 +529,8 @@ _BETTER = 1.02  # a knob is turned only for more than the noise
 @dataclass(frozen=True)
 class Knobs:
     """What suits a compiled model: threads and tokens of a prefill step, with the tokens a second
-    that each value reached. ``note`` says why the artifact does not remember the threads, if so."""
+    that each value reached (of a graph model runs a second, and no block). ``note`` says why the
+    artifact does not remember the threads, if so."""
 
     threads: int
     block: int
@@ -524,8 +553,6 @@ def tune_model(
     smallest block within 2 % of the best are chosen.
     """
     artifact = Artifact(path)
-    if artifact.is_graph:
-        raise Unsupported("only language models can be tuned so far", str(path))
     machine = targets.native()
     key, uid = database.machine_key(machine), str(artifact.manifest["model_uid"])
     report = progress or (lambda stage, done, total: None)
@@ -535,13 +562,13 @@ def tune_model(
     assert store is not None
     try:
         threads = store.model(key, uid, "threads") if not again else {}
-        wanted = [t for t in _thread_counts(machine.cores) if t not in threads]
+        wanted = [t for t in thread_counts(machine.cores) if t not in threads]
         if wanted:
             rates = _rates_by_threads(path, wanted, limits["max_seq"], report)
             threads.update(rates)
             for value, rate in rates.items():
                 store.add_model(key, uid, "threads", value, rate)
-        chosen = _least(threads)
+        chosen = least(threads)
         blocks = store.model(key, uid, "block") if not again else {}
         most = min(limits["max_tokens"], limits["max_seq"])
         sizes = [b for b in (*BLOCKS, most) if b <= most and b not in blocks]
@@ -550,7 +577,7 @@ def tune_model(
             blocks.update(rates)
             for value, rate in rates.items():
                 store.add_model(key, uid, "block", value, rate)
-        block = _least(blocks)
+        block = least(blocks)
         return Knobs(chosen, block, threads, blocks, remember(path, chosen, block))
     finally:
         if own is not None:
@@ -568,13 +595,7 @@ def remember(path: str | os.PathLike[str], threads: int, block: int) -> str:
     return ""
 
 
-def _thread_counts(cores: int) -> list[int]:
-    from qigen.targets.calibrate import thread_counts
-
-    return list(thread_counts(cores))
-
-
-def _least(rates: dict[int, float]) -> int:
+def least(rates: dict[int, float]) -> int:
     """The smallest value that is as good as the best."""
     best = max(rates.values())
     return min(value for value, rate in rates.items() if rate * _BETTER >= best)

@@ -270,14 +270,16 @@ def _print_graph(manifest: dict[str, Any]) -> None:
     print_rows("limits", limits)
     print_rows("kernels", manifest["plan"]["kernels"])
     for kernel in manifest["plan"].get("tiles", []):
-        rule = kernel["rule_us"] / kernel["predicted_us"] - 1
+        how = "measured" if kernel.get("measured_us") else "predicted"
+        us = kernel[f"{how}_us"]
+        rule = 1 - us / kernel["rule_us"]
         gain = f", {rule:.0%} less than with the tiles of the rule" if rule > 0 else ""
         click.echo(
-            f"\n{kernel['kernel']}, {kernel['nodes']} nodes: {kernel['tiles']}; predicted "
-            f"{kernel['predicted_us']:.1f} us in all{gain}, bound by {kernel['bound']}"
+            f"\n{kernel['kernel']}, {kernel['nodes']} nodes: {kernel['tiles']}; {how} "
+            f"{us:.1f} us in all{gain}, bound by {kernel['bound']}"
         )
         for other in kernel["runners_up"]:
-            click.echo(f"  or {other['tiles']}: {other['predicted_us']:.1f} us; {other['reason']}")
+            click.echo(f"  or {other['tiles']}: {other[f'{how}_us']:.1f} us; {other['reason']}")
     _print_explanation(manifest["plan"].get("formats", []))
     print_rows("quantization", manifest["quantization"])
     memory = manifest["memory"]

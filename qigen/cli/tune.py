@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -21,10 +21,19 @@ from qigen.cli.output import (
 )
 from qigen.errors import UsageError
 
+if TYPE_CHECKING:
+    from qigen.tune import Knobs, Row
+
 
 @command
 @click.argument("what", nargs=-1, metavar="[MODEL | OUT.qgn | export FILE | import FILE]")
-@click.option("--shape", "shapes", multiple=True, metavar="NxK", help="A weight's shape.")
+@click.option(
+    "--shape",
+    "shapes",
+    multiple=True,
+    metavar="NxK | NAME=1x3x640x640",
+    help="A weight's shape; with an ONNX model the sizes of an input, as for `compile`.",
+)
 @click.option(
     "--weights",
     default="keep",
@@ -70,9 +79,13 @@ def tune(
     """Measure the best candidates of a model's kernels on this machine and remember them.
 
     What is measured is used by every later `compile` for this machine. For an artifact its threads
-    and prefill block are measured too. `export FILE` and `import FILE` share the database as JSON;
-    `export --defaults [FILE]` writes what comes with the package for this machine.
+    and (of a language model) prefill block are measured too. `export FILE` and `import FILE` share
+    the database as JSON; `export --defaults [FILE]` writes what comes with the package for this
+    machine.
     """
+    from qigen.arrays import parse_shapes as parse_sizes
+    from qigen.artifact import Artifact
+    from qigen.graph_compiler import GraphOptions, is_onnx, parse_shapes
     from qigen.planner import BUCKETS
     from qigen.tune import (
         model_products,
@@ -81,22 +94,41 @@ def tune(
         tune_model,
         tune_products,
     )
+    from qigen.tune_graph import calls_of, tune_graph, tune_graph_model
 
     if what[:1] in (("export",), ("import",)):
         _share(what, bool(shapes), defaults, as_json)
         return
     if defaults:
         raise UsageError("--defaults is for qigen tune export")
-    if len(what) + bool(shapes) != 1:
+    path = Path(what[0]) if len(what) == 1 else None
+    graph = path is not None and (
+        Artifact(path).is_graph if (path / "manifest.json").is_file() else is_onnx(path)
+    )
+    if len(what) + (bool(shapes) and not graph) != 1:
         raise UsageError("name one model, or shapes with --shape; see qigen tune --help")
     machine, row = native_machine(isa)
-    path = Path(what[0]) if what else None
+    start = time.perf_counter()
+    if path is not None and graph:
+        if tokens:
+            raise UsageError("--m is for language models; sizes of an input are --shape NAME=...")
+        chosen = GraphOptions(weights, activations, parse_shapes(parse_sizes(shapes)))
+        with progress_bars(as_json) as progress:
+            calls = calls_of(path, chosen, row, machine)
+            _, rows = tune_graph(
+                calls, isa=row, machine=machine, threads=threads or machine.cores,
+                progress=progress, **options,
+            )  # fmt: skip
+            knobs = None
+            if (path / "manifest.json").is_file():
+                knobs = tune_graph_model(path, again=options["again"], progress=progress)
+        _print(rows, knobs, time.perf_counter() - start, "runs/s", as_json)
+        return
     if path is None:
         formats = ["q4_0"] if weights == "keep" else [w.strip() for w in weights.split(",")]
         products = shapes_to_products(shapes, formats)
     else:
         products = model_products(path, weights, activations)
-    start = time.perf_counter()
     with progress_bars(as_json) as progress:
         _, rows = tune_products(
             products,
@@ -113,7 +145,21 @@ def tune(
         knobs = None
         if path is not None and (path / "manifest.json").is_file():
             knobs = tune_model(path, again=options["again"], progress=progress)
-    seconds = time.perf_counter() - start
+    _print(rows, knobs, time.perf_counter() - start, "tok/s", as_json)
+
+
+def _tiles(spec: dict[str, Any]) -> str:
+    """The register tiles of a kernel in words."""
+    tiles = spec["tiles"]
+    if isinstance(tiles, dict):  # of the gemm family
+        return f"tiles={tiles['pixels']}x{16 * tiles['blocks']}, {tiles['block_bytes'] >> 10} KiB"
+    return f"tiles={','.join(map(str, tiles))}"
+
+
+def _print(
+    rows: list[Row], knobs: Knobs | None, seconds: float, unit: str, as_json: bool
+) -> None:
+    """What was measured: the kernels, then the threads and prefill block of an artifact."""
     if as_json:
         import dataclasses
 
@@ -133,7 +179,7 @@ def tune(
                 r.format, f"{r.n}x{r.k}", r.m, f"{r.best_us:.1f}",
                 f"{r.best_us / r.first_us:.3f}" if r.first_us else "failed",
                 f"{r.predicted_us:.1f}", f"{r.spread:.0%}", f"{r.measured} of {r.candidates}",
-                r.kernel, f"tiles={','.join(map(str, r.spec['tiles']))}",
+                r.kernel, _tiles(r.spec),
             )
             for r in rows
         ),
@@ -142,11 +188,16 @@ def tune(
         click.echo(f"note: {failure}; it is never chosen", err=True)
     if knobs:
         click.echo(
-            f"threads: {knobs.threads} ("
-            + ", ".join(f"{t}: {v:.1f} tok/s" for t, v in sorted(knobs.decode_tok_s.items()))
-            + f"); prefill block: {knobs.block} ("
-            + ", ".join(f"{b}: {v:.1f} tok/s" for b, v in sorted(knobs.prefill_tok_s.items()))
-            + ")"
+            "; ".join(
+                f"{name}: {value} ("
+                + ", ".join(f"{v}: {rate:.1f} {unit}" for v, rate in sorted(rates.items()))
+                + ")"
+                for name, value, rates in (
+                    ("threads", knobs.threads, knobs.decode_tok_s),
+                    ("prefill block", knobs.block, knobs.prefill_tok_s),
+                )
+                if rates
+            )
         )
         if knobs.note:
             click.echo(f"note: {knobs.note}", err=True)

@@ -10,13 +10,16 @@ of the ISA's primitives.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from qigen.backends.base import Isa
 from qigen.backends.cpu.gemm import LANES, Tiles, row_block_bytes, steps, tiles_for
 from qigen.costmodel.instructions import Count, counted, primitives
 from qigen.costmodel.matmul import FULL, TILE_CYCLES, combined, port_cycles, rates_of
+from qigen.errors import QigenError
 from qigen.targets import Machine
 
 _PRIMITIVES = {
@@ -35,7 +38,9 @@ _FINISH = 6.0  # instructions of an output vector: bias, scale, chain, rounding,
 class GemmShape:
     """A product or convolution as the kernel sees it: ``columns`` x ``rows`` x ``images`` pixels,
     of which neighbours are merged where x and y have no gaps, by ``n`` output channels; a sum has
-    ``taps`` x ``k`` products. ``pixel`` are bytes from one pixel of x to the next."""
+    ``taps`` x ``k`` products. ``pixel``, ``row`` and ``image`` are bytes from one pixel, row or
+    image of x to the next, ``offsets`` those from a pixel to what its taps read; the latter three
+    follow each other without gaps if they are not given."""
 
     n: int
     k: int
@@ -44,10 +49,37 @@ class GemmShape:
     rows: int
     images: int
     pixel: int
+    row: int = 0
+    image: int = 0
+    offsets: tuple[int, ...] = ()
 
     @property
     def pixels(self) -> int:
+        """Rows of y."""
         return self.columns * self.rows * self.images
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes from a row of x to the next."""
+        return self.row or self.columns * self.pixel
+
+    @property
+    def image_bytes(self) -> int:
+        """Bytes from an image of x to the next."""
+        return self.image or self.rows * self.row_bytes
+
+    @property
+    def last_pixel(self) -> int:
+        """Bytes from the first pixel to the last."""
+        return (
+            (self.images - 1) * self.image_bytes
+            + (self.rows - 1) * self.row_bytes
+            + (self.columns - 1) * self.pixel
+        )
+
+    def tap_offsets(self, arithmetic: str) -> tuple[int, ...]:
+        """Bytes from a pixel to each of its taps."""
+        return self.offsets or tuple(4 * steps(self.k, arithmetic) * t for t in range(self.taps))
 
 
 @dataclass(frozen=True)
@@ -188,50 +220,93 @@ def predict_gemm(
     return GemmPrediction(time + limits["barrier"], bound, limits)
 
 
+MeasuredTiles: TypeAlias = Mapping[tuple[str, Tiles, GemmShape], float]
+"""Microseconds of a call by (arithmetic, tiles, shape), measured with all threads; infinity if the
+kernel crashed or was wrong, so that it is never chosen."""
+
+
 @dataclass(frozen=True)
 class TileChoice:
     """The tiles of a kernel and what the calls of it take with them, with the rule's own and with
-    the runners-up."""
+    the runners-up: as predicted, or all as ``measured``."""
 
     tiles: Tiles
     us: float
+    predicted_us: float
     rule_us: float
     bound: str
     runners_up: tuple[tuple[Tiles, float], ...]
+    measured: bool = False
 
 
 _WORTH = 0.04  # of the time: for less the rule's own tiles stay
+_NOISE = 0.01  # the same of measured times
 _RUNNERS_UP = 4
 
 
-def choose_tiles(
-    arithmetic: str, shapes: Iterable[GemmShape], isa: Isa, threads: int, machine: Machine
-) -> TileChoice:
-    """The tiles that all calls of one kernel together take the least time with."""
-    every = list(shapes)
-    weights = sum(-(-s.n // LANES) * row_block_bytes(s.taps, s.k, arithmetic) for s in every)
-    cached = weights <= machine.l3_bytes // 2
+def weight_bytes(arithmetic: str, shapes: Iterable[GemmShape]) -> int:
+    """Bytes of the packed weights of calls."""
+    return sum(-(-s.n // LANES) * row_block_bytes(s.taps, s.k, arithmetic) for s in shapes)
 
-    def us(tiles: Tiles) -> float:
-        return sum(
+
+def ranked_tiles(
+    arithmetic: str, shapes: Iterable[GemmShape], isa: Isa, threads: int, machine: Machine,
+    cached: bool,
+) -> dict[Tiles, float]:  # fmt: skip
+    """Predicted microseconds of all calls together by tiles, the rule's own first."""
+    every = list(shapes)
+    return {
+        tiles: sum(
             predict_gemm(tiles, arithmetic, s, isa, threads, machine, cached).us for s in every
         )
+        for tiles in candidates(isa, arithmetic)
+    }
 
-    times = {tiles: us(tiles) for tiles in candidates(isa, arithmetic)}
-    own = next(iter(times))
+
+def _measured_times(
+    arithmetic: str, shapes: Iterable[GemmShape], measured: MeasuredTiles
+) -> dict[Tiles, float]:
+    """Microseconds of all calls together by tiles, of those that all were measured with."""
+    every = list(shapes)
+    known = {tiles for of, tiles, _ in measured if of == arithmetic}
+    times = {t: sum(measured.get((arithmetic, t, s), math.nan) for s in every) for t in known}
+    return {tiles: us for tiles, us in times.items() if us < math.inf}
+
+
+def choose_tiles(
+    arithmetic: str, shapes: Iterable[GemmShape], isa: Isa, threads: int, machine: Machine,
+    cached: bool | None = None, measured: MeasuredTiles | None = None,
+) -> TileChoice:  # fmt: skip
+    """The tiles that all calls of one kernel together take the least time with.
+
+    ``cached``: the weights come from level 3 (default: if those of the calls fit in half of it).
+    Where the rule's own tiles were ``measured`` for all calls, only what was measured counts.
+    """
+    every = list(shapes)
+    if cached is None:
+        cached = weight_bytes(arithmetic, every) <= machine.l3_bytes // 2
+    own = tiles_for(isa, arithmetic)
+    times = _measured_times(arithmetic, every, measured or {})
+    bad = {tiles for (of, tiles, _), us in (measured or {}).items()
+           if of == arithmetic and math.isinf(us)}  # fmt: skip
+    predicted = ranked_tiles(arithmetic, every, isa, threads, machine, cached)
+    counts = own in times or (own in bad and bool(times))
+    if not counts:
+        times = {tiles: us for tiles, us in predicted.items() if tiles not in bad}
+    if not times:
+        raise QigenError(f"no kernel for {arithmetic} products works on this machine")
     best = min(times, key=lambda tiles: times[tiles])
-    chosen = best if times[best] < (1 - _WORTH) * times[own] else own
-    longest = max(
-        every, key=lambda s: predict_gemm(chosen, arithmetic, s, isa, threads, machine, cached).us
-    )
-    bound = predict_gemm(chosen, arithmetic, longest, isa, threads, machine, cached).bound
+    worth = _NOISE if counts else _WORTH
+    chosen = best if times[best] < (1 - worth) * times.get(own, math.inf) else own
+    calls = [predict_gemm(chosen, arithmetic, s, isa, threads, machine, cached) for s in every]
+    bound = max(calls, key=lambda p: p.us).bound
     ranked = sorted((t for t in times if t != chosen), key=lambda tiles: times[tiles])
     # block sizes alone make no difference to most: one of each register tile
     shown: dict[tuple[int, int], Tiles] = {}
     for tiles in ranked:
         shown.setdefault((tiles.pixels, tiles.blocks), tiles)
     return TileChoice(
-        chosen, times[chosen], times[own], bound,
-        tuple((t, times[t]) for t in list(shown.values())[:_RUNNERS_UP]),
+        chosen, times[chosen], sum(p.us for p in calls), times.get(own, math.inf), bound,
+        tuple((t, times[t]) for t in list(shown.values())[:_RUNNERS_UP]), counts,
     )  # fmt: skip
 

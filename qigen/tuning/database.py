@@ -22,8 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qigen.backends.base import Isa
+from qigen.backends.cpu.gemm import PER, GemmSpec, Tiles
 from qigen.backends.cpu.isa import by_name as isa_by_name
 from qigen.backends.cpu.matmul import MatmulSpec
+from qigen.costmodel.gemm import GemmShape
 from qigen.errors import BadInput, QigenError, Unsupported
 from qigen.formats.catalog import by_name
 from qigen.formats.layout import Layout
@@ -44,8 +47,9 @@ DEFAULTS = Path(__file__).parent / "defaults"
 class Entry:
     """One measurement. ``machine``, ``compiler`` and ``kernel`` are hashes (see
     :func:`machine_key`, :func:`compiler_key`, :func:`qigen.tuning.measure.kernel_text`); ``spec``
-    is what :func:`spec_to_json` gives; ``home`` says where the weights came from; ``us`` is 0
-    unless ``status`` is 'ok'."""
+    is what :func:`spec_to_json` gives, or :func:`gemm_to_json` for a product or convolution of a
+    graph (``k`` are then the products of a sum, ``m`` pixels); ``home`` says where the weights came
+    from; ``us`` is 0 unless ``status`` is 'ok'."""
 
     machine: str
     compiler: str
@@ -123,6 +127,57 @@ def spec_from_json(data: Mapping[str, Any]) -> MatmulSpec:
         int(data["prefetch"]),
         int(data["streams"]),
     )
+
+
+GEMM = "gemm"
+"""The family of products and convolutions of graphs; matmul kernels name none."""
+
+
+def gemm_spec(isa: Isa, arithmetic: str, tiles: Tiles) -> GemmSpec:
+    """The kernel that stands for all with these tiles when they are measured: sums alone, as every
+    tiling has the same epilogue."""
+    return GemmSpec(isa, arithmetic, output="i32" if arithmetic == "u8s8" else "f32", chosen=tiles)
+
+
+def gemm_to_json(spec: GemmSpec, shape: GemmShape) -> dict[str, Any]:
+    """A kernel of the gemm family and its call as data; :func:`gemm_from_json` is the inverse."""
+    return {
+        "family": GEMM,
+        "isa": spec.isa.name,
+        "arithmetic": spec.arithmetic,
+        "tiles": dataclasses.asdict(spec.tiles),
+        "shape": dataclasses.asdict(shape) | {"offsets": list(shape.offsets)},
+    }
+
+
+def gemm_from_json(data: Mapping[str, Any]) -> tuple[GemmSpec, GemmShape]:
+    """The kernel and its call; KeyError, ValueError, TypeError or Unsupported if the data are
+    none."""
+    tiles, arithmetic = Tiles(**data["tiles"]), str(data["arithmetic"])
+    if arithmetic not in PER:
+        raise ValueError(f"arithmetic {arithmetic}")
+    return gemm_spec(isa_by_name(str(data["isa"])), arithmetic, tiles), shape_from_json(
+        data["shape"]
+    )
+
+
+def shape_from_json(data: Mapping[str, Any]) -> GemmShape:
+    """What ``dataclasses.asdict`` made of a shape; KeyError, ValueError or TypeError if it is none.
+    """
+    offsets = tuple(int(o) for o in data["offsets"])
+    shape = GemmShape(**{**data, "offsets": offsets})
+    sizes = (shape.n, shape.k, shape.taps, shape.columns, shape.rows, shape.images, shape.pixel)
+    if any(type(size) is not int or size < 1 for size in sizes):
+        raise ValueError(f"shape {shape}")
+    if offsets and (len(offsets) != shape.taps or min(offsets) < 0):
+        raise ValueError(f"offsets of {shape.taps} taps: {offsets}")
+    return shape
+
+
+def gemm_key(kernel: str, shape: GemmShape) -> str:
+    """``Entry.kernel`` of a call, where the hash of its kernel's source is ``kernel``: N, K and M
+    alone do not say how x lies."""
+    return f"{kernel}-{_hash(dataclasses.astuple(shape))}"
 
 
 def now() -> str:
@@ -283,11 +338,14 @@ class Database:
         from qigen.tuning.measure import kernel_text
 
         kernel = functools.lru_cache(None)(lambda spec: kernel_text(spec)[1])
-        found = [
-            e
-            for e in self.entries(machine=machine, status="ok")
-            if kernel(spec_from_json(e.spec)) == e.kernel
-        ]
+
+        def today(entry: Entry) -> str:
+            if entry.spec.get("family") == GEMM:
+                spec, shape = gemm_from_json(entry.spec)
+                return gemm_key(kernel(spec), shape)
+            return str(kernel(spec_from_json(entry.spec)))
+
+        found = [e for e in self.entries(machine=machine, status="ok") if today(e) == e.kernel]
         lines = [json.dumps(dataclasses.asdict(e), sort_keys=True) for e in found]
         text = ",\n".join(lines)
         Path(path).write_text(
@@ -350,7 +408,7 @@ def checked(values: dict[str, Any]) -> Entry:
     for name, value in values.items():
         if name == "spec":
             try:
-                spec_from_json(value)
+                (gemm_from_json if value.get("family") == GEMM else spec_from_json)(value)
             except (KeyError, TypeError, ValueError, Unsupported, AttributeError) as error:
                 raise ValueError(f"its kernel is unknown ({error})") from None
         elif name in ("n", "k", "m", "threads", "runs"):

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import os
 import selectors
+import shutil
 import signal
 import statistics
 import subprocess
@@ -19,16 +20,23 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Generic, TypeAlias, TypeVar
 
 import numpy as np
 
+from qigen.backends.cpu.gemm import GemmSpec, render_gemm
 from qigen.backends.cpu.matmul import MatmulSpec, render_matmul
 from qigen.codegen.render import render
 from qigen.errors import QigenError
 from qigen.paths import resource_folder
 from qigen.targets.topology import allowed_cpus, available_memory
 from qigen.toolchain import KERNEL_FLAGS, Compiler, ObjectCache, Unit, cache_folder
-from qigen.tuning.problem import Array, Problem, wrong
+from qigen.tuning.problem import Array, Case, Problem, wrong
+
+Spec: TypeAlias = MatmulSpec | GemmSpec
+"""What can be measured: gemm kernels are without an epilogue, which any tiling has alike."""
+
+S = TypeVar("S", MatmulSpec, GemmSpec)
 
 ROUNDS = 5
 """Turns whose median counts; the time of a kernel is the least of such medians."""
@@ -49,14 +57,14 @@ class Running:
 
 
 @dataclass
-class Outcome:
+class Outcome(Generic[S]):
     """What became of a candidate: ``status`` is 'ok', 'wrong', 'crash' or 'timeout'.
 
     ``us`` is the least median of some calls, ``spread`` the distance of the quartiles by the
     median of all calls, ``runs`` how many there were.
     """
 
-    spec: MatmulSpec
+    spec: S
     status: str = "ok"
     message: str = ""
     us: float = 0.0
@@ -75,21 +83,33 @@ class Outcome:
         self.spread = float((high - low) / middle)
 
 
-def kernel_text(spec: MatmulSpec) -> tuple[Unit, str]:
+def kernel_text(spec: Spec) -> tuple[Unit, str]:
     """(the translation unit of a kernel, its hash): what was measured is valid while the hash is
     the same."""
+    own, _, _ = _arguments(spec)
     headers = {
         spec.isa.header: render(spec.isa.template),
-        "kernels.h": render("cpu/kernels.h.j2"),
+        own: render(f"cpu/{own}.j2"),
+        "kernels.h": render("cpu/kernels.h.j2"),  # of epilogue.h
         "epilogue.h": render("cpu/epilogue.h.j2"),
     }
-    text = render_matmul(spec, ("store",)).text
+    if isinstance(spec, GemmSpec):
+        text = render_gemm(spec).text
+    else:
+        text = render_matmul(spec, ("store",)).text
     unit = Unit(spec.name, text, (*KERNEL_FLAGS, *spec.isa.flags), headers)
     code = "\n".join(x for x in text.splitlines() if not x.lstrip().startswith("//"))
     digest = hashlib.blake2b(digest_size=12)
     for part in (*unit.flags, code, *(headers[name] for name in sorted(headers))):
         digest.update(part.encode() + b"\0")
     return unit, digest.hexdigest()
+
+
+def _arguments(spec: Spec) -> tuple[str, str, str]:
+    """(the header that declares a kernel's arguments, their type, the kernel's function)."""
+    if isinstance(spec, GemmSpec):
+        return "gemm.h", "GemmArgs", spec.name
+    return "kernels.h", "MatmulArgs", spec.entry("store")
 
 
 class Bench:
@@ -126,18 +146,30 @@ class Bench:
     def _build_driver(self) -> Path:
         source = resource_folder("templates") / "tools" / "time_kernels.cpp"
         include = resource_folder("runtime") / "include"
-        (self.folder / "kernels.h").write_text(render("cpu/kernels.h.j2"), encoding="utf-8")
-        program = self.folder / "time_kernels"
-        self.compiler.run(
-            ["-std=c++17", "-O2", "-pthread", f"-I{include}", f"-I{self.folder}", str(source),
-             "-o", str(program), "-ldl"],
-            source.name,
-        )  # fmt: skip
+        _write_headers(self.folder)
+        digest = hashlib.blake2b(self.compiler.version.encode(), digest_size=8)
+        barrier = include / "qigen" / "generated.h"
+        for file in (source, barrier, *sorted(self.folder.glob("*.h"))):
+            digest.update(file.read_bytes())
+        folder = cache_folder() / "tuning"
+        folder.mkdir(parents=True, exist_ok=True)
+        program = folder / f"{source.stem}-{digest.hexdigest()}"
+        if not program.exists():
+            scratch = self.folder / source.stem
+            self.compiler.run(
+                ["-std=c++17", "-O2", "-pthread", f"-I{include}", f"-I{self.folder}", str(source),
+                 "-o", str(scratch), "-ldl"],
+                source.name,
+            )  # fmt: skip
+            with tempfile.TemporaryDirectory(prefix="qigen-", dir=folder) as name:
+                copy = Path(name) / source.stem
+                shutil.copy2(scratch, copy)
+                copy.replace(program)
         return program
 
     def build(
-        self, specs: Sequence[MatmulSpec], done: Callable[[str], None] | None = None
-    ) -> dict[MatmulSpec, Path]:
+        self, specs: Sequence[S], done: Callable[[str], None] | None = None
+    ) -> dict[S, Path]:
         """The shared libraries of kernels, compiled in parallel; ToolchainError if one fails."""
         units = {spec: kernel_text(spec) for spec in dict.fromkeys(specs)}
         objects = {spec: self.cache.compile(unit, done) for spec, (unit, _) in units.items()}
@@ -145,7 +177,7 @@ class Bench:
         folder.mkdir(parents=True, exist_ok=True)
         version = hashlib.blake2b(self.kernels.version.encode(), digest_size=4).hexdigest()
 
-        def link(spec: MatmulSpec) -> Path:
+        def link(spec: S) -> Path:
             target = folder / f"{spec.name[:80]}-{units[spec][1]}-{version}.so"
             found = objects[spec].result()
             if target.exists():
@@ -153,12 +185,12 @@ class Bench:
             with tempfile.TemporaryDirectory(prefix="qigen-", dir=folder) as name:
                 scratch = Path(name)
                 banner = f"// {spec.name} for measuring. Template: tools/tuned_kernel.cpp.j2."
-                entry = spec.entry("store")
+                header, struct, entry = _arguments(spec)
                 symbol = f"{self.prefix}{entry}" if self.prefix else ""
-                text = render("tools/tuned_kernel.cpp.j2", banner=banner, entry=entry,
-                              symbol=symbol)  # fmt: skip
+                text = render("tools/tuned_kernel.cpp.j2", banner=banner, header=header,
+                              struct=struct, entry=entry, symbol=symbol)  # fmt: skip
                 (scratch / "entry.cpp").write_text(text, encoding="utf-8")
-                (scratch / "kernels.h").write_text(render("cpu/kernels.h.j2"), encoding="utf-8")
+                _write_headers(scratch)
                 self.compiler.run(
                     ["-std=c++17", "-O2", "-fPIC", "-shared", f"-I{scratch}",
                      str(scratch / "entry.cpp"), str(found), "-o", str(scratch / "out.so")],
@@ -178,8 +210,20 @@ class Bench:
         threads: int,
         total_bytes: int,
         seconds: float = 2.0,
-    ) -> list[Outcome]:
-        """Times of all kernels for x [m, k] and W [n, k], in the order of ``libraries``.
+    ) -> list[Outcome[MatmulSpec]]:
+        """Times of all kernels for x [m, k] and W [n, k], as :meth:`compete`."""
+        cases = {spec: Problem(spec, n, k, m) for spec in libraries}
+        return self.compete(libraries, cases, threads, total_bytes, seconds)
+
+    def compete(
+        self,
+        libraries: Mapping[S, Path],
+        problems: Mapping[S, Case],
+        threads: int,
+        total_bytes: int,
+        seconds: float = 2.0,
+    ) -> list[Outcome[S]]:
+        """Times of all kernels, each on its case of one problem, in the order of ``libraries``.
 
         It ends when the order is clear, when the noise is larger than the differences, or after
         ``seconds``. QigenError if there is not enough memory.
@@ -187,25 +231,24 @@ class Bench:
         outcomes = [Outcome(spec) for spec in libraries]
         with tempfile.TemporaryDirectory(dir=self.folder) as name:
             folder = Path(name)
-            cases = []
-            for i, spec in enumerate(libraries):
-                content, y, bound = Problem(spec, n, k, m).build()
-                case = folder / f"{i}.case"
-                case.write_bytes(content)
-                cases.append((str(libraries[spec]), str(case), y, bound))
+            cases = [
+                _Loaded(libraries[spec], problems[spec], folder / f"{i}.case")
+                for i, spec in enumerate(libraries)
+            ]
             memory = available_memory() // 2
             total = min(total_bytes, memory)
             alive = list(range(len(outcomes)))
             checked: set[int] = set()
             while alive:
-                arguments = [str(total), str(threads), ",".join(map(str, sorted(allowed_cpus())))]
+                cpus = ",".join(map(str, sorted(allowed_cpus())))
+                arguments = [str(self._driver.result()), str(total), str(threads), cpus]
                 for i in alive:
-                    arguments += cases[i][:2]
-                with _Process([str(self._driver.result()), *arguments]) as process:
+                    arguments += cases[i].arguments
+                with _Process(arguments) as process:
                     try:
                         for place, i in enumerate(alive):
                             if i not in checked:
-                                self._check(process, place, i, folder, cases, outcomes, (m, n))
+                                self._check(process, place, cases[i], outcomes[i])
                                 checked.add(i)
                         if all(outcomes[i].status == "ok" for i in alive):
                             _take_turns(process, [outcomes[i] for i in alive], seconds)
@@ -222,21 +265,18 @@ class Bench:
     ) -> Iterator[Running]:
         """A kernel that was found right; QigenError if it is wrong or crashes."""
         library = self.build([spec])[spec]
-        outcomes = [Outcome(spec)]
+        outcome = Outcome(spec)
         with tempfile.TemporaryDirectory(dir=self.folder) as name:
-            content, y, bound = Problem(spec, n, k, m).build()
-            case = Path(name) / "0.case"
-            case.write_bytes(content)
-            cases = [(str(library), str(case), y, bound)]
+            case = _Loaded(library, Problem(spec, n, k, m), Path(name) / "0.case")
             total = min(total_bytes, available_memory() // 4)
             cpus = ",".join(map(str, sorted(allowed_cpus())))
             program = str(self._driver.result())
-            arguments = [program, str(total), str(threads), cpus, *cases[0][:2]]
+            arguments = [program, str(total), str(threads), cpus, *case.arguments]
             try:
                 with _Process(arguments) as process:
-                    self._check(process, 0, 0, Path(name), cases, outcomes, (m, n))
-                    if outcomes[0].message:
-                        raise QigenError(outcomes[0].message, spec.name)
+                    self._check(process, 0, case, outcome)
+                    if outcome.message:
+                        raise QigenError(outcome.message, spec.name)
                     yield Running(
                         lambda rounds: process.ask(f"rounds {rounds}")[0],
                         lambda passes: process.ask(f"stream {passes}")[0],
@@ -248,22 +288,39 @@ class Bench:
         self,
         process: _Process,
         place: int,
-        i: int,
-        folder: Path,
-        cases: list[tuple[str, str, Array, Array]],
-        outcomes: list[Outcome],
-        shape: tuple[int, int],
+        case: _Loaded,
+        outcome: Outcome[S],
     ) -> None:
         """Compares what a kernel computes with the reference."""
-        result = folder / "y"
+        result = case.file.with_suffix(".y")
         process.ask(f"check {place} {result}")
-        y = np.fromfile(result, np.float32).reshape(shape)
-        message = wrong(y, cases[i][2], cases[i][3])
+        message = wrong(case.result(result), case.expected, case.bound)
         if message:
-            outcomes[i].status, outcomes[i].message = "wrong", message
+            outcome.status, outcome.message = "wrong", message
 
 
-def _take_turns(process: _Process, outcomes: list[Outcome], seconds: float) -> None:
+def _write_headers(folder: Path) -> None:
+    """The headers of the arguments of all families."""
+    for name in ("kernels.h", "gemm.h"):
+        (folder / name).write_text(render(f"cpu/{name}.j2"), encoding="utf-8")
+
+
+class _Loaded:
+    """A case in its file, with the library of its kernel and what must come out."""
+
+    def __init__(self, library: Path, case: Case, file: Path) -> None:
+        content, self.expected, self.bound = case.build()
+        file.write_bytes(content)
+        self.case, self.file = case, file
+        self.arguments = [str(library), str(file)]
+
+    def result(self, path: Path) -> Array:
+        """y [m, n] as the process wrote it."""
+        y = np.fromfile(path, np.int32 if self.case.exact else np.float32)
+        return y.reshape(self.case.m, self.case.n)
+
+
+def _take_turns(process: _Process, outcomes: list[Outcome[S]], seconds: float) -> None:
     """Runs rounds until the order is clear or cannot become so."""
     process.ask("rounds 1")  # code and tables into the caches, clocks up
     end = time.monotonic() + seconds
@@ -277,7 +334,7 @@ def _take_turns(process: _Process, outcomes: list[Outcome], seconds: float) -> N
             return
 
 
-def settled(outcomes: Sequence[Outcome]) -> bool:
+def settled(outcomes: Sequence[Outcome[S]]) -> bool:
     """Whether more turns would change nothing: the best is ahead of the second by more than the
     noise of a median, or the noise is so small that what lies between them does not matter."""
     first, *rest = sorted(outcomes, key=lambda o: o.us)
@@ -289,7 +346,7 @@ def settled(outcomes: Sequence[Outcome]) -> bool:
     return ahead > 2 * noise or (ahead < _CLEAR and noise < _CLEAR)
 
 
-def _median_error(outcome: Outcome) -> float:
+def _median_error(outcome: Outcome[S]) -> float:
     """Relative error of the median of all calls, from their spread (1.25 standard deviations by
     the root of the number, for times that are distributed normally)."""
     return 1.25 * outcome.spread / 1.35 / float(np.sqrt(max(1, outcome.runs)))

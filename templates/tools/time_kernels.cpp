@@ -1,11 +1,12 @@
-// Runs and times generated matmul kernels side by side, in a process that may crash.
+// Runs and times generated kernels side by side, in a process that may crash: matmul kernels, which
+// take row-blocks, and those of the gemm family, which share the work themselves.
 // usage: time_kernels TOTAL_BYTES THREADS CPU,CPU,.. (LIBRARY CASE)..
-// A case holds the header below, what a packed weight begins with (codebooks; most have nothing),
-// one row-block of it and the activation rows. The row-block is repeated for all rows, and the
-// weight copied until the weights of all kernels
+// A case holds the header below, what its family needs, what a packed weight begins with
+// (codebooks; most have nothing), one row-block of it and the activations. The row-block is
+// repeated for all rows, and the weight copied until the weights of all kernels
 // together take TOTAL_BYTES (0: one copy each, which stay in the caches); every call reads the
 // next copy. Commands come on standard input, answers go to standard output, a line each:
-//   check I FILE   runs kernel I and writes y, float32 [m][n]                -> "at I", "done"
+//   check I FILE   runs kernel I and writes y, float32 or int32 [m][n]       -> "at I", "done"
 //   rounds R       R rounds, each of which runs every kernel once            -> "at I", then its
 //                  microseconds from barrier to barrier, for each; "done"
 //   stream P       reads all weights of kernel 0 P times, one sequential stream a thread
@@ -19,26 +20,98 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <thread>
 #include <vector>
 
+#include "gemm.h"
 #include "kernels.h"
 #include "qigen/generated.h"
 
 namespace {
 
 struct Header {
-  int64_t shared, row_block, x_bytes, x_stride;
-  int32_t n, kblocks, m, scale_offset, zero_offset, sum_offset;
+  int64_t gemm, shared, row_block, x_bytes;
+  int32_t n, m;
 };
 
-using Kernel = void (*)(const qg::MatmulArgs&, int, int);
+struct MatmulHeader {
+  int64_t x_stride;
+  int32_t kblocks, scale_offset, zero_offset, sum_offset;
+};
 
+struct GemmHeader {
+  int64_t x_pixel, x_row, x_image;
+  int32_t columns, rows, images, n_taps, steps, unused;
+};
+
+// A kernel with its weights and activations.
 struct Side {
-  Kernel run;
   Header h;
   uint8_t *w, *x;
   size_t weight, copies, next;
+
+  virtual ~Side() = default;
+  // Elements of y from a row to the next.
+  virtual int64_t y_stride() const = 0;
+  // What thread `t` does of a call with the weight at `from`.
+  virtual void run(const uint8_t* from, void* y, int t, int threads) const = 0;
+};
+
+struct Matmul : Side {
+  void (*kernel)(const qg::MatmulArgs&, int, int);
+  MatmulHeader own;
+
+  int64_t y_stride() const override { return (h.n + 31) / 16 * 16; }
+  void run(const uint8_t* from, void* y, int t, int threads) const override {
+    const qg::MatmulArgs a = {from,
+                              h.row_block,
+                              own.kblocks,
+                              h.m,
+                              h.n,
+                              x,
+                              own.x_stride,
+                              own.scale_offset,
+                              own.zero_offset,
+                              own.sum_offset,
+                              static_cast<float*>(y),
+                              y_stride(),
+                              nullptr};
+    const int blocks = (h.n + 15) / 16;
+    kernel(a, blocks * t / threads, blocks * (t + 1) / threads);
+  }
+};
+
+struct Gemm : Side {
+  void (*kernel)(const qg::GemmArgs&, int, int);
+  GemmHeader own;
+  std::vector<int32_t> taps, zeros;  // the latter by channel, as the former's scales
+  std::vector<float> ones;
+
+  int64_t y_stride() const override { return h.n; }
+  void run(const uint8_t* from, void* y, int t, int threads) const override {
+    qg::GemmArgs a = {};
+    a.w = from;
+    a.row_block = h.row_block;
+    a.x = x;
+    a.x_pixel = own.x_pixel;
+    a.x_row = own.x_row;
+    a.x_image = own.x_image;
+    a.columns = own.columns;
+    a.rows = own.rows;
+    a.images = own.images;
+    a.taps = taps.data();
+    a.n_taps = own.n_taps;
+    a.steps = own.steps;
+    a.n = h.n;
+    a.out.y = y;
+    a.out.y_pixel = h.n;
+    a.out.y_row = int64_t{h.n} * own.columns;
+    a.out.y_image = a.out.y_row * own.rows;
+    a.out.scale = ones.data();
+    a.out.init = zeros.data();
+    kernel(a, t, threads);
+  }
 };
 
 // A cache line: one register with AVX-512, two with AVX2, four with SSE.
@@ -75,34 +148,49 @@ uint8_t* allocate(size_t n) {
   return static_cast<uint8_t*>(p);
 }
 
-Side load(const char* library, const char* file, size_t total) {
-  Side s{};
-  void* opened = dlopen(library, RTLD_NOW | RTLD_LOCAL);
-  if (!opened) fail(dlerror());
-  s.run = reinterpret_cast<Kernel>(dlsym(opened, "qigen_kernel"));
-  std::FILE* f = std::fopen(file, "rb");
-  if (!s.run || !f || std::fread(&s.h, sizeof s.h, 1, f) != 1) fail("a case cannot be read");
-  const size_t shared = static_cast<size_t>(s.h.shared);
-  const size_t block = static_cast<size_t>(s.h.row_block);
-  const size_t blocks = static_cast<size_t>(s.h.n + 15) / 16;
-  const size_t rows = static_cast<size_t>(s.h.x_bytes);
-  s.weight = shared + block * blocks;
-  s.copies = std::max<size_t>(1, total / s.weight);
-  s.w = allocate(s.copies * s.weight);
-  s.x = allocate(rows);
-  if (std::fread(s.w, 1, shared + block, f) != shared + block ||
-      std::fread(s.x, 1, rows, f) != rows)
-    fail("a case is cut short");
-  std::fclose(f);
-  for (size_t i = 1; i < blocks; ++i) std::memcpy(s.w + shared + i * block, s.w + shared, block);
-  for (size_t i = 1; i < s.copies; ++i) std::memcpy(s.w + i * s.weight, s.w, s.weight);
-  return s;
+template <class T>
+void read(std::FILE* f, T* to, size_t count = 1) {
+  if (std::fread(to, sizeof(T), count, f) != count) fail("a case is cut short");
 }
 
-qg::MatmulArgs arguments(const Side& s, size_t copy, float* y, int64_t y_stride) {
-  return {
-      s.w + copy * s.weight, s.h.row_block,   s.h.kblocks,    s.h.m, s.h.n,    s.x,    s.h.x_stride,
-      s.h.scale_offset,      s.h.zero_offset, s.h.sum_offset, y,     y_stride, nullptr};
+std::unique_ptr<Side> load(const char* library, const char* file, size_t total) {
+  void* opened = dlopen(library, RTLD_NOW | RTLD_LOCAL);
+  if (!opened) fail(dlerror());
+  void* kernel = dlsym(opened, "qigen_kernel");
+  std::FILE* f = std::fopen(file, "rb");
+  if (!kernel || !f) fail("a case cannot be read");
+  Header h;
+  read(f, &h);
+  std::unique_ptr<Side> s;
+  if (h.gemm) {
+    auto side = std::make_unique<Gemm>();
+    side->kernel = reinterpret_cast<decltype(side->kernel)>(kernel);
+    read(f, &side->own);
+    side->taps.resize(static_cast<size_t>(side->own.n_taps));
+    read(f, side->taps.data(), side->taps.size());
+    side->zeros.assign(static_cast<size_t>(h.n + 15), 0);
+    side->ones.assign(side->zeros.size(), 1.0f);
+    s = std::move(side);
+  } else {
+    auto side = std::make_unique<Matmul>();
+    side->kernel = reinterpret_cast<decltype(side->kernel)>(kernel);
+    read(f, &side->own);
+    s = std::move(side);
+  }
+  s->h = h;
+  const size_t shared = static_cast<size_t>(h.shared), block = static_cast<size_t>(h.row_block);
+  const size_t blocks = static_cast<size_t>(h.n + 15) / 16;
+  s->weight = shared + block * blocks;
+  s->copies = std::max<size_t>(1, total / s->weight);
+  s->next = 0;
+  s->w = allocate(s->copies * s->weight);
+  s->x = allocate(static_cast<size_t>(h.x_bytes));
+  read(f, s->w, shared + block);
+  read(f, s->x, static_cast<size_t>(h.x_bytes));
+  std::fclose(f);
+  for (size_t i = 1; i < blocks; ++i) std::memcpy(s->w + shared + i * block, s->w + shared, block);
+  for (size_t i = 1; i < s->copies; ++i) std::memcpy(s->w + i * s->weight, s->w, s->weight);
+  return s;
 }
 
 }  // namespace
@@ -115,15 +203,12 @@ int main(int argc, char** argv) {
     cpus.push_back(static_cast<int>(std::strtol(at, &next, 10)));
   const size_t total =
       static_cast<size_t>(std::atoll(argv[1])) / static_cast<size_t>((argc - 4) / 2);
-  std::vector<Side> sides;
+  std::vector<std::unique_ptr<Side>> sides;
   for (int i = 4; i < argc; i += 2) sides.push_back(load(argv[i], argv[i + 1], total));
-  int64_t y_stride = 0, m = 0;
-  for (const Side& s : sides) {
-    y_stride = std::max<int64_t>(y_stride, (s.h.n + 31) / 16 * 16);
-    m = std::max<int64_t>(m, s.h.m);
-  }
-  const size_t y_bytes = sizeof(float) * static_cast<size_t>(y_stride * m);
-  float* y = reinterpret_cast<float*>(allocate(y_bytes));
+  int64_t elements = 0;
+  for (const auto& s : sides) elements = std::max(elements, s->y_stride() * s->h.m);
+  const size_t y_bytes = sizeof(float) * static_cast<size_t>(elements);
+  uint8_t* y = allocate(y_bytes);
   std::memset(y, 0, y_bytes);
 
   // f(thread, barrier) on all threads, each on a processor of its own
@@ -143,11 +228,10 @@ int main(int argc, char** argv) {
   };
   // one call of a kernel; microseconds on thread 0
   const auto call = [&](Side& s, int t, qigen::Barrier& barrier) {
-    const qg::MatmulArgs a = arguments(s, s.next, y, y_stride);
-    const int blocks = (s.h.n + 15) / 16;
+    const uint8_t* w = s.w + s.next * s.weight;
     barrier.wait(t);
     const double start = now();
-    s.run(a, blocks * t / threads, blocks * (t + 1) / threads);
+    s.run(w, y, t, threads);
     barrier.wait(t);
     const double took = now() - start;
     if (t == 0) s.next = (s.next + 1) % s.copies;
@@ -179,13 +263,14 @@ int main(int argc, char** argv) {
     if (std::sscanf(line, "check %zu %3999[^\n]", &which, path) == 2 && which < sides.size()) {
       std::printf("at %zu\n", which);
       std::fflush(stdout);
-      Side& s = sides[which];
+      Side& s = *sides[which];
       std::memset(y, 0xff, y_bytes);  // NaN
       on_all([&](int t, qigen::Barrier& barrier) { call(s, t, barrier); });
       std::FILE* f = std::fopen(path, "wb");
       if (!f) fail("a result cannot be written");
+      const int64_t row = s.y_stride() * static_cast<int64_t>(sizeof(float));
       for (int i = 0; i < s.h.m; ++i)
-        std::fwrite(y + i * y_stride, sizeof(float), static_cast<size_t>(s.h.n), f);
+        std::fwrite(y + i * row, sizeof(float), static_cast<size_t>(s.h.n), f);
       if (std::fclose(f)) fail("a result cannot be written");
     } else if (std::sscanf(line, "rounds %d", &rounds) == 1) {
       on_all([&](int t, qigen::Barrier& barrier) {
@@ -195,14 +280,14 @@ int main(int argc, char** argv) {
               std::printf("at %zu\n", i);
               std::fflush(stdout);
             }
-            const double us = call(sides[i], t, barrier);
+            const double us = call(*sides[i], t, barrier);
             if (t == 0) std::printf("%.3f\n", us);
           }
       });
     } else if (std::sscanf(line, "stream %d", &rounds) == 1) {
       std::printf("at 0\n");
       std::fflush(stdout);
-      const Side& s = sides[0];
+      const Side& s = *sides[0];
       on_all([&](int t, qigen::Barrier& barrier) {
         for (int r = 0; r < rounds; ++r) {
           const double us = read_all(s, t, barrier);
