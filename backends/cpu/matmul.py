@@ -37,6 +37,9 @@ DEFAULT_PREFETCH = 4096
 MATRIX_TOKENS = 4
 """Tokens from which on tile registers multiply bf16: fewer would leave most of a tile empty."""
 
+MATRIX_TILE = 16
+"""Tokens of a tile of an int8 kernel whose sums lie in a tile register."""
+
 PANEL = 128
 """Weights along K that the f32 kernels decode at a time: 16 rows x 128 x 4 bytes is 8 KiB of L1."""
 
@@ -143,13 +146,24 @@ class MatmulSpec:
         if not self.integer or self.tiles[0] == 1 or self.format.has("oc") or self.format.has("qc"):
             return False
         plan = decode_plan(self.format, self.layout)
-        if plan.words:
+        if plan.words or plan.kblock % ACTIVATION_GROUP:
             return False
-        return plan.unpack_instructions > 0 and plan.kblock % ACTIVATION_GROUP == 0
+        return plan.unpack_instructions > 0 or self._wide
+
+    @property
+    def _wide(self) -> bool:
+        return self.isa.tiles and self.tiles[0] == MATRIX_TILE
+
+    @property
+    def matrix(self) -> bool:
+        """Whether tile registers multiply a panel by the largest tile of tokens."""
+        return self._wide and self.panel
 
     @property
     def panel_tiles(self) -> int:
         """Tiles of tokens from which on the panel is used."""
+        if self.matrix:
+            return 1
         return PANEL_TILES_TWO_LEVEL if self.format.has("sub") else PANEL_TILES
 
     def entry(self, epilogue: str) -> str:
@@ -240,6 +254,7 @@ def render_matmul(
         panel_weights=PANEL_WEIGHTS // spec.row_tile,
         panel_tiles=spec.panel_tiles,
         panel_tokens=PANEL_TOKENS,
+        matrix=spec.matrix,
         **common,
     )
     return KernelSource(spec.name, text, spec.isa.name, entries)

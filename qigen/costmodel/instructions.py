@@ -70,6 +70,15 @@ _PORTABLE: tuple[tuple[str, str | None], ...] = (
 _PLAIN_MULTIPLY = 3
 """Baseline x86-64 takes several instructions to multiply vectors of 32-bit integers."""
 
+_TILES: dict[str, dict[str, float]] = {
+    "vt_load": {"load": 16, "instructions": 8}, "vt_store": {"store": 16, "instructions": 16},
+    "vt_dot_u8s8": {"tile": 16, "instructions": 1}, "vt_zero": {"instructions": 1},
+    "vt_configure": {}, "vt_release": {},
+}  # fmt: skip
+"""What the instructions for whole tile registers take: a load for each row in 8 cycles, a store for
+each in 16, and 16 cycles of the unit that multiplies (Intel, Optimization Reference Manual, chapter
+on AMX). Not measured: no machine of ours has them."""
+
 COMPUTE = ("dot", "fma", "logic", "shift", "shuffle", "convert")
 """Classes that need a vector port."""
 
@@ -83,7 +92,7 @@ def counted(counts: Mapping[str, float]) -> Count:
     return defaultdict(float, counts)
 
 
-_CALL = re.compile(r"\b(v[fiqb]_\w+|prefetch)(?:<[^>]*>)?\(")
+_CALL = re.compile(r"\b(v[fiqbt]_\w+|prefetch)(?:<[^>]*>)?\(")
 _NUMBER = re.compile(r"-?(0x[0-9a-fA-F]+|[0-9.]+(e-?[0-9]+)?)f?$|static_cast<int32_t>\(0x\w+\)$")
 
 
@@ -118,7 +127,7 @@ def primitives(isa: Isa) -> dict[str, Count]:
     """What each primitive of an ISA header is made of, by class (no folding yet)."""
     text = re.sub(r"//[^\n]*", "", render(isa.template))
     bodies = {}
-    for found in re.finditer(r"QG_(?:INLINE|CALL)\s+\w+\s+(\w+)\(", text):
+    for found in re.finditer(r"QG_(?:INLINE|CALL)\s+\w+\s+(?!vt_)(\w+)\(", text):
         bodies[found[1]] = _block(text, found.end())[0]
     intrinsics = re.compile(
         r"\bv(?![fibq]_|next|prev)(\w+_(?:[sufp]|bf)(?:8|16|32|64))\("
@@ -190,6 +199,10 @@ def count_text(text: str, isa: Isa) -> Count:
     folded = set()
     for found in _CALL.finditer(text):
         name = found[1]
+        if name in _TILES:
+            for kind, n in _TILES[name].items():
+                count[kind] += n
+            continue
         if name not in table or name in ("vi_load", "vf_load"):
             continue  # a function of the kernel itself; loads count by their uses, below
         argument = _argument(text, found.end())
@@ -251,16 +264,23 @@ def kernel_counts(spec: MatmulSpec, tokens: int, rows: int) -> KernelCounts:
     """The counts of the tile of ``tokens`` tokens and ``rows`` row-blocks."""
     text = re.sub(r"//[^\n]*", "", _rendered(replace(spec, tiles=(tokens,))))
     if spec.integer:
-        _, inside, outside = _loop(_function(text, f"tile_{tokens}x{rows}"))
-        kblock = _looped(inside, spec.isa, 1)
-        _expand(kblock, spec, inside, text)
-        unpack, panel = counted({}), counted({})
+        unpack, panel, kblock = counted({}), counted({}), counted({})
+        if replace(spec, tiles=(tokens,)).matrix:  # has tiles over panels only, a row-block each
+            outside = _loop(_function(text, f"tile_panel_{tokens}x1"))[2]
+        else:
+            _, inside, outside = _loop(_function(text, f"tile_{tokens}x{rows}"))
+            kblock = _looped(inside, spec.isa, 1)
+            _expand(kblock, spec, inside, text)
         if "tile_panel_" in text:
             body = _loop(_function(text, "unpack"))[1]
             unpack = _looped(body, spec.isa, 1)
             _expand(unpack, spec, body, text)
-            group = _loop(_function(text, f"tile_panel_{tokens}x{rows}"))[1]
             groups = spec.format.block * spec.layout.blocks // ACTIVATION_GROUP
+            if kblock:
+                group = _loop(_function(text, f"tile_panel_{tokens}x{rows}"))[1]
+            else:
+                group = _loop(_function(text, f"tile_panel_{tokens}x1"))[1]
+                groups *= rows
             panel = _looped(group, spec.isa, groups)
         return KernelCounts(kblock, unpack, count_text(outside, spec.isa), panel)
     if tokens == 1 and "void one_token(" in text:

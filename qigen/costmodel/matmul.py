@@ -25,6 +25,7 @@ from qigen.backends.base import Isa
 from qigen.backends.cpu.decode import ACTIVATION_GROUP, STEP, decode_plan
 from qigen.backends.cpu.matmul import (
     DEFAULT_PREFETCH,
+    MATRIX_TILE,
     PANEL,
     PANEL_TOKENS,
     PANEL_WEIGHTS,
@@ -67,6 +68,7 @@ _SIDE_BY_SIDE = 64
 loops lost up to 20 % by it where other work ran on the cores."""
 
 _OVERLAP = 5.0
+_MATRIX_LATENCY = 52  # cycles of a product of tile registers (Intel, Optimization Reference Manual)
 _FORWARD = 5  # cycles from a store to the load of the same bytes
 _EXPOSED = 0.5  # of the shorter of computing and reading adds to the longer without prefetches
 _CROWDED = 2  # times the registers: tiles that need more are not considered
@@ -159,6 +161,8 @@ def port_cycles(count: Count, rates: Rates, machine: Machine) -> dict[str, float
     }
     cycles["vector"] = sum(count[kind] for kind in COMPUTE) / rates.vector
     cycles["issue"] = count["instructions"] / machine.issue_width
+    if count["tile"]:
+        cycles["tile"] = count["tile"]  # cycles of the one unit that multiplies tile registers
     return cycles
 
 
@@ -207,13 +211,18 @@ def tile_count(spec: MatmulSpec, tokens: int, rows: int, panel: bool = False) ->
 
 def _moved(spec: MatmulSpec, tokens: int, rows: int) -> int:
     """Registers that a tile stores and loads again in a K-block, as g++ 12 was seen to do it."""
-    if not spec.integer or fits(spec, tokens, rows):
+    if not spec.integer or _matrix(spec, tokens) or fits(spec, tokens, rows):
         return 0
     weights, sums = spec.format.block * spec.layout.blocks, tokens * rows
     # float accumulators first: they are needed once a segment
     excess = registers(spec, tokens, rows) - spec.isa.registers
     segments = len(decode_plan(spec.format, spec.layout).segments)
     return min(excess, sums) * segments + max(0, excess - sums) * weights // STEP
+
+
+def _matrix(spec: MatmulSpec, tokens: int) -> bool:
+    """Whether a tile of so many tokens lies in tile registers."""
+    return replace(spec, tiles=(tokens,)).matrix
 
 
 @functools.lru_cache(maxsize=4096)
@@ -239,6 +248,8 @@ def _tile(
         if _moved(spec, tokens, rows) >= steps:
             step += _FORWARD
         chain = plan.segment_length // STEP * step + latency["convert"] + 2 * latency["fma"]
+        if _matrix(spec, tokens):
+            chain = _MATRIX_LATENCY + _FORWARD + latency["convert"] + 2 * latency["fma"]
         sums = 2 if plan.has_minimum else 1
         cycles["latency"] = segments * max(chain * min(1.0, filled), sums * latency["fma"])
     around = kernel_counts(spec, tokens, rows).around
@@ -388,7 +399,7 @@ def resources(
         if name in ports and us:
             amount = us * cycles * ports[name] * busy
             found.append(Resource(name, "instructions", amount, ports[name], us))
-    for name in ("unpack", "latency"):
+    for name in ("tile", "unpack", "latency"):
         if limits.get(name):
             found.append(Resource(name, "cycles", limits[name] * cycles, 0.0, limits[name]))
     if limits["barrier"]:
@@ -450,16 +461,17 @@ def token_tiles(format: Format, isa: Isa, activations: str) -> tuple[int, ...]:
     """Tokens of register tiles besides 1 to consider, their accumulators proven not to overflow.
 
     A tile may need more registers than there are: decoding the weights once for more tokens can pay
-    for the stores and loads of accumulators. Plain C++ keeps everything in memory: no tiles.
+    for the stores and loads of accumulators. Plain C++ keeps everything in memory: no tiles. Where
+    there are tile registers, the sums of 16 tokens lie in one of them.
     """
     spec = MatmulSpec(format, Layout(16, 1), isa, activations, (1,))
     if spec.integer:
         accumulator_bound(decode_plan(format, spec.layout), isa)
     if not isa.features:
         return ()
-    return tuple(
-        t for t in TOKEN_TILES if registers(spec, t, spec.row_tile) <= _CROWDED * isa.registers
-    )
+    most = _CROWDED * isa.registers
+    found = tuple(t for t in TOKEN_TILES if registers(spec, t, spec.row_tile) <= most)
+    return (*found, MATRIX_TILE) if _matrix(spec, MATRIX_TILE) else found
 
 
 def tile_lists(sizes: Iterable[int]) -> list[tuple[int, ...]]:

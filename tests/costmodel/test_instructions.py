@@ -36,7 +36,8 @@ CLASSES = {
 @pytest.mark.parametrize("isa", ISAS.values(), ids=ISAS)
 def test_every_primitive_is_known(isa: Isa) -> None:
     table = primitives(isa)
-    missing = {p.name for p in PRIMITIVES if not p.narrow and p.name.startswith("v")} - set(table)
+    lanes = {p.name for p in PRIMITIVES if not (p.narrow or p.tiles) and p.name.startswith("v")}
+    missing = lanes - set(table)
     assert not {name for name in missing if name in render(isa.template)}
     if isa.features:
         assert table["vi_and"] == {"logic": isa.vectors}
@@ -44,6 +45,16 @@ def test_every_primitive_is_known(isa: Isa) -> None:
         assert table["vi_srl"] == {"shift": isa.vectors}
         assert table["vq_dot"]["dot"] == isa.vectors * (2 if isa.name == "neon" else 1)
         assert table["vq_dot"]["broadcast"] == 1
+
+
+def test_a_kernel_with_tile_registers() -> None:
+    """A product of 16 tokens by 16 rows and 32 weights takes the tiles 16 cycles, its operands come
+    in 8 and 4 loads, and 16 rows of sums are stored."""
+    amx = replace(spec("amx", "u4g32", 16), tiles=(16, 1))
+    count = kernel_counts(amx, 16, 1)
+    assert amx.matrix and count.panel["tile"] == 16 and count.panel["store"] == 16
+    assert kernel_counts(amx, 16, 2).panel["tile"] == 32
+    assert count.unpack["shuffle"] >= 24 and count.panel["dot"] == 0
 
 
 def test_a_kernel_without_prefetches() -> None:

@@ -446,6 +446,11 @@ def thinned(isa: Isa) -> bool:
     return not foreign(isa) and (isa is SCALAR or isa.native_bf16 or isa in OTHER_DOT)
 
 
+MATRIX = (("q4_0", "int8"), ("q4_k", "int8-token"), ("q6_k", "int8"), ("q2_k", "int8"),
+          ("u3g32", "int8-token"), ("iq4_nl", "int8"), ("q8_0", "int8"), ("u5g64", "int8"))
+"""Formats of the kernels whose sums lie in tile registers: zeros, minima, groups of 16, tables."""
+
+
 def default_specs() -> list[tuple[MatmulSpec, tuple[str, ...]]]:
     """Every format on AVX2 and AVX-512, most on the other ISAs; the kinds of activations are dealt
     out over formats and ISAs.
@@ -487,6 +492,9 @@ def default_specs() -> list[tuple[MatmulSpec, tuple[str, ...]]]:
                   for isa in (AVX2, AVX512VNNI)]  # tables of 64, 32 and 16 bytes
     for name in ("q4_0", "u3g32", "bf16"):
         spec = MatmulSpec(CATALOG[name], Layout(), EMULATED_TILES, "bf16", (2, 1))
+        specs.append((spec, ("store", "silu")))
+    for name, kind in MATRIX:
+        spec = MatmulSpec(CATALOG[name], Layout(), EMULATED_TILES, kind, (16, 2, 1))
         specs.append((spec, ("store", "silu")))
     return specs
 
@@ -624,7 +632,8 @@ def test_kernels_compile_where_they_cannot_run(isa: Isa, libraries: Libraries) -
         pytest.skip(f"needs a C++ compiler for {isa.architecture}")
     if not why_not(isa):
         pytest.skip("its kernels run here")
-    kernels = [render_matmul(MatmulSpec(CATALOG[name], Layout(), isa, kind, (2, 1)), ("store",))
+    tiles = (16, 2, 1) if isa.tiles else (2, 1)
+    kernels = [render_matmul(MatmulSpec(CATALOG[name], Layout(), isa, kind, tiles), ("store",))
                for name, kind in (("bf16", "bf16"), ("q4_0", "bf16"), ("u5g64", "int8"))]
     library = build(libraries.folder, isa, kernels, [
         p for p in PRIMITIVES if not p.narrow and (isa.tiles or not p.tiles)])
@@ -639,6 +648,7 @@ ENCODINGS = (
     r"c4 e2 78 49 \S.*\bldtilecfg ", r"c4 e2 78 49 c0 +\ttilerelease",
     r"c4 e2 7b 49 \S.*\btilezero %tmm", r"c4 .2 7b 4b .*\btileloadd .*,%tmm2",
     r"c4 .2 7a 4b .*\btilestored %tmm0,", r"c4 e2 61 5e c2 +\ttdpbusd %tmm3,%tmm2,%tmm0",
+    r"c4 e2 49 5e c5 +\ttdpbusd %tmm6,%tmm5,%tmm0",
     r"c4 e2 62 5c c2? .*\btdpbf16ps %tmm3,%tmm2,%tmm0",
 )  # fmt: skip
 """How the instructions for tile registers are encoded (Intel SDM, volume 2), as objdump shows."""
@@ -676,6 +686,29 @@ def test_panels(index: int, libraries: Libraries) -> None:
     c = Case(pack(tensor, spec.layout), tensor, rows, *reference(spec, tensor, rows))
     for epilogue in epilogues:
         check(libraries.get(LONG, index), spec, epilogue, m, with_bias=False, known=c)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int8-token"])
+def test_tile_registers_give_the_same_to_the_last_bit(kind: str, libraries: Libraries) -> None:
+    """Integer sums are exact and floats come in the same order as without tile registers."""
+    if why_not(EMULATED_TILES):
+        pytest.skip(why_not(EMULATED_TILES))
+    f = CATALOG["q4_k"]
+    k, m = 2 * PANEL_WEIGHTS + f.block, PANEL_TOKENS + 16 + 3
+    tensor = random_tensor(f, ROWS, k)
+    x = np.random.default_rng(4).normal(0, 1, (m, k)).astype(np.float32)
+    results = []
+    for tiles in ((16, 1), (1,)):
+        spec = MatmulSpec(f, Layout(), EMULATED_TILES, kind, tiles)
+        assert spec.matrix == (tiles[0] == 16)
+        library = load(build(libraries.folder, EMULATED_TILES, [render_matmul(spec, ("store",))]))
+        rows = activate(spec, x)
+        c = Case(pack(tensor, spec.layout), tensor, rows, *reference(spec, tensor, rows))
+        y = np.zeros((m, 64), np.float32)
+        run(library, spec, c, "store", m, y, None)
+        results.append(y)
+        check(library, spec, "store", m, with_bias=False, known=c)
+    assert np.array_equal(results[0].view(np.uint32), results[1].view(np.uint32))
 
 
 # ---- accumulators ----
