@@ -122,10 +122,10 @@ def pack_tensor(
         return out.view(np.uint8)
     packed = []
     shared: list[npt.NDArray[np.uint8]] = []
-    start = shared_bytes(tensor.spec.format)
     for part in tensor.parts:
         data = load_constant(constants[part])
         assert isinstance(data, QuantizedTensor), part
+        start = shared_bytes(tensor.spec.format, data.shape[1], tensor.spec.layout)
         rows, _, _ = packed_shape(tensor.spec.format, data.shape, tensor.spec.layout)
         whole = pack(data, tensor.spec.layout)
         if len(tensor.parts) == 1:
@@ -334,7 +334,7 @@ class Artifact:
                 shape = (tensor["parts"][index]["shape"][0], tensor["parts"][index]["shape"][1])
                 data = self._map()[tensor["offset"] : tensor["offset"] + tensor["bytes"]]
                 rows, _, _ = packed_shape(fmt, shape, layout)
-                start = shared_bytes(fmt)
+                start = shared_bytes(fmt, shape[1], layout)
                 mine = data[len(names) * start :].reshape(rows, len(names), -1)[:, index]
                 shared = data[index * start : (index + 1) * start]
                 return unpack(fmt, shape, layout, np.concatenate([shared, mine.reshape(-1)]))

@@ -15,7 +15,7 @@ import onnx
 from qigen import targets
 from qigen.artifact import Artifact
 from qigen.backends.cpu.isa import ISAS
-from qigen.backends.cuda import gemm
+from qigen.backends.cuda import gemm, gemv
 from qigen.errors import BadInput, Unsupported
 from qigen.formats.algebra import Format
 from qigen.formats.catalog import CATALOG
@@ -81,9 +81,11 @@ def formats() -> list[dict[str, Any]]:
 def _on_gpu(row: Format) -> list[str]:
     """The kernels that GPUs have for the format: products of few rows, of many on tensor cores from
     the codes themselves or (halves-gemm) from halves made of them, of many in int8 and int4."""
-    kernels = {"gemv": True, "gemm": gemm.supports(row), "halves-gemm": not gemm.supports(row),
+    there = gemv.supports(row)
+    kernels = {"gemv": there, "gemm": gemm.supports(row),
+               "halves-gemm": there and not gemm.supports(row),
                "gemm-int8": gemm.supports(row, "s8"), "gemm-int4": gemm.supports(row, "s4")}
-    return [name for name, there in kernels.items() if there]
+    return [name for name, has in kernels.items() if has]
 
 
 def _rounds(row: Format) -> bool:

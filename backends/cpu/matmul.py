@@ -19,11 +19,12 @@ from qigen.errors import Unsupported
 from qigen.formats.algebra import MINIFLOATS, Format
 from qigen.formats.layout import (
     Layout,
+    factor_bytes,
     field_offsets,
     head_bytes,
     kblock_bytes,
     row_offsets,
-    shared_bytes,
+    shared_offsets,
 )
 from qigen.formats.words import ENTRY
 
@@ -54,6 +55,9 @@ PANEL_TILES_TWO_LEVEL = 2
 
 PANEL_TOKENS = 128
 """Tokens at most that share the panels of an int8 kernel: their totals are 8 KiB a row-block."""
+
+RANK_TOKENS = 128
+"""Tokens at most whose products with the first factor of a low-rank residual are kept."""
 
 
 _ARITHMETIC = {"f32": "a32", "bf16": "a16", "int8": "a8", "int8-token": "a8t"}
@@ -197,7 +201,13 @@ def render_matmul(
         "kblock_bytes": bytes_,
         "epilogues": epilogues,
         "head_bytes": head_bytes(f, spec.layout),
-        "shared_bytes": shared_bytes(f),
+        "shared_bytes": shared_offsets(f)[1],
+        "rank": f.rank,
+        "rank_tokens": RANK_TOKENS // spec.tiles[0] * spec.tiles[0],
+        "factors": shared_offsets(f)[1],
+        "factor_bytes": factor_bytes(f, spec.layout),
+        "row_factors": row_offsets(f, spec.layout).get(("lb", 0), 0),
+        "kblock": f.block * spec.layout.blocks,
         "minifloats": MINIFLOATS,
         "byte_table": f.byte_table if spec.integer else f.table,
         "scale_factor": f.scale_factor * (f.byte_step if spec.integer else 1),
@@ -221,7 +231,6 @@ def render_matmul(
             format=f,
             bf16=spec.activations == "bf16",
             table_zero=0,
-            kblock=kblock,
             panel=max(PANEL // kblock, 1) * kblock,
             decode_rows=decode_rows,
             matrix=MATRIX_TOKENS if spec.isa.tiles and spec.activations == "bf16" else 0,

@@ -64,8 +64,8 @@ def render_gemv(spec: GemvSpec) -> str:
     """CUDA text of ``spec.name(float* y, int y_stride, float* x, int x_stride, packed weight, n, k,
     kblocks[, bias][, residual, residual_stride])`` for y [m, n] and x [m, k], strides in floats.
 
-    Every row of the format catalog has a kernel. Accumulates in float32 in a fixed order. Raises
-    Unsupported for m outside of 1 to 8.
+    Every row of the format catalog has a kernel, but for those with low-rank residuals. Accumulates
+    in float32 in a fixed order. Raises Unsupported for m outside of 1 to 8 and such rows.
     """
     if not 1 <= spec.m <= MAX_M:
         raise Unsupported(f"GEMV takes 1 to 8 rows of activations, not {spec.m}", spec.format.name)
@@ -142,8 +142,21 @@ def render_halves(spec: HalvesSpec) -> str:
                   **decoding(spec.format))
 
 
+def supports(format: Format) -> bool:
+    """Whether :func:`decoding` has an answer."""
+    try:
+        decoding(format)
+    except Unsupported:
+        return False
+    return True
+
+
 def decoding(format: Format) -> dict[str, Any]:
-    """The parameters of templates/cuda/decode.j2."""
+    """The parameters of templates/cuda/decode.j2; Unsupported for what the algebra has and GPUs
+    have not."""
+    if format.rank:
+        raise Unsupported("low-rank residuals have no kernel on GPUs; compile for a CPU, or take "
+                          "the row without _lr", format.name)
     rows, blocks = row_offsets(format, LAYOUT), field_offsets(format, LAYOUT)
     first, first_bytes = shared_offsets(format)
     codes = field_planes(format, format.field("codes"))

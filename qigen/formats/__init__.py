@@ -15,6 +15,7 @@ from qigen.formats.catalog import (
     masked,
     with_byte_table,
     with_columns,
+    with_low_rank,
     with_outliers,
 )
 from qigen.formats.layout import (
@@ -64,5 +65,6 @@ __all__ = [
     "validate",
     "with_byte_table",
     "with_columns",
+    "with_low_rank",
     "with_outliers",
 ]

@@ -18,7 +18,9 @@ those of its words, the elements of 'codes', one after the other (:mod:`qigen.fo
 A mask N:M keeps N of every M weights, whose places are in the field 'ix' (or set bits of 'bm', one
 of M bits for every M weights); the others are zero.
 Outliers (fields 'oc' and 'ov') add ov[j] to the weight oc[j] of the block; columns apart (tensor
-field 'qc', ascending, and row field 'qv') add qv[j] to the weight qc[j] of the row. A format is a
+field 'qc', ascending, and row field 'qv') add qv[j] to the weight qc[j] of the row. A residual of
+low rank adds the product of two factors, sum_j lb[n, j] la[k, j]: 'lb' is a row field, 'la' one of
+scope 'column', [rank] for every weight of a block, which all rows share. A format is a
 value of this module, never a class of its own; the named ones are the rows of
 :mod:`qigen.formats.catalog`.
 """
@@ -44,7 +46,7 @@ Array = npt.NDArray[Any]
 Float32Array = npt.NDArray[np.float32]
 
 # Field names that hold a float (f16 or f32 by width if the field has no kind) and not an integer.
-FLOAT_FIELDS = ("d", "dmin", "m", "lut", "ov", "qv", "book", "subz", "zd", "zz")
+FLOAT_FIELDS = ("d", "dmin", "m", "lut", "ov", "qv", "book", "subz", "zd", "zz", "la", "lb")
 
 # Exponents that say NaN or infinity, by kind of float. e4m3 has one NaN and no infinity.
 _NOT_FINITE = {"f16": 0x7C00, "bf16": 0x7F80, "f32": 0x7F800000, "e4m3": 0x7F, "e5m2": 0x7C}
@@ -134,7 +136,7 @@ class Field:
     """An array of ``count`` unsigned integers of ``bits`` bits in every block (row, or weight).
 
     ``kind`` says that the integers are the bits of floats: 'f16', 'bf16', 'f32' or a minifloat.
-    ``scope`` is 'block', 'row' or 'tensor'.
+    ``scope`` is 'block', 'row', 'tensor', or 'column': in every block, but the same for all rows.
     """
 
     name: str
@@ -151,8 +153,13 @@ class Field:
 
     def shape(self, n: int, nblocks: int) -> tuple[int, int, int]:
         """The shape of the field's array in a weight of ``n`` rows of ``nblocks`` blocks."""
-        return (1 if self.scope == "tensor" else n, nblocks if self.scope == "block" else 1,
+        return (n if self.per_row else 1, nblocks if self.scope in ("block", "column") else 1,
                 self.count)
+
+    @property
+    def per_row(self) -> bool:
+        """Whether every row of a weight has its own elements."""
+        return self.scope in ("block", "row")
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -218,6 +225,11 @@ class Format:
         return tuple(field for field in self.fields if field.scope == "block")
 
     @property
+    def rank(self) -> int:
+        """The rank of the low-rank residual; 0 if there is none."""
+        return self.field("lb").count if self.has("lb") else 0
+
+    @property
     def channel(self) -> bool:
         """Whether a whole row shares its scale."""
         return (self.has("d") and self.field("d").scope == "row"
@@ -243,6 +255,8 @@ class Format:
             words.append(f"{self.field('oc').count} outliers of {self.block}")
         if self.has("qc"):
             words.append(f"{self.field('qc').count} columns")
+        if self.rank:
+            words.append(f"rank {self.rank}")
         return ", ".join(words)
 
     @property
@@ -438,9 +452,15 @@ class QuantizedTensor:
 
 
 def slice_rows(fmt: Format, fields: Mapping[str, Array], start: int, stop: int) -> dict[str, Array]:
-    """The arrays of rows ``[start, stop)``; those of scope 'tensor' as they are."""
-    return {field.name: fields[field.name] if field.scope == "tensor"
-            else fields[field.name][start:stop] for field in fmt.fields}
+    """The arrays of rows ``[start, stop)``; those that rows share as they are."""
+    return {field.name: fields[field.name][start:stop] if field.per_row
+            else fields[field.name] for field in fmt.fields}
+
+
+def select_rows(fmt: Format, fields: Mapping[str, Array], rows: Array) -> dict[str, Array]:
+    """The arrays of the ``rows`` of these numbers, in this order."""
+    return {field.name: fields[field.name][rows] if field.per_row
+            else fields[field.name] for field in fmt.fields}
 
 
 def check_columns(fmt: Format, k: int) -> None:
@@ -598,6 +618,17 @@ def _ternary_codes(digits: Array) -> Array:
 
 def _decode(fmt: Format, fields: Mapping[str, Array]) -> Float32Array:
     """float32 [N, nblocks * block] of the field arrays."""
+    values = _decode_base(fmt, fields)
+    if fmt.rank:
+        a = _field_float32(fmt, fields, "la").reshape(-1, fmt.rank)
+        b = _field_float32(fmt, fields, "lb")[:, 0]
+        for j in range(fmt.rank):
+            values += b[:, j, None] * a[:, j]
+    return values
+
+
+def _decode_base(fmt: Format, fields: Mapping[str, Array]) -> Float32Array:
+    """float32 [N, nblocks * block] of the field arrays, without a low-rank residual."""
     codes = fields["codes"]
     n, nblocks = codes.shape[:2]
     if fmt.float_kind:

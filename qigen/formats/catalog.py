@@ -286,7 +286,8 @@ def _widened(row: Format, block: int) -> Format:
         raise Unsupported("this format cannot be combined with masks or outliers; take a group "
                           "row such as s4g128", row.name)
     return replace(row, block=block, fields=tuple(
-        replace(f, count=f.count * times) if f.scope == "block" else f for f in row.fields))
+        replace(f, count=f.count * times) if f.scope in ("block", "column") else f
+        for f in row.fields))
 
 
 def with_outliers(row: Format, count: int) -> Format:
@@ -304,6 +305,28 @@ def with_columns(row: Format, count: int) -> Format:
         *wide.fields, Field("qc", 16, count, scope="tensor"),
         _float("qv", "f16", count, "row")),
         source=f"{row.source}; {count} columns apart (QUIK, COMET)")
+
+
+MOST_RANK = 256
+"""The greatest rank of a low-rank residual: beyond, its factors cost more than they save."""
+
+
+def with_low_rank(row: Format, rank: int) -> Format:
+    """``row`` and the product of two factors [N, ``rank``] and [rank, K] in f16, any base row.
+
+    Raises Unsupported for ranks that do not fill vectors of 16, and for rows of floats, which have
+    no error to make up for.
+    """
+    if rank % 16 or not 0 < rank <= MOST_RANK:
+        raise Unsupported(f"a residual of rank {rank} has no kernel; take a multiple of 16 up to "
+                          f"{MOST_RANK}", row.name)
+    if row.float_kind or row.rank:
+        raise Unsupported("this format cannot have a low-rank residual; take quantized codes, and "
+                          "one residual", row.name)
+    return replace(row, name=f"{row.name}_lr{rank}", ggml_type=None, fields=(
+        *row.fields, Field("la", 16, rank * row.block, scope="column"),
+        _float("lb", "f16", rank, "row")),
+        source=f"{row.source}; a residual of rank {rank} (ZeroQuant-V2, LQ-LoRA, LQER)")
 
 
 def masked(row: Format, keep: int, of: int, bitmap: bool = False) -> Format:
@@ -389,6 +412,9 @@ _ROWS = (
     masked(int_row("s", 2, 128), 16, 32, bitmap=True),
     with_outliers(masked(int_row("s", 4, 128), 2, 4), 3),
     with_columns(int_row("s", 4, None), 32),
+    with_low_rank(int_row("s", 4, 128), 16),
+    with_low_rank(with_outliers(int_row("z", 3, 128), 3), 32),
+    with_low_rank(table_row("nf4", 64), 16),
     Format("nvfp4", 32, 16, (Field("codes", 4, 32), Field("sub", 8, 2, kind="e4m3"),
                              _float("d", "f32", scope="row")),
            table=_E2M1_DOUBLED, scale_factor=0.5,
@@ -457,15 +483,15 @@ _FAMILY = re.compile(r"(?P<base>[suzh][2-8]|nf[234]|fp4|fp\d_e\dm\d)"
 @functools.cache
 def _of_family(name: str) -> Format | None:
     """A row that is not listed but named by the rule of its family: ``z3g64_f32``, ``nf4g128``."""
-    combined = re.fullmatch(r"(?P<row>.+)_((?P<kind>[oc])(?P<count>\d+)"
+    combined = re.fullmatch(r"(?P<row>.+)_((?P<kind>o|c|lr)(?P<count>\d+)"
                             r"|(?P<keep>\d+)of(?P<of>\d+)(?P<bitmap>b?))", name)
     if combined is not None:
         row = CATALOG.get(combined["row"]) or _of_family(combined["row"])
         if row is None:
             return None
         if combined["count"]:
-            apart = with_outliers if combined["kind"] == "o" else with_columns
-            return apart(row, int(combined["count"]))
+            more = {"o": with_outliers, "c": with_columns, "lr": with_low_rank}[combined["kind"]]
+            return more(row, int(combined["count"]))
         return masked(row, int(combined["keep"]), int(combined["of"]), bool(combined["bitmap"]))
     if name.endswith("_t8"):
         row = CATALOG.get(name[:-3]) or _of_family(name[:-3])

@@ -16,7 +16,8 @@ of the K-block, each plane of the field: its words. A word is stored for all lan
   is a word of its own.
 
 A format with fields of scope 'tensor' begins with them (each from a multiple of 64 bytes, its words
-in order, for all rows together); the fields of scope 'row' stand before the first K-block of every
+in order, for all rows together), then come those of scope 'column', block by block for all
+K-blocks, padded with zeros; the fields of scope 'row' stand before the first K-block of every
 row-block, in lane order, padded to a multiple of 64 bytes.
 """
 
@@ -127,6 +128,16 @@ def _row_places(fmt: Format, layout: Layout) -> Iterator[tuple[Plane, int]]:
             offset += plane.nbytes(layout)
 
 
+def _column_places(fmt: Format, kblocks: int, layout: Layout) -> Iterator[tuple[str, int, int]]:
+    """(column field, its byte offset in the shared part, its bytes)."""
+    at = shared_offsets(fmt)[1]
+    for field in fmt.fields:
+        if field.scope == "column":
+            size = kblocks * layout.blocks * field.count * field.dtype.itemsize
+            yield field.name, at, size
+            at += size
+
+
 def _line(nbytes: int) -> int:
     return -(-nbytes // 64) * 64
 
@@ -152,9 +163,16 @@ def shared_offsets(fmt: Format) -> tuple[dict[str, int], int]:
     return offsets, at
 
 
-def shared_bytes(fmt: Format) -> int:
-    """Bytes of the tensor fields at the start of a packed weight."""
-    return shared_offsets(fmt)[1]
+def factor_bytes(fmt: Format, layout: Layout) -> int:
+    """Bytes of the column fields for each K-block, at the start of a packed weight."""
+    return layout.blocks * sum(field.count * field.dtype.itemsize for field in fmt.fields
+                               if field.scope == "column")
+
+
+def shared_bytes(fmt: Format, k: int, layout: Layout) -> int:
+    """Bytes of the tensor and column fields at the start of a packed weight of ``k`` columns."""
+    kblocks = packed_shape(fmt, (1, k), layout)[1]
+    return shared_offsets(fmt)[1] + kblocks * factor_bytes(fmt, layout)
 
 
 def row_offsets(fmt: Format, layout: Layout) -> dict[tuple[str, int], int]:
@@ -185,15 +203,15 @@ def row_block_bytes(fmt: Format, k: int, layout: Layout) -> int:
 def packed_bytes(fmt: Format, shape: tuple[int, int], layout: Layout) -> int:
     """Bytes of a packed weight of ``shape`` = (N, K)."""
     rows = packed_shape(fmt, shape, layout)[0]
-    return shared_bytes(fmt) + rows * row_block_bytes(fmt, shape[1], layout)
+    return shared_bytes(fmt, shape[1], layout) + rows * row_block_bytes(fmt, shape[1], layout)
 
 
 def _views(fmt: Format, shape: tuple[int, int], layout: Layout,
            packed: Array) -> tuple[Array, Array, Array]:
-    """Views of the tensor fields [bytes], the row fields [row-block, bytes] and the K-blocks
-    [row-block, K-block, bytes]."""
+    """Views of the tensor and column fields [bytes], the row fields [row-block, bytes] and the
+    K-blocks [row-block, K-block, bytes]."""
     dims = packed_shape(fmt, shape, layout)
-    head, start = head_bytes(fmt, layout), shared_bytes(fmt)
+    head, start = head_bytes(fmt, layout), shared_bytes(fmt, shape[1], layout)
     rows = packed[start:].reshape(dims[0], head + dims[1] * dims[2])
     size = rows.strides[0]
     kblocks: Array = np.ndarray(dims, np.uint8, packed, start + head, (size, dims[2], 1))
@@ -209,6 +227,9 @@ def pack(tensor: QuantizedTensor, layout: Layout) -> npt.NDArray[np.uint8]:
     for name, at in shared_offsets(fmt)[0].items():
         raw = np.ascontiguousarray(tensor.fields[name]).reshape(-1).view(np.uint8)
         shared[at : at + raw.size] = raw
+    for name, at, size in _column_places(fmt, dims[1], layout):
+        padded = _pad(tensor.fields[name], 1, dims[1] * layout.blocks)
+        shared[at : at + size] = padded.reshape(-1).view(np.uint8)
     for plane, at in _row_places(fmt, layout):
         array = _pad(tensor.fields[plane.field.name], dims[0] * layout.rows, 1)
         _row_lanes(plane, heads, layout, at)[...] = _row_words(_to_words(plane, array), layout)
@@ -239,6 +260,9 @@ def unpack(fmt: Format, shape: tuple[int, int], layout: Layout,
     fields = {field.name: np.zeros(field.shape(n, nblocks), field.dtype)
               for field in fmt.fields}
     for name, at in shared_offsets(fmt)[0].items():
+        raw = shared[at : at + fields[name].nbytes]
+        fields[name][...] = raw.copy().view(fields[name].dtype).reshape(fields[name].shape)
+    for name, at, _ in _column_places(fmt, dims[1], layout):
         raw = shared[at : at + fields[name].nbytes]
         fields[name][...] = raw.copy().view(fields[name].dtype).reshape(fields[name].shape)
     for plane, at in _row_places(fmt, layout):

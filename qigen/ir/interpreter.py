@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qigen.errors import BadInput, UsageError
-from qigen.formats.algebra import QuantizedTensor
+from qigen.formats.algebra import QuantizedTensor, select_rows
 from qigen.formats.kv import BLOCK, KV_FORMATS, kv_format, round_block
 from qigen.ir import schema
 from qigen.ir.graph import Array, Graph, State, constant_shape, load_constant
@@ -235,8 +235,7 @@ class Interpreter:
             raise BadInput(f"a token id is outside of 0..{n - 1}", table)
         if isinstance(data, np.ndarray):
             return data[rows].astype(self.dtype)
-        fields = {f.name: data.fields[f.name] if f.scope == "tensor" else data.fields[f.name][rows]
-                  for f in data.format.fields}
+        fields = select_rows(data.format, data.fields, rows)
         picked = QuantizedTensor(data.format, (len(rows), data.shape[1]), fields)
         return picked.dequantize().astype(self.dtype)
 

@@ -28,7 +28,7 @@ import numpy.typing as npt
 
 from qigen.errors import BadInput
 from qigen.evaluate import divergence_rows, log_softmax
-from qigen.formats.algebra import Float32Array, Format, QuantizedTensor
+from qigen.formats.algebra import Float32Array, Format, QuantizedTensor, select_rows
 from qigen.formats.catalog import by_name
 from qigen.ir.graph import Graph, load_constant
 from qigen.mix.candidates import KEEP, Cost, Matrix, method_of
@@ -214,8 +214,7 @@ def _rows(graph: Graph, name: str, most: int = ROWS) -> Float32Array:
     n = data.shape[0]
     chosen = np.unique(np.linspace(0, n - 1, min(most, n)).astype(np.intp))
     if isinstance(data, QuantizedTensor):
-        fields = {f.name: a if f.scope == "tensor" else a[chosen]
-                  for f in data.format.fields for a in (data.fields[f.name],)}
+        fields = select_rows(data.format, data.fields, chosen)
         data = QuantizedTensor(data.format, (len(chosen), data.shape[1]), fields).dequantize()
         return np.ascontiguousarray(data, np.float32)
     return np.ascontiguousarray(data[chosen], np.float32)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from qigen.quantize.aqlm import aqlm
 from qigen.quantize.gptq import gptq
 from qigen.quantize.hessian import Statistics, check_hessian, importance, output_error
 from qigen.quantize.hqq import hqq
+from qigen.quantize.low_rank import STEPS, with_residual, without_low_rank
 from qigen.quantize.prepare import Preparation, awq, rotate, smoothquant
 from qigen.quantize.rtn import Clip, quantize_rtn
 from qigen.quantize.tables import kmeans
@@ -285,7 +286,8 @@ def quantize_matrix(
     """Quantize a matrix ``[N, K]``, and say how well that went; see :func:`qigen.quantize`."""
     row = by_name(method)
     check_options(row, options)
-    wrong = row.fits(fmt)
+    base = without_low_rank(fmt)
+    wrong = row.fits(base)
     if wrong:
         raise Unsupported(f"method {method} cannot bring a weight to this format: {wrong}",
                           fmt.name)
@@ -312,7 +314,18 @@ def quantize_matrix(
         bad = int(np.argmin(np.isfinite(w).all(axis=1)))
         raise BadInput(f"row {bad} of the weight has a NaN or an infinity; repair the model first",
                        fmt.name)
-    result = row.function(w, fmt, h, **row.split(options)[1])
+    found: list[Result] = []
+
+    def rounded(x: Float32Array, to: Format) -> QuantizedTensor:
+        found.append(row.function(x, to, h, **row.split(options)[1]))
+        return found[-1].tensor
+
+    if fmt.rank:
+        tensor = with_residual(w, fmt, rounded, importance(h), 1 if row.needs_hessian else STEPS)
+        result = replace(found[0], tensor=tensor)
+    else:
+        rounded(w, fmt)
+        result = found[0]
     error, relative = output_error(w, result.tensor.dequantize(), h)
     wanted = options.get("damping", 0.01)
     if result.damping is not None and result.damping > wanted:

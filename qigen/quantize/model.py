@@ -381,7 +381,7 @@ class _Work:
         groups: dict[object, list[str]] = {}
         for name in names:
             fmt = self.formats[name]
-            alone = any(f.scope == "tensor" for f in fmt.fields)
+            alone = not all(f.per_row for f in fmt.fields)
             method, options = self.methods[name]
             key = (fmt.name, method, tuple(sorted(options.items())), name if alone else "")
             groups.setdefault(key, []).append(name)

@@ -25,6 +25,7 @@ from qigen.formats.algebra import (
     mask_field,
 )
 from qigen.formats.words import ZEROS, fitted, most_probable
+from qigen.quantize.low_rank import with_residual
 
 # Weights handled at a time, so that the temporaries stay in a level-2 cache.
 _CHUNK_WEIGHTS = 1 << 16
@@ -70,6 +71,9 @@ def quantize_rtn(w: Float32Array, fmt: Format, clip: Clip | None = None) -> Quan
         raise BadInput(f"the weight is {w.dtype}{list(w.shape)}; give a float32 matrix [N, K]")
     n, k = w.shape
     check_rounding(fmt, k)
+    if fmt.rank:
+        return with_residual(w, fmt, lambda x, base: quantize_rtn(x, base, clip),
+                             clip.importance if clip is not None else None)
     nblocks = -(-k // fmt.block)
     fields = {field.name: np.zeros(field.shape(n, nblocks), field.dtype)
               for field in fmt.fields}

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qigen.errors import BadInput
-from qigen.formats.algebra import QuantizedTensor
+from qigen.formats.algebra import QuantizedTensor, select_rows
 from qigen.ir import schema
 from qigen.ir.graph import Array, Graph, Node, constant_shape, load_constant
 
@@ -140,8 +140,7 @@ class _Evaluation:
             raise BadInput(f"a token id is outside of 0..{n - 1}", table)
         if isinstance(data, np.ndarray):
             return data[rows]
-        fields = {f.name: data.fields[f.name] if f.scope == "tensor" else data.fields[f.name][rows]
-                  for f in data.format.fields}
+        fields = select_rows(data.format, data.fields, rows)
         return QuantizedTensor(data.format, (len(rows), data.shape[1]), fields).dequantize()
 
     def kv(self, state: str) -> _Cache:

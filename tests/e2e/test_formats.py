@@ -147,6 +147,8 @@ TAILS = {"d_ff": 172, "vocab_size": 97, "n_layers": 2}
         pytest.param("s5g128", "int8", marks=pytest.mark.slow),
         pytest.param("s3g32", "int8", marks=pytest.mark.slow),
         pytest.param("s2g64", "int8", marks=pytest.mark.slow),
+        ("s4g32_lr16", "int8"),
+        pytest.param("aqlm_1x8_lr16", "f32", marks=pytest.mark.slow),
         pytest.param("u5g64", "f32", marks=pytest.mark.slow),
         pytest.param("u6g128", "f32", marks=pytest.mark.slow),
     ],

@@ -132,7 +132,7 @@ def test_rows_are_consistent(row: Format) -> None:
         assert row.levels[row.hole] == 0
     else:
         assert row.base3 or row.words or stored == row.block
-    assert all(f.scope in ("block", "row", "tensor") for f in row.fields)
+    assert all(f.scope in ("block", "row", "tensor", "column") for f in row.fields)
     assert row.values is None or len(row.values) == 1 << row.code_bits
     if row.integer:
         low, high = row.mapped_range

@@ -31,7 +31,7 @@ from qigen.quantize import quantize_rtn
 NEW_ROWS = [row for row in CATALOG.values() if row.ggml_type is None]
 GROUP_ROWS = [row for row in NEW_ROWS if row.name[0] in "su" and row.name[2] == "g"
               and not row.channel and row.group == row.block and row.field("d").number == "f16"
-              and not row.mask and not row.has("oc")]
+              and not row.mask and not row.has("oc") and not row.rank]
 LEGACY = [by_name(name) for name in ("q8_0", "q4_0", "q4_1", "q5_0", "q5_1")]
 SYMMETRIC = [row for row in (*GROUP_ROWS, *LEGACY) if not row.has("m")]
 ASYMMETRIC = [row for row in (*GROUP_ROWS, *LEGACY) if row.has("m")]

@@ -41,6 +41,7 @@ from qigen.formats import (
     Format,
     Layout,
     QuantizedTensor,
+    by_name,
     pack,
     packed_bytes,
     packed_shape,
@@ -49,6 +50,7 @@ from qigen.formats import (
 )
 from qigen.formats.algebra import as_float32, mask_field
 from qigen.formats.words import fitted, most_probable
+from qigen.quantize.low_rank import without_low_rank
 from tests.backends.cpu.foreign import foreign
 from tests.backends.cpu.kernel_build import (
     EMULATED_TILES,
@@ -293,6 +295,17 @@ def reference(spec: MatmulSpec, tensor: QuantizedTensor, x: Activations) -> tupl
     """(y, error bound) float64 [M, N] of x W^T: exact for int8, float64 for float activations."""
     n, k = tensor.shape
     k_full = x.values.shape[1]
+    if spec.format.rank:
+        base = without_low_rank(spec.format)
+        fields = {field.name: tensor.fields[field.name] for field in base.fields}
+        y, bound = reference(replace(spec, format=base), QuantizedTensor(base, (n, k), fields), x)
+        b = as_float32("f16", tensor.fields["lb"])[:, 0].astype(np.float64)
+        a = as_float32("f16", tensor.fields["la"]).reshape(-1, b.shape[1])[:k].astype(np.float64)
+        values = (x.values * x.scales)[:, :k]
+        sums = np.abs(values) @ np.abs(a)
+        # each product with A is rounded, and what is rounded is multiplied by B; Q + B A once more
+        more = (k_full + b.shape[1] + 10) * U * (sums @ np.abs(b).T) + 4 * U * np.abs(y)
+        return y + values @ a @ b.T, bound + more + k * TINY
     if not spec.integer:
         w = np.zeros((n, k_full))
         w[:, :k] = tensor.dequantize()
@@ -376,7 +389,8 @@ def run(library: ctypes.CDLL, spec: MatmulSpec, c: Case, epilogue: str, m: int,
     args = fill_args(spec, c, m, x, y, bias)
     gated = epilogue not in ("store", "add")
     # gate and up have their tensor fields one behind the other, then the pairs of row-blocks
-    packed = np.concatenate([c.packed[: shared_bytes(spec.format) if gated else 0], c.packed])
+    shared = shared_bytes(spec.format, c.tensor.shape[1], spec.layout)
+    packed = np.concatenate([c.packed[: shared if gated else 0], c.packed])
     args.w = pointer(packed)
     entry = getattr(library, spec.entry(epilogue))
     blocks = -(-ROWS // 16) // (1 if epilogue in ("store", "add") else 2)
@@ -487,8 +501,9 @@ def default_specs() -> list[tuple[MatmulSpec, tuple[str, ...]]]:
             specs.append((MatmulSpec(CATALOG[name], Layout(16, 2), isa, kinds[i % 4], (2, 1)),
                           ("store", "silu")))
     for name, kind in (("fp6_e2m3", "int8"), ("fp5_e2m2", "int8-token"), ("nf4g64_t8", "int8"),
-                       ("qmoe12_512x36", "int8")):
-        specs += [(MatmulSpec(CATALOG[name], Layout(), isa, kind, (2, 1)), ("store",))
+                       ("qmoe12_512x36", "int8"), ("s4gchannel_c32_lr16", "int8-token"),
+                       ("aqlm_2x8_lr16", "f32"), ("q4_k_lr48", "bf16")):
+        specs += [(MatmulSpec(by_name(name), Layout(), isa, kind, (2, 1)), ("store",))
                   for isa in (AVX2, AVX512VNNI)]  # tables of 64, 32 and 16 bytes
     for name in ("q4_0", "u3g32", "bf16"):
         spec = MatmulSpec(CATALOG[name], Layout(), EMULATED_TILES, "bf16", (2, 1))

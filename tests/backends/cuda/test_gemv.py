@@ -7,7 +7,7 @@ import pytest
 
 from qigen.backends.cuda.device import make_device
 from qigen.backends.cuda.emulator import Schedule
-from qigen.backends.cuda.gemv import LAYOUT, GemvSpec, render_gemv
+from qigen.backends.cuda.gemv import LAYOUT, GemvSpec, render_gemv, supports
 from qigen.errors import Unsupported
 from qigen.formats import CATALOG, by_name, packed_shape
 from tests.backends.cpu.test_matmul import random_tensor
@@ -70,7 +70,7 @@ def test_gemv_under_other_schedules(policy: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("m", [1, 7, 8])
-@pytest.mark.parametrize("name", CATALOG)
+@pytest.mark.parametrize("name", [name for name, row in CATALOG.items() if supports(row)])
 def test_gemv_of_every_row(name: str, m: int) -> None:
     check(name, m, 37, "random")
 
@@ -78,3 +78,6 @@ def test_gemv_of_every_row(name: str, m: int) -> None:
 def test_other_batches_are_refused() -> None:
     with pytest.raises(Unsupported, match="1 to 8 rows"):
         render_gemv(GemvSpec(by_name("q4_0"), 9))
+    assert not supports(by_name("s4g128_lr16"))
+    with pytest.raises(Unsupported, match="take the row without _lr"):
+        render_gemv(GemvSpec(by_name("s4g128_lr16")))
