@@ -31,7 +31,7 @@ from qigen.backends.cpu.matmul import (
     render_matmul,
 )
 from qigen.codegen.render import render
-from qigen.costmodel import predict
+from qigen.costmodel import Situation, predict
 from qigen.costmodel.matmul import prefetch_distance
 from qigen.formats.algebra import QuantizedTensor
 from qigen.formats.catalog import by_name
@@ -213,7 +213,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|---|")
     for spec, n, k, m, threads in cases(options):
         working_set = len(random_weight(spec, 16, k)) * -(-n // 16) if options.cached else None
-        predicted = predict(spec, n, k, m, threads, machine, working_set)
+        predicted = predict(spec, Situation(n, k, m, threads, machine, working_set))
         repeats = min(2000, max(20, int(options.seconds * 1e6 / predicted.us)))
         times = timer.measure(spec, n, k, m, threads, mib, repeats)
         us = times[len(times) // 4]

@@ -24,7 +24,7 @@ from typing import Any
 
 from qigen import targets, toolchain
 from qigen.backends.cpu.matmul import MatmulSpec
-from qigen.costmodel import predict, schedules, space
+from qigen.costmodel import Situation, predict, schedules, space
 from qigen.costmodel.matmul import prefetch_distance
 from qigen.formats.catalog import by_name
 from qigen.paths import data_folder
@@ -106,7 +106,8 @@ def measured(
                 if options.exhaustive or (s.tiles in tiles and s.prefetch == ahead)
             ]
             working_set = max(machine.l3_bytes, 1)
-            predicted = {s: predict(s, n, k, m, threads, machine, working_set).us for s in specs}
+            at = Situation(n, k, m, threads, machine, working_set)
+            predicted = {s: predict(s, at).us for s in specs}
             chosen = sampled(specs, predicted, options.sample)
             outcomes = bench.measure(
                 bench.build(chosen), n, k, m, threads, options.mib << 20, options.seconds
@@ -134,9 +135,8 @@ def rematch(
     specs = {spec_from_json(c["spec"]): c["us"] for c in candidates}
     any_ = next(iter(specs))
     allowed = set(schedules(any_.format, k, any_.isa, any_.activations, machine))
-    predicted = {
-        s: predict(s, n, k, m, threads, machine, machine.l3_bytes).us for s in specs if s in allowed
-    }
+    at = Situation(n, k, m, threads, machine, machine.l3_bytes)
+    predicted = {s: predict(s, at).us for s in specs if s in allowed}
     pick = min(predicted, key=lambda s: predicted[s])
     again = list(dict.fromkeys([pick, *sorted(specs, key=lambda s: specs[s])[:3]]))
     outcomes = bench.measure(bench.build(again), n, k, m, threads, mib << 20, seconds)

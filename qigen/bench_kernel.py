@@ -22,7 +22,7 @@ from qigen import toolchain
 from qigen.backends.base import Isa
 from qigen.backends.cpu.matmul import MatmulSpec
 from qigen.bench import Worker, stream_read_gb_s
-from qigen.costmodel import Prediction, predict, schedules
+from qigen.costmodel import Prediction, Situation, predict, schedules
 from qigen.errors import QigenError, Unsupported, UsageError
 from qigen.kernel_peers import PEERS
 from qigen.planner import Product, activations_for, packed_bytes
@@ -175,9 +175,9 @@ class _Run:
         self.working_set = size if cached else max(self.total, machine.l3_bytes)
 
     def predict(self, spec: MatmulSpec) -> Prediction:
-        return predict(
-            spec, self.p.n, self.p.k, self.m, self.threads, self.machine, self.working_set
-        )
+        p = self.p
+        at = Situation(p.n, p.k, self.m, self.threads, self.machine, self.working_set)
+        return predict(spec, at)
 
     def choose(self, data: Database, activations: str) -> tuple[MatmulSpec, str]:
         """(our kernel, 'tuned' or 'model')."""

@@ -18,7 +18,7 @@ from qigen.backends.base import Isa
 from qigen.backends.cpu.isa import ISAS
 from qigen.backends.cpu.isa import by_name as isa_by_name
 from qigen.backends.cpu.matmul import MatmulSpec
-from qigen.costmodel import Prediction, predict, resources, schedules, space
+from qigen.costmodel import Prediction, Situation, predict, resources, schedules, space
 from qigen.costmodel.matmul import (
     activation_bytes,
     registers,
@@ -286,9 +286,7 @@ class _Search:
         for (spec, n, k, m), us in self.measured.items():
             if math.isinf(us):
                 continue
-            predicted = predict(
-                spec, n, k, m, self.threads, self.machine, self.working_set
-            ).us
+            predicted = predict(spec, self.situation(n, k, m)).us
             ratios.setdefault((spec.format.name, n, k, m), []).append(us / predicted)
         return {key: statistics.median(values) for key, values in ratios.items()}
 
@@ -307,12 +305,14 @@ class _Search:
                 found[key].append(spec)
         return found
 
+    def situation(self, n: int, k: int, m: int) -> Situation:
+        """A product of ``m`` tokens in this model."""
+        return Situation(n, k, m, self.threads, self.machine, self.working_set)
+
     def prediction(self, spec: MatmulSpec, p: Product, m: int) -> Prediction:
         key = (spec, p.n, p.k, m)
         if key not in self._predictions:
-            self._predictions[key] = predict(
-                spec, p.n, p.k, m, self.threads, self.machine, self.working_set
-            )
+            self._predictions[key] = predict(spec, self.situation(p.n, p.k, m))
         return self._predictions[key]
 
     def us(self, spec: MatmulSpec, p: Product, m: int) -> float:
@@ -425,9 +425,7 @@ class _Search:
             reason=_reason(spec, prediction, m, self.us(spec, p, m), others),
             measured_us=self.measured.get((spec, p.n, p.k, m), 0.0),
             roofline_us=prediction.roofline_us,
-            resources=tuple(
-                resources(spec, p.n, p.k, m, self.threads, self.machine, self.working_set)
-            ),
+            resources=tuple(resources(spec, self.situation(p.n, p.k, m))),
         )
 
     def _why_not(self, other: MatmulSpec, spec: MatmulSpec, p: Product, m: int) -> str:

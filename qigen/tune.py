@@ -22,7 +22,7 @@ from qigen.artifact import Artifact
 from qigen.backends import base
 from qigen.backends.base import Isa
 from qigen.backends.cpu.matmul import MatmulSpec
-from qigen.costmodel import predict
+from qigen.costmodel import Situation, predict
 from qigen.errors import BadInput, QigenError, ToolchainError, Unsupported, UsageError
 from qigen.formats.catalog import by_name
 from qigen.planner import (
@@ -361,7 +361,8 @@ class Tuner:
             )
         best = min(good, key=lambda s: known[s].us)
         first = known[specs[0]]
-        predicted = predict(best, p.n, p.k, m, self.threads, self.machine, working_set)
+        at = Situation(p.n, p.k, m, self.threads, self.machine, working_set)
+        predicted = predict(best, at)
         return Row(
             format=p.format.name,
             n=p.n,

@@ -11,6 +11,10 @@ from qigen.cli.options import (
     Count,
     artifact_argument,
     command,
+    input_shapes,
+    names,
+    peers_option,
+    repeat_option,
     thread_options,
 )
 from qigen.cli.output import (
@@ -44,20 +48,9 @@ _GRAPH_OPTIONS = ("inputs", "shapes", "peer_precision")
     metavar="NAME=FILE.npy",
     help="An input of an ONNX model. [default: random numbers; ones where integers are wanted]",
 )
-@click.option(
-    "--shape",
-    "shapes",
-    multiple=True,
-    metavar="NAME=1x3x640x640",
-    help="Sizes of an input that the artifact leaves open.",
-)
-@click.option("--repeat", type=Count, default=5, show_default=True, help="Turns; medians count.")
-@click.option(
-    "--vs",
-    default="",
-    metavar="PEER[,PEER]",
-    help="Take turns with: llama.cpp; for an ONNX model onnxruntime, openvino",
-)
+@input_shapes("Sizes of an input that the artifact leaves open.")
+@repeat_option(5)
+@peers_option("Take turns with: llama.cpp; for an ONNX model onnxruntime, openvino")
 @click.option(
     "--peer-model",
     "--source",
@@ -79,7 +72,7 @@ def bench(artifact: Path, vs: str, as_json: bool, **options: Any) -> None:
     from qigen.arrays import parse_files, parse_shapes
     from qigen.artifact import Artifact
 
-    peers = [name.strip() for name in vs.split(",") if name.strip()]
+    peers = names(vs)
     is_graph = Artifact(artifact).is_graph
     kind = "a language model" if is_graph else "an ONNX model"
     for option in _LANGUAGE_OPTIONS if is_graph else _GRAPH_OPTIONS:

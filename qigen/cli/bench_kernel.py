@@ -10,9 +10,13 @@ from typing import Any
 import click
 
 from qigen.cli.options import (
-    Count,
+    Measuring,
     command,
+    measuring_options,
+    names,
     numbers,
+    peers_option,
+    repeat_option,
 )
 from qigen.cli.output import (
     JsonList,
@@ -23,33 +27,17 @@ from qigen.cli.output import (
 @command
 @click.option("--shape", "shapes", multiple=True, required=True, metavar="NxK", help="Of a weight.")
 @click.option("--weights", required=True, help="Names of `qigen formats`, separated by commas.")
-@click.option(
-    "--activations",
-    type=click.Choice(["f32", "bf16", "int8", "int8-token"]),
-    help="Arithmetic. [default: the planner's choice]",
-)
-@click.option("--isa", help="An instruction set of this machine. [default: its best]")
-@click.option(
-    "--m", "tokens", default="1,16,128", show_default=True, metavar="M,M", help="Tokens of a call."
-)
+@measuring_options("Tokens of a call.", default="1,16,128", show_default=True)
 @click.option("--threads", metavar="T,T", help="Numbers of threads. [default: usable cores]")
-@click.option("--repeat", type=Count, default=7, show_default=True, help="Turns; medians count.")
+@repeat_option(7)
 @click.option("--cached", is_flag=True, help="The weights stay in the caches.")
-@click.option(
-    "--vs",
-    default="",
-    metavar="PEER[,PEER]",
-    help="Take turns with llama.cpp, onnxruntime, openvino, torch.",
-)
-@click.option("--jobs", type=Count, help="Compilers at a time. [default: all cores]")
+@peers_option("Take turns with llama.cpp, onnxruntime, openvino, torch.")
 @click.option("--markdown", type=click.Path(path_type=Path), help="Also write the table here.")
 @click.option("--plots", type=click.Path(path_type=Path), help="Also draw plots in this folder.")
 def bench_kernel(
     shapes: tuple[str, ...],
     weights: str,
-    activations: str | None,
-    isa: str | None,
-    tokens: str,
+    measuring: Measuring,
     threads: str | None,
     vs: str,
     markdown: Path | None,
@@ -63,21 +51,22 @@ def bench_kernel(
     was measured stays when the command is interrupted.
     """
     from qigen import bench_kernel as benchmark
-    from qigen.tune import native_machine, shapes_to_products
+    from qigen.tune import shapes_to_products
 
-    machine, row = native_machine(isa)
+    machine, row = measuring.machine()
     products = shapes_to_products(shapes, [name.strip() for name in weights.split(",")])
-    peers = list(dict.fromkeys(name.strip() for name in vs.split(",") if name.strip()))
+    peers = names(vs)
     rows: list[dict[str, Any]] = []
     with progress_bars(as_json) as progress, _printed(as_json, peers, rows) as show:
         for found in benchmark.bench_kernel(
             products,
             isa=row,
             machine=machine,
-            tokens=numbers(tokens, "--m"),
+            tokens=measuring.tokens,
             threads=numbers(threads, "--threads") if threads else (machine.cores,),
-            activations=activations or "auto",
+            activations=measuring.activations or "auto",
             peers=peers,
+            jobs=measuring.jobs,
             progress=progress,
             **options,
         ):

@@ -12,7 +12,12 @@ from qigen.cli.mix import print_mix
 from qigen.cli.options import (
     Bytes,
     Count,
+    activations_option,
     command,
+    input_shapes,
+    isa_option,
+    jobs_option,
+    names,
 )
 from qigen.cli.output import (
     memory_text,
@@ -43,7 +48,7 @@ _BAR = 24  # characters of the longest bar
     help="'native' or [ARCHITECTURE-SYSTEM:]NAME[+FEATURE], NAME of `qigen targets`; several, "
     "separated by commas, go into one artifact.",
 )
-@click.option("--isa", help="Force an instruction set of `qigen targets`.")
+@isa_option
 @click.option(
     "--weights",
     default="keep",
@@ -71,11 +76,10 @@ _BAR = 24  # characters of the longest bar
     type=click.Path(path_type=Path),
     help="Draw the trade-off of --weights auto into a picture (needs matplotlib).",
 )
-@click.option(
-    "--activations",
-    type=click.Choice(["f32", "bf16", "f16", "int8", "int8-token"]),
+@activations_option(
+    "f16",
     help="Arithmetic of the quantized matmuls; int8 has a scale a group, int8-token one a token; "
-    "both round tables of floats (nf4) to bytes; f16 is for GPUs. [default: the planner's choice]",
+    "both round tables of floats (nf4) to bytes; f16 is for GPUs.",
 )
 @click.option(
     "--kv",
@@ -100,13 +104,7 @@ _BAR = 24  # characters of the longest bar
     help="Kernels by the cost model and what was measured before, measured now, or by the cost "
     "model alone.",
 )
-@click.option(
-    "--shape",
-    "shapes",
-    multiple=True,
-    metavar="NAME=1x3x640x640",
-    help="Sizes of an ONNX model's input: numbers, ? (open) or ..N (open up to N).",
-)
+@input_shapes("Sizes of an ONNX model's input: numbers, ? (open) or ..N (open up to N).")
 @click.option(
     "--calibration",
     type=click.Path(path_type=Path),
@@ -154,7 +152,7 @@ _BAR = 24  # characters of the longest bar
     help="Kernels by a C++ compiler, or by llvmlite without one.",
 )
 @click.option("--explain", is_flag=True, help="Show what was chosen for every matrix, and why.")
-@click.option("--jobs", type=Count, help="Compilers at a time. [default: all cores]")
+@jobs_option
 @click.option(
     "--keep-sources", type=click.Path(path_type=Path), help="Also write the C++ to this folder."
 )
@@ -182,7 +180,7 @@ def compile(
             raise UsageError("--plot is for --weights auto with a --budget; leave it out")
         check_plot(plot)
     options["curve"] = mixed and (explain or plot is not None)
-    options["candidates"] = tuple(filter(None, map(str.strip, (candidates or "").split(","))))
+    options["candidates"] = tuple(names(candidates or ""))
     start = time.perf_counter()
     shape = parse_shapes(shapes)
     with progress_bars(as_json) as progress:

@@ -12,6 +12,7 @@ from qigen.cli.options import (
     Count,
     artifact_argument,
     command,
+    input_shapes,
     load_model,
     thread_options,
 )
@@ -55,13 +56,7 @@ _NONE = (
     help="Of an ONNX model: an .npz with an array by input, or a folder of such; without --against "
     "also with the outputs that are expected. [default: one made-up sample]",
 )
-@click.option(
-    "--shape",
-    "shapes",
-    multiple=True,
-    metavar="NAME=1x3x640x640",
-    help="Open sizes of an ONNX model's made-up inputs.",
-)
+@input_shapes("Open sizes of an ONNX model's made-up inputs.")
 @thread_options
 def eval(
     artifact: Path,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
@@ -13,12 +15,15 @@ from qigen import __version__
 from qigen.errors import UsageError
 
 if TYPE_CHECKING:
+    from qigen.backends.base import Isa
     from qigen.model import Model
+    from qigen.targets import Machine
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 Count = click.IntRange(min=1)
 Threads = click.IntRange(min=0)
+ARITHMETICS = ("f32", "bf16", "int8", "int8-token")
 
 
 class Bytes(click.ParamType[int]):
@@ -90,6 +95,83 @@ thread_options: Callable[[Function], Function] = together(
     ),
     click.option("--pin", is_flag=True, help="Bind the threads to cores."),
 )
+
+
+def input_shapes(help: str) -> Callable[[Function], Function]:
+    """``--shape NAME=1x3x640x640`` of commands on ONNX models."""
+    return click.option(
+        "--shape", "shapes", multiple=True, metavar="NAME=1x3x640x640", help=help
+    )
+
+
+isa_option = click.option("--isa", help="Force an instruction set of `qigen targets`.")
+jobs_option = click.option("--jobs", type=Count, help="Compilers at a time. [default: all cores]")
+
+
+def repeat_option(turns: int) -> Callable[[Function], Function]:
+    """``--repeat``, by default so many turns."""
+    return click.option(
+        "--repeat", type=Count, default=turns, show_default=True, help="Turns; medians count."
+    )
+
+
+def peers_option(help: str) -> Callable[[Function], Function]:
+    """``--vs PEER[,PEER]``; see :func:`names`."""
+    return click.option("--vs", default="", metavar="PEER[,PEER]", help=help)
+
+
+def activations_option(*more: str, help: str = "Arithmetic.") -> Callable[[Function], Function]:
+    """``--activations``: an arithmetic of kernels for processors, or one ``more``."""
+    return click.option(
+        "--activations",
+        type=click.Choice([*ARITHMETICS, *more]),
+        help=f"{help} [default: the planner's choice]",
+    )
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """What the commands that measure kernels (``tune``, ``bench-kernel``) are told alike."""
+
+    activations: str | None
+    isa: str | None
+    tokens: tuple[int, ...]
+    jobs: int | None
+
+    def machine(self) -> tuple[Machine, Isa]:
+        """This machine, and the instruction set that was asked for or its best."""
+        from qigen.tune import native_machine
+
+        return native_machine(self.isa)
+
+
+def measuring_options(tokens: str, **settings: Any) -> Callable[[Function], Function]:
+    """The options of :class:`Measuring`, which become one argument ``measuring``; ``tokens`` and
+    ``settings`` are the help and more of ``--m``."""
+
+    def apply(function: Function) -> Function:
+        @functools.wraps(function)
+        def collected(
+            activations: str | None, isa: str | None, tokens: str | None, jobs: int | None,
+            **others: Any,
+        ) -> Any:  # fmt: skip
+            chosen = numbers(tokens, "--m") if tokens else ()
+            return function(measuring=Measuring(activations, isa, chosen, jobs), **others)
+
+        group = together(
+            activations_option(),
+            isa_option,
+            click.option("--m", "tokens", metavar="M,M", help=tokens, **settings),
+            jobs_option,
+        )
+        return group(cast(Function, collected))
+
+    return apply
+
+
+def names(text: str) -> list[str]:
+    """The names of an option like ``llama.cpp,torch``, each once."""
+    return list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
 
 
 def numbers(text: str, option: str) -> tuple[int, ...]:

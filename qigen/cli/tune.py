@@ -10,9 +10,10 @@ import click
 
 from qigen.cli.options import (
     Count,
+    Measuring,
     Threads,
     command,
-    numbers,
+    measuring_options,
 )
 from qigen.cli.output import (
     print_json,
@@ -40,13 +41,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="'keep', or a name of `qigen formats`; several for --shape, separated by commas.",
 )
-@click.option(
-    "--activations",
-    type=click.Choice(["f32", "bf16", "int8", "int8-token"]),
-    help="Arithmetic. [default: the planner's choice]",
-)
-@click.option("--isa", help="An instruction set of this machine. [default: its best]")
-@click.option("--m", "tokens", metavar="M,M", help="Numbers of tokens. [default: 1,4,16,128]")
+@measuring_options("Numbers of tokens. [default: 1,4,16,128]")
 @click.option("--threads", type=Threads, default=0, help="Threads. [default: usable cores]")
 @click.option("--top", type=Count, default=8, show_default=True, help="Candidates to measure.")
 @click.option("--exhaustive", is_flag=True, help="Measure all candidates.")
@@ -63,14 +58,11 @@ if TYPE_CHECKING:
     is_flag=True,
     help="With export: of this machine what comes with the package. [file: in the package]",
 )
-@click.option("--jobs", type=Count, help="Compilers at a time. [default: all cores]")
 def tune(
     what: tuple[str, ...],
     shapes: tuple[str, ...],
     weights: str,
-    activations: str | None,
-    isa: str | None,
-    tokens: str | None,
+    measuring: Measuring,
     threads: int,
     defaults: bool,
     as_json: bool,
@@ -89,7 +81,6 @@ def tune(
     from qigen.planner import BUCKETS
     from qigen.tune import (
         model_products,
-        native_machine,
         shapes_to_products,
         tune_model,
         tune_products,
@@ -107,17 +98,17 @@ def tune(
     )
     if len(what) + (bool(shapes) and not graph) != 1:
         raise UsageError("name one model, or shapes with --shape; see qigen tune --help")
-    machine, row = native_machine(isa)
+    machine, row = measuring.machine()
     start = time.perf_counter()
     if path is not None and graph:
-        if tokens:
+        if measuring.tokens:
             raise UsageError("--m is for language models; sizes of an input are --shape NAME=...")
-        chosen = GraphOptions(weights, activations, parse_shapes(parse_sizes(shapes)))
+        chosen = GraphOptions(weights, measuring.activations, parse_shapes(parse_sizes(shapes)))
         with progress_bars(as_json) as progress:
             calls = calls_of(path, chosen, row, machine)
             _, rows = tune_graph(
                 calls, isa=row, machine=machine, threads=threads or machine.cores,
-                progress=progress, **options,
+                jobs=measuring.jobs, progress=progress, **options,
             )  # fmt: skip
             knobs = None
             if (path / "manifest.json").is_file():
@@ -128,18 +119,19 @@ def tune(
         formats = ["q4_0"] if weights == "keep" else [w.strip() for w in weights.split(",")]
         products = shapes_to_products(shapes, formats)
     else:
-        products = model_products(path, weights, activations)
+        products = model_products(path, weights, measuring.activations)
     with progress_bars(as_json) as progress:
         _, rows = tune_products(
             products,
             isa=row,
             machine=machine,
-            activations=activations or "auto",
+            activations=measuring.activations or "auto",
             threads=threads or machine.cores,
             # a shape alone: weights from memory, as in a model that does not fit the caches
             working_set=machine.l3_bytes if path is None else None,
+            jobs=measuring.jobs,
             progress=progress,
-            buckets=numbers(tokens, "--m") if tokens else BUCKETS,
+            buckets=measuring.tokens or BUCKETS,
             **options,
         )
         knobs = None

@@ -78,6 +78,56 @@ _SLAB = 64  # tokens of an f32 slab (templates/cpu/matmul_f32.cpp.j2)
 
 
 @dataclass(frozen=True)
+class Situation:
+    """What a kernel is asked for and where: x [``m``, ``k``] times W [``n``, ``k``] on ``threads``
+    threads of a machine.
+
+    ``working_set`` are the bytes that pass through the caches from one call to the next (all
+    weights of the model); if they fit into a cache level, the weights come from there, else (and by
+    default) from memory.
+    """
+
+    n: int
+    k: int
+    m: int
+    threads: int
+    machine: Machine
+    working_set: int | None = None
+
+    @property
+    def home(self) -> tuple[str, float]:
+        """(where the weights come from, bytes a microsecond of all threads from there)."""
+        machine, threads = self.machine, self.threads
+        if self.working_set is not None:
+            if self.working_set <= machine.l2_bytes * threads // 2:
+                return "l2", machine.l2_gb_s * 1e3 * threads
+            if self.working_set <= machine.l3_bytes // 2:
+                far = machine.l3_gb_s * 1e3 * threads
+                return "l3", max(far, machine.read_bandwidth(threads))
+        return "memory", machine.read_bandwidth(threads)
+
+    def weights(self, spec: MatmulSpec) -> _Weights:
+        """How the weights lie for a kernel."""
+        row_blocks, kblocks, size = packed_shape(spec.format, (self.n, self.k), spec.layout)
+        return _Weights(
+            row_blocks, kblocks, size, packed_bytes(spec.format, (self.n, self.k), spec.layout),
+            -(-row_blocks // self.threads),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """A packed weight: row-blocks, K-blocks of each, bytes of a K-block and of all, and the
+    row-blocks of the slowest thread."""
+
+    row_blocks: int
+    kblocks: int
+    kblock_bytes: int
+    nbytes: int
+    per_thread: int
+
+
+@dataclass(frozen=True)
 class Prediction:
     """What one call takes: microseconds, bytes of weights and activations, instructions of all
     threads. ``limits`` are the microseconds that each resource alone would need; ``bound`` names
@@ -93,29 +143,19 @@ class Prediction:
     roofline_us: float
 
 
-def roofline(
-    spec: MatmulSpec,
-    n: int,
-    k: int,
-    m: int,
-    threads: int,
-    machine: Machine,
-    working_set: int | None = None,
-) -> tuple[float, float]:
+def roofline(spec: MatmulSpec, at: Situation) -> tuple[float, float]:
     """(microseconds to read the packed weights, microseconds of the multiply-adds alone).
 
     The greater is the roofline: weights once from where they live, and as many dot products (or
     float multiply-adds) as the cores issue.
     """
-    row_blocks = packed_shape(spec.format, (n, k), spec.layout)[0]
-    _, bandwidth = _home(machine, threads, working_set)
-    rates = rates_of(machine, spec.isa)
+    w, rates = at.weights(spec), rates_of(at.machine, spec.isa)
     primitive, steps = _MULTIPLY[spec.activations]
     each = primitives(spec.isa)[primitive]
     cycles = max(each.get(kind, 0.0) / rates.per_cycle[kind] for kind in ("dot", "fma"))
-    busy = min(threads, row_blocks)
-    us = row_blocks * m * (k / steps) * cycles * 1e-3 / rates.ghz / busy
-    return packed_bytes(spec.format, (n, k), spec.layout) / bandwidth, us
+    busy = min(at.threads, w.row_blocks)
+    us = w.row_blocks * at.m * (at.k / steps) * cycles * 1e-3 / rates.ghz / busy
+    return w.nbytes / at.home[1], us
 
 
 _MULTIPLY = {
@@ -289,35 +329,21 @@ def activation_bytes(spec: MatmulSpec, k: int) -> int:
     ).nbytes
 
 
-def predict(
-    spec: MatmulSpec,
-    n: int,
-    k: int,
-    m: int,
-    threads: int,
-    machine: Machine,
-    working_set: int | None = None,
-) -> Prediction:
-    """What one call of a kernel takes for x [m, k] and W [n, k] on ``threads`` threads.
-
-    ``working_set`` is what passes through the caches from one call to the next (all weights of the
-    model); if it fits into a cache level, the weights come from there, else (and by default) from
-    memory.
-    """
+def predict(spec: MatmulSpec, at: Situation) -> Prediction:
+    """What one call of a kernel takes."""
+    machine, m, w = at.machine, at.m, at.weights(spec)
     # tiles are told apart below; the distance of a prefetch does not change the instructions
     alone = replace(spec, tiles=(1,), prefetch=DEFAULT_PREFETCH if spec.prefetch else 0)
     side = spec.row_tile if m > 1 else spec.streams
-    row_blocks, kblocks, size = packed_shape(spec.format, (n, k), spec.layout)
-    per_thread = -(-row_blocks // threads)
+    kblocks, per_thread = w.kblocks, w.per_thread
     us = 1e-3 / rates_of(machine, spec.isa).ghz  # of a cycle
-    weights = packed_bytes(spec.format, (n, k), spec.layout)
-    x = activation_bytes(alone, k) * m
+    x = activation_bytes(alone, at.k) * m
 
     limits: dict[str, float] = {}
     instructions = 0.0
-    level, bandwidth = _home(machine, threads, working_set)
-    limits[level] = weights / bandwidth
-    late = _late(spec, machine, threads) if level == "memory" else 0.0
+    level, bandwidth = at.home
+    limits[level] = w.nbytes / bandwidth
+    late = _late(spec, at) if level == "memory" else 0.0
     time = 0.0
     pairs = per_thread // side if side > 1 else 0
     for rows, groups in ((side, pairs), (1, per_thread - pairs * side)):
@@ -340,55 +366,45 @@ def predict(
             time += _EXPOSED * min(arriving, first) * (late if tile.prefetches else 1.0)
             time += calls * one - first
             arriving = 0.0
-            shared = calls * row_blocks / per_thread
+            shared = calls * w.row_blocks / per_thread
             instructions += shared * (kblocks * tile.instructions + tile.instructions_around)
     if not spec.integer or panels(spec, m):
         slabs = -(-m // (PANEL_TOKENS if spec.integer else _SLAB))
         cycles, count = _unpack(alone, spec.tiles[0] if spec.integer else 1, machine)
         limits["unpack"] = per_thread * slabs * kblocks * cycles * us
         time += limits["unpack"]
-        instructions += row_blocks * slabs * kblocks * count
-    reload, traffic = _reload(spec, machine, kblocks * size, x, m)
+        instructions += w.row_blocks * slabs * kblocks * count
+    reload, traffic = _reload(spec, machine, kblocks * w.kblock_bytes, x, m)
     limits["reload"] = per_thread * reload
     time = combined((time, limits["reload"]))
-    limits["barrier"] = machine.barrier_us if threads > 1 else 0.0
+    limits["barrier"] = machine.barrier_us if at.threads > 1 else 0.0
     bound = max(limits, key=lambda name: limits[name])
-    moved = {near: row_blocks * bytes_ for near, bytes_ in traffic.items()}
-    moved[level] = moved.get(level, 0.0) + weights
+    moved = {near: w.row_blocks * bytes_ for near, bytes_ in traffic.items()}
+    moved[level] = moved.get(level, 0.0) + w.nbytes
     # a tile reads the row-blocks and the activations of its tokens
     passes = sum(split(spec.tiles, m).values())
-    moved["l1"] = weights * passes + row_blocks * x / side
-    roof = max(roofline(spec, n, k, m, threads, machine, working_set))
+    moved["l1"] = w.nbytes * passes + w.row_blocks * x / side
+    roof = max(roofline(spec, at))
     return Prediction(
-        time + limits["barrier"], weights + x, instructions, bound, limits, moved, roof
+        time + limits["barrier"], w.nbytes + x, instructions, bound, limits, moved, roof
     )
 
 
-def resources(
-    spec: MatmulSpec,
-    n: int,
-    k: int,
-    m: int,
-    threads: int,
-    machine: Machine,
-    working_set: int | None = None,
-) -> list[Resource]:
-    """What each resource has to do in one call, with the arguments of :func:`predict`: bytes by the
-    level that they come from, instructions by class of port, the chain, the barrier."""
-    prediction = predict(spec, n, k, m, threads, machine, working_set)
+def resources(spec: MatmulSpec, at: Situation) -> list[Resource]:
+    """What each resource has to do in one call: bytes by the level that they come from,
+    instructions by class of port, the chain, the barrier."""
+    prediction, machine, w = predict(spec, at), at.machine, at.weights(spec)
     limits, rates = prediction.limits, rates_of(machine, spec.isa)
-    row_blocks, kblocks, size = packed_shape(spec.format, (n, k), spec.layout)
-    per_thread = -(-row_blocks // threads)
-    busy = row_blocks / per_thread  # threads, if all had as much as the slowest
-    level, bandwidth = _home(machine, threads, working_set)
-    weights = packed_bytes(spec.format, (n, k), spec.layout)
-    found = [Resource(level, "bytes", weights, bandwidth / 1e3, limits[level])]
-    _, again = _reload(spec, machine, kblocks * size, prediction.bytes - weights, m)
+    busy = w.row_blocks / w.per_thread  # threads, if all had as much as the slowest
+    level, bandwidth = at.home
+    found = [Resource(level, "bytes", w.nbytes, bandwidth / 1e3, limits[level])]
+    block, x = w.kblocks * w.kblock_bytes, prediction.bytes - w.nbytes
+    _, again = _reload(spec, machine, block, x, at.m)
     for near, nbytes in again.items():
         gb_s = {"l2": machine.l2_gb_s, "l3": machine.l3_gb_s}[near]
         if nbytes:
-            us = per_thread * nbytes / gb_s / 1e3
-            found.append(Resource(f"reload {near}", "bytes", row_blocks * nbytes, busy * gb_s, us))
+            us, moved = w.per_thread * nbytes / gb_s / 1e3, w.row_blocks * nbytes
+            found.append(Resource(f"reload {near}", "bytes", moved, busy * gb_s, us))
     width = 64 / spec.isa.vectors  # bytes
     l1 = machine.l1_gb_s or rates.per_cycle["load"] * width * rates.ghz
     nbytes = prediction.traffic["l1"]
@@ -407,21 +423,11 @@ def resources(
     return found
 
 
-def _late(spec: MatmulSpec, machine: Machine, threads: int) -> float:
+def _late(spec: MatmulSpec, at: Situation) -> float:
     """The part of a stream whose prefetches come too late: a line is asked for ``prefetch`` bytes
     ahead, and takes one access to memory, in which the thread would read so many."""
-    ahead = machine.memory_ns * machine.read_bandwidth(threads) / 1e3 / threads
+    ahead = at.machine.memory_ns * at.machine.read_bandwidth(at.threads) / 1e3 / at.threads
     return max(0.0, 1.0 - spec.prefetch / ahead) if spec.integer else 0.0
-
-
-def _home(machine: Machine, threads: int, working_set: int | None) -> tuple[str, float]:
-    """(where the weights come from, bytes a microsecond of all threads from there)."""
-    if working_set is not None:
-        if working_set <= machine.l2_bytes * threads // 2:
-            return "l2", machine.l2_gb_s * 1e3 * threads
-        if working_set <= machine.l3_bytes // 2:
-            return "l3", max(machine.l3_gb_s * 1e3 * threads, machine.read_bandwidth(threads))
-    return "memory", machine.read_bandwidth(threads)
 
 
 def _reload(

@@ -8,7 +8,7 @@ import pytest
 
 from qigen.backends.cpu.isa import ISAS
 from qigen.backends.cpu.matmul import MatmulSpec
-from qigen.costmodel import predict, resources, roofline, schedules, space
+from qigen.costmodel import Situation, predict, resources, roofline, schedules, space
 from qigen.costmodel.matmul import (
     PREFETCH,
     TOKEN_TILES,
@@ -36,7 +36,7 @@ def kernel(format: str = "q4_0", tiles: tuple[int, ...] = (4, 1), **more: object
 
 def test_decoding_is_bound_by_memory() -> None:
     for threads in (1, 2):
-        p = predict(kernel(), 4096, 4096, 1, threads, ICELAKE)
+        p = predict(kernel(), Situation(4096, 4096, 1, threads, ICELAKE))
         weights = 4096 * 4096 * 18 // 32
         assert p.bound == "memory"
         assert p.limits["memory"] == pytest.approx(weights / ICELAKE.read_bandwidth(threads))
@@ -48,8 +48,8 @@ def test_decoding_is_bound_by_memory() -> None:
 def test_resources_are_the_limits_in_detail(activations: str, m: int) -> None:
     """Times are those of the prediction, amounts what takes so long at the machine's rates."""
     spec, threads = kernel(activations=activations), 3
-    p = predict(spec, 1024, 1024, m, threads, ICELAKE)
-    rows_ = resources(spec, 1024, 1024, m, threads, ICELAKE)
+    p = predict(spec, Situation(1024, 1024, m, threads, ICELAKE))
+    rows_ = resources(spec, Situation(1024, 1024, m, threads, ICELAKE))
     found = {r.name: r for r in rows_}
     assert len(found) == len(rows_)
     for name, us in p.limits.items():
@@ -69,44 +69,48 @@ def test_resources_are_the_limits_in_detail(activations: str, m: int) -> None:
 
 
 def test_weights_in_the_caches_are_faster() -> None:
-    near, far = (predict(kernel(), 1024, 1024, 1, 1, ICELAKE, w) for w in (600_000, None))
+    at = Situation(1024, 1024, 1, 1, ICELAKE)
+    near, far = (predict(kernel(), replace(at, working_set=w)) for w in (600_000, None))
     assert near.us < far.us / 2
     assert near.bound != "memory"
-    middle = predict(kernel(), 1024, 1024, 1, 1, ICELAKE, 10_000_000)
+    middle = predict(kernel(), replace(at, working_set=10_000_000))
     assert near.us < middle.us < far.us and "l3" in middle.limits
 
 
 def test_many_tokens_are_bound_by_the_core() -> None:
-    p = predict(kernel(), 4096, 4096, 128, 2, ICELAKE)
+    p = predict(kernel(), Situation(4096, 4096, 128, 2, ICELAKE))
     assert p.bound in ("load", "vector", "dot", "issue")
     assert p.us > p.limits[p.bound]
 
 
 def test_a_register_tile_pays() -> None:
-    one, four = (predict(kernel(tiles=t), 1024, 1024, 48, 1, ICELAKE).us for t in ((1,), (4, 1)))
+    at = Situation(1024, 1024, 48, 1, ICELAKE)
+    one, four = (predict(kernel(tiles=t), at).us for t in ((1,), (4, 1)))
     assert four < 0.8 * one
 
 
 def test_fewer_bits_never_take_longer() -> None:
-    us = [predict(kernel(f"u{b}g128"), 4096, 4096, 1, 2, ICELAKE).us for b in (2, 3, 4, 8)]
+    at = Situation(4096, 4096, 1, 2, ICELAKE)
+    us = [predict(kernel(f"u{b}g128"), at).us for b in (2, 3, 4, 8)]
     assert us == sorted(us)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 8])
 def test_time_grows_with_everything(threads: int) -> None:
     def us(n: int, k: int, m: int) -> float:
-        return predict(kernel(), n, k, m, threads, ICELAKE).us
+        return predict(kernel(), Situation(n, k, m, threads, ICELAKE)).us
 
     assert us(1024, 1024, 1) < us(1024, 1024, 16) < us(1024, 1024, 128)
     assert us(1024, 1024, 16) < us(2048, 1024, 16) < us(2048, 4096, 16)
-    assert predict(kernel(), 1024, 1024, 16, 2 * threads, ICELAKE).us < us(1024, 1024, 16)
+    more = Situation(1024, 1024, 16, 2 * threads, ICELAKE)
+    assert predict(kernel(), more).us < us(1024, 1024, 16)
 
 
 def test_barriers_bound_tiny_products() -> None:
-    p = predict(kernel(), 16, 64, 1, 2, replace(ICELAKE, barrier_us=5.0))
+    p = predict(kernel(), Situation(16, 64, 1, 2, replace(ICELAKE, barrier_us=5.0)))
     assert p.bound == "barrier"
     assert p.us > 5.0
-    assert predict(kernel(), 16, 64, 1, 1, ICELAKE).limits["barrier"] == 0
+    assert predict(kernel(), Situation(16, 64, 1, 1, ICELAKE)).limits["barrier"] == 0
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -118,7 +122,7 @@ def test_every_kernel_has_a_prediction(isa: str, activations: str, format: str) 
         return
     machine = machine_by_name("znver4")
     spec = kernel(format, (2, 1), isa=ISAS[isa], activations=activations)
-    p = predict(spec, 256, 512, 5, 2, machine)
+    p = predict(spec, Situation(256, 512, 5, 2, machine))
     assert p.us > 0 and p.instructions > 0 and p.bytes > 0
     assert p.bound in p.limits
 
@@ -128,7 +132,7 @@ def test_every_machine_has_predictions(machine: object) -> None:
     row = machine_by_name(machine.name)  # type: ignore[attr-defined]
     for isa in ISAS.values():
         if row.has(isa.features):
-            assert predict(kernel(isa=isa), 512, 512, 8, 2, row).us > 0
+            assert predict(kernel(isa=isa), Situation(512, 512, 8, 2, row)).us > 0
     assert prefetch_distance(row) in (1024, 2048, 4096, 8192)
 
 
@@ -159,7 +163,7 @@ def test_the_choice_of_the_prefetch_is_the_best_of_the_space() -> None:
     for m in (1, 16):
         times: dict[int, float] = {}
         for spec in space(by_name("q4_0"), 4096, VNNI, "int8", ICELAKE):
-            us = predict(spec, 4096, 4096, m, 2, ICELAKE).us
+            us = predict(spec, Situation(4096, 4096, m, 2, ICELAKE)).us
             times[spec.prefetch] = min(us, times.get(spec.prefetch, us))
         assert times[prefetch_distance(ICELAKE)] == min(times.values())
         if m == 1:
@@ -169,28 +173,28 @@ def test_the_choice_of_the_prefetch_is_the_best_of_the_space() -> None:
 def test_nothing_beats_the_roofline() -> None:
     for m in (1, 4, 128):
         for working_set in (None, 100_000):
-            p = predict(kernel(), 512, 512, m, 2, ICELAKE, working_set)
+            p = predict(kernel(), Situation(512, 512, m, 2, ICELAKE, working_set))
             assert p.roofline_us <= p.us
-    memory, compute = roofline(kernel(), 4096, 4096, 1, 2, ICELAKE)
+    memory, compute = roofline(kernel(), Situation(4096, 4096, 1, 2, ICELAKE))
     assert memory > compute
     assert memory == pytest.approx(4096 * 4096 * 18 / 32 / ICELAKE.read_bandwidth(2))
-    memory, compute = roofline(kernel(), 4096, 4096, 256, 2, ICELAKE)
+    memory, compute = roofline(kernel(), Situation(4096, 4096, 256, 2, ICELAKE))
     rate = ICELAKE.rates[512]
     gops = 2 * 128 / 2 * rate.per_cycle["dot"] * rate.ghz * 2  # 64 multiply-adds an instruction
     assert compute == pytest.approx(2 * 4096 * 4096 * 256 / gops / 1e3) and compute > memory
-    slow = roofline(kernel(isa=ISAS["scalar"]), 4096, 4096, 256, 2, ICELAKE)[1]
+    slow = roofline(kernel(isa=ISAS["scalar"]), Situation(4096, 4096, 256, 2, ICELAKE))[1]
     assert slow > 4 * compute
 
 
 def test_bytes_by_level() -> None:
-    p = predict(kernel(), 4096, 4096, 1, 2, ICELAKE)
+    p = predict(kernel(), Situation(4096, 4096, 1, 2, ICELAKE))
     weights = 4096 * 4096 * 18 // 32
     assert p.traffic["memory"] == weights
     # every byte of the weights is loaded once, and the activations once a row-block
     assert p.traffic["l1"] == weights + 256 * activation_bytes(kernel(tiles=(1,)), 4096)
-    many = predict(kernel(), 4096, 4096, 128, 2, ICELAKE)
+    many = predict(kernel(), Situation(4096, 4096, 128, 2, ICELAKE))
     assert many.traffic["l2"] > 0
-    assert "l3" in predict(kernel(), 1024, 1024, 1, 1, ICELAKE, 10_000_000).traffic
+    assert "l3" in predict(kernel(), Situation(1024, 1024, 1, 1, ICELAKE, 10_000_000)).traffic
 
 
 def test_layouts() -> None:
