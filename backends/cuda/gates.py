@@ -138,6 +138,23 @@ def _gemm(format: str, slots: float, activations: str = "f16",
                  wide + side, narrow + units * steps * 8 * gathers)
 
 
+def _attention(kv: str, head_dim: int, slots: float) -> Gated:
+    """Attention of prompts: 64 keys and values of a round are copied, turned into halves if the
+    cache has codes, and multiplied."""
+    spec = ops.AttentionSpec(ops.KvSpec(kv, 2, head_dim), 8, False)
+    width, keys = spec.mma_width, spec.mma_keys
+    copies = 2 * (keys * spec.cache.row_bytes // 16 // 128)
+    unpacked = 2 * (keys * width // 8 // 128)
+    if kv == "f16":
+        unpacked = 0
+    else:
+        copies += 2  # of scales
+    # wide: what looks for values that are no numbers, and takes them out; narrow: what it adds
+    return Gated(spec.mma_name, lambda: ops.render_attention_mma(spec), slots,
+                 keys // 8 * (width // 16) + keys // 16 * (width // 8), copies, 2,
+                 2 * unpacked + width // 8 + 1)
+
+
 def gated() -> tuple[Gated, ...]:
     """The kernels that are gated. Bounds come from what decoding takes, not from what is measured:
     int4 at most 12 issue slots for an mma of 16 rows, tables of 4 bits 16."""
@@ -168,6 +185,11 @@ def gated() -> tuple[Gated, ...]:
         _gemm("s4g128_2of4", 16, schedule=Schedule(2)),
         _gemm("s8g128", 16, "s8"),
         _gemm("w4a8", 20, "s8"),
+        # a round of softmax and what no number needs beside half as many mma for heads of 64
+        _attention("f16", 64, 13),
+        _attention("f16", 128, 10),
+        _attention("int8", 128, 14),
+        _attention("int4", 128, 14),
     )
 
 
@@ -294,9 +316,11 @@ def differences(numbers: Mapping[str, Measured] | Mapping[str, Plain]) -> list[s
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Print the numbers and what breaks a gate; ``--write`` makes them the golden ones."""
-    numbers, broken = check(gated())
-    others, more = check_plain(list(plain()))
+    """Print the numbers and what breaks a gate; ``--write`` makes them the golden ones. Other
+    arguments are what the names of kernels begin with: those alone, else all."""
+    starts = tuple(a for a in arguments if not a.startswith("-")) or ("",)
+    numbers, broken = check([g for g in gated() if g.name.startswith(starts)])
+    others, more = check_plain([name for name in plain() if name.startswith(starts)])
     broken += more
     for key, m in numbers.items():
         print(f"{key}: {m.slots_per_mma:.2f} issue slots an mma, {m.registers} registers, "
@@ -304,21 +328,28 @@ def main(arguments: Sequence[str]) -> int:
     for key, p in others.items():
         print(f"{key}: {p.instructions} instructions, {p.registers} registers")
     if "--write" in arguments:
-        lines = ["# Golden numbers of the machine code (backends/cuda/gates.py); written by",
-                 "# python -m qigen.backends.cuda.gates --write", "",
-                 f'compiler = "{compiler_version()}"', "", "[kernels]"]
-        for key, m in numbers.items():
-            values = ", ".join(f"{name} = {value}" for name, value in asdict(m).items())
-            lines.append(f'"{key}" = {{ {values} }}')
-        lines += ["", "[plain]"]
-        for key, p in others.items():
-            values = ", ".join(f"{name} = {value}" for name, value in asdict(p).items())
-            lines.append(f'"{key}" = {{ {values} }}')
-        golden_file().write_text("\n".join(lines) + "\n")
+        _, tensor, rest = read_golden()
+        _write({**tensor, **{key: asdict(m) for key, m in numbers.items()}},
+               {**rest, **{key: asdict(p) for key, p in others.items()}})
     else:
         broken += differences(numbers) + differences(others)
     print("\n".join(broken))
     return 1 if broken else 0
+
+
+def _write(tensor: Mapping[str, Mapping[str, int]],
+           others: Mapping[str, Mapping[str, int]]) -> None:
+    lines = ["# Golden numbers of the machine code (backends/cuda/gates.py); written by",
+             "# python -m qigen.backends.cuda.gates --write", "",
+             f'compiler = "{compiler_version()}"']
+    known = {f"{g.name} {arch}" for g in gated() for arch in ARCHS}
+    for section, rows in (("kernels", {k: r for k, r in tensor.items() if k in known}),
+                          ("plain", others)):
+        lines += ["", f"[{section}]"]
+        for key, row in rows.items():
+            values = ", ".join(f"{name} = {value}" for name, value in row.items())
+            lines.append(f'"{key}" = {{ {values} }}')
+    golden_file().write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -33,6 +33,9 @@ from qigen.formats.algebra import (
     float_bits,
 )
 
+SHARED_LIMIT = 99 << 10
+"""Shared memory that a block may have on every target."""
+
 COLUMNS = 64
 """Rows of W (columns of y) that a warp takes: the unit of the packed form along N."""
 
@@ -185,7 +188,10 @@ def usual_schedule(format: Format, activations: str = "f16", m_tiles: int = 1) -
         tried = Schedule(m_tiles, depth=32, stages=4 if m_tiles < 4 else 3)
     elif d.x_bits == 4:
         tried = Schedule(m_tiles, depth=128)
-    return replace(tried, m_tiles=min(m_tiles, GemmSpec(format, activations).most_tiles))
+    tried = replace(tried, m_tiles=min(m_tiles, GemmSpec(format, activations).most_tiles))
+    while GemmSpec(format, activations, schedule=tried).shared_bytes > SHARED_LIMIT:
+        tried = replace(tried, stages=tried.stages - 1)
+    return tried
 
 
 @dataclass(frozen=True)
@@ -371,7 +377,7 @@ def check_schedule(spec: GemmSpec) -> None:
     if spec.x_bytes(spec.block_depth) > 16 * spec.block[0]:
         raise Unsupported(f"a stage is deeper ({spec.block_depth}) than its {spec.block[0]} "
                           "threads copy at once", spec.format.name)
-    if spec.shared_bytes > 99 * 1024:
+    if spec.shared_bytes > SHARED_LIMIT:
         raise Unsupported(f"the schedule takes {spec.shared_bytes} bytes of shared memory; all "
                           "targets have 99 KiB", spec.format.name)
 

@@ -11,6 +11,9 @@ from qigen.errors import Unsupported, UsageError
 KV_KINDS = ("f16", "int8", "int4")
 MAX_HEAD_DIM = 256
 
+MMA_ROWS = 64
+"""Rows of queries of a block of attention on tensor cores."""
+
 NORM_THREADS = 256
 ELEMENTWISE_THREADS = 128
 ARGMAX_THREADS = 256
@@ -159,6 +162,44 @@ class AttentionSpec:
         """Query heads of a block of the tiled kernel."""
         return self._shared(max(1, 4096 // (8 * max(self.cache.padded, 64))))
 
+    @property
+    def mma_name(self) -> str:
+        """Name of the kernel on tensor cores and of its module."""
+        return f"{self.name}_mma"
+
+    @property
+    def mma_heads(self) -> int:
+        """Query heads of a block of the kernel on tensor cores."""
+        return self._shared(16)
+
+    @property
+    def mma_tokens(self) -> int:
+        """Tokens of a block of it: a row a token and head."""
+        return MMA_ROWS // self.mma_heads
+
+    @property
+    def mma_width(self) -> int:
+        """Numbers of a row of it: whole steps of an mma."""
+        return _align(self.cache.padded, 16)
+
+    @property
+    def mma_keys(self) -> int:
+        """Keys that it takes at a time."""
+        return 64 if self.mma_width <= 128 else 32
+
+    @property
+    def mma_shared(self) -> int:
+        """Its dynamic shared memory: queries, then keys and values as halves, or in one place what
+        either is turned into, and the codes and scales of both."""
+        pitch, c = 2 * self.mma_width + 16, self.cache
+        if c.kind == "f16":
+            return (MMA_ROWS + 2 * self.mma_keys) * pitch
+        return (MMA_ROWS + self.mma_keys) * pitch + 2 * self.mma_keys * (c.row_bytes + 4)
+
+    def mma_grid(self, tokens: int) -> tuple[int, int, int]:
+        """Blocks of the kernel on tensor cores."""
+        return self.heads // self.mma_heads, -(-tokens // self.mma_tokens), 1
+
     def split_grid(self, tokens: int, chunks: int) -> tuple[int, int, int]:
         """Blocks of the split kernel."""
         return chunks, self.heads // self.shared_heads, tokens
@@ -202,6 +243,26 @@ def render_attention(spec: AttentionSpec) -> str:
         tile_heads=spec.tile_heads,
         softcap=spec.softcap,
         combine_threads=spec.combine_block[0],
+        **spec.cache.parameters(),
+    )
+
+
+def render_attention_mma(spec: AttentionSpec) -> str:
+    """CUDA text of ``spec.mma_name(out, out_stride, q, q_stride, common, tokens)``: as
+    ``NAME_tiled``, on tensor cores. Rows of the cache lie at multiples of 16 bytes and their scales
+    by fours: its capacity is a multiple of 4 positions."""
+    return render(
+        "cuda/attention_mma.cu.j2",
+        name=spec.mma_name,
+        heads=spec.heads,
+        group=spec.group,
+        tile_heads=spec.mma_heads,
+        tile_tokens=spec.mma_tokens,
+        width=spec.mma_width,
+        keys=spec.mma_keys,
+        softcap=spec.softcap,
+        sparse=False,
+        x_bits=16,
         **spec.cache.parameters(),
     )
 

@@ -584,6 +584,13 @@ class _Step:
         def use(which: str) -> str:
             return model.use(name, f"{name}_{which}", lambda: ops.render_attention(attention))
 
+        if self.tokens > 1 and not self.sessions and model.activations == "f16":
+            kernel = model.use(attention.mma_name, attention.mma_name,
+                               lambda: ops.render_attention_mma(attention))  # fmt: skip
+            self._add(node, kernel, f"attention on tensor cores: {text}",
+                      attention.mma_grid(self.tokens), 128, *out, *q, *common,
+                      _i32(self.tokens), shared=attention.mma_shared)  # fmt: skip
+            return
         if self.tokens > 1 and not self.sessions:
             self._add(node, use("tiled"), f"attention, tiled: {text}",
                       attention.tiled_grid(self.tokens), 128, *out, *q, *common,

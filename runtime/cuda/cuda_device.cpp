@@ -23,6 +23,7 @@ struct Cache {
 };
 
 constexpr uint32_t kSharedWithoutAsking = 48 << 10;
+constexpr int64_t kCapacityUnit = 4;  // positions: what kernels copy at a time is aligned
 
 class CudaDevice final : public runtime::Device {
  public:
@@ -47,6 +48,7 @@ class CudaDevice final : public runtime::Device {
   KvCache create_cache(int64_t capacity) override {
     const std::lock_guard<std::mutex> lock(mutex_);
     const Current current(*this);
+    capacity = (capacity + kCapacityUnit - 1) / kCapacityUnit * kCapacityUnit;
     const uint64_t bytes = std::max<uint64_t>(capacity * description_.kv_bytes_per_position, 1);
     const Address address = take(bytes, "the KV cache of a session; use fewer or shorter sessions");
     return {reinterpret_cast<uint8_t*>(address), capacity};

@@ -10,6 +10,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,16 +136,13 @@ class Kernel:
         self.handle = _library().ptxLoadKernel(device.handle, ptx.encode(), name.encode())
         if not self.handle:
             raise ToolchainError(_library().ptxLastError().decode(), name)
+        weakref.finalize(self, _library().ptxUnloadKernel, self.handle)
 
     def report(self) -> list[Row]:
         """What each instruction of the last launch did."""
         text = _library().ptxReport(self.handle).decode()
         rows = [line.split("\t") for line in text.splitlines()]
         return [Row(int(r[0]), r[1], *map(int, r[2:])) for r in rows]
-
-    def __del__(self) -> None:
-        if getattr(self, "handle", None):
-            _library().ptxUnloadKernel(self.handle)
 
 
 class EmulatedDevice:
@@ -155,10 +153,7 @@ class EmulatedDevice:
     def __init__(self, schedule: Schedule | None = None) -> None:
         self.schedule = schedule or Schedule()
         self.handle = _library().ptxCreateDevice()
-
-    def __del__(self) -> None:
-        if getattr(self, "handle", None):
-            _library().ptxDestroyDevice(self.handle)
+        weakref.finalize(self, _library().ptxDestroyDevice, self.handle)
 
     def allocate(self, nbytes: int) -> int:
         """Address of ``nbytes`` bytes that nobody wrote yet."""

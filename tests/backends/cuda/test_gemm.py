@@ -15,6 +15,7 @@ from qigen.backends.cuda.emulator import Schedule as Turns
 from qigen.backends.cuda.gemm import (
     GemmSpec,
     Schedule,
+    check_schedule,
     decoding,
     pack_gemm,
     render_gemm,
@@ -235,6 +236,14 @@ def test_nan_and_infinity_pass_through(activations: str) -> None:
 
 CASES = [(name, a) for name, row in CATALOG.items() for a in ("f16", "s8", "s4")
          if supports(row, a)]  # fmt: skip
+
+
+def test_every_row_has_a_schedule_for_any_number_of_tokens() -> None:
+    for name, activations in CASES:
+        for m_tiles in (1, 2, 3, 4):
+            schedule = usual_schedule(by_name(name), activations, m_tiles)
+            check_schedule(GemmSpec(by_name(name), activations, schedule=schedule))
+            assert schedule.stages >= 2
 
 
 @pytest.mark.slow

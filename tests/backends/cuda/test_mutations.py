@@ -14,10 +14,12 @@ from dataclasses import dataclass
 import pytest
 
 from qigen.backends.cuda import toolchain
-from qigen.backends.cuda.emulator import Finding
+from qigen.backends.cuda.emulator import EmulatedDevice, Finding
 from qigen.backends.cuda.emulator import Schedule as Turns
 from qigen.backends.cuda.gemm import GemmSpec, Schedule, render_gemm
+from qigen.backends.cuda.ops import AttentionSpec, KvSpec, render_attention_mma
 from qigen.formats import by_name
+from tests.backends.cuda.test_attention import Prompt
 from tests.backends.cuda.test_gemm import Launch, tolerance
 
 TURNS = (("fair", 1), ("random", 1), ("priority", 1), ("priority", 2), ("priority", 3))
@@ -44,11 +46,51 @@ class Case:
     def launch(self) -> Launch:
         return Launch(self.spec, self.m, self.n, self.k)
 
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    def text(self) -> str:
+        return render_gemm(self.spec)
+
+    def attempt(self, ptx: str, turns: Turns) -> None:
+        """Run it twice; AssertionError if a result is wrong."""
+        got = self.launch.run(self.blocks, turns, ptx, launches=2)
+        self.launch.check(got, tolerance(self.spec))
+
+
+@dataclass(frozen=True)
+class PromptCase:
+    """Attention of a prompt on tensor cores: three tiles of keys, tails of tokens and keys."""
+
+    kind: str
+    window: int = 0
+    nan: int = -1
+
+    @functools.cached_property
+    def spec(self) -> AttentionSpec:
+        return AttentionSpec(KvSpec(self.kind, 1, 24), 3, False)
+
+    @property
+    def name(self) -> str:
+        return self.spec.mma_name
+
+    def text(self) -> str:
+        return render_attention_mma(self.spec)
+
+    def attempt(self, ptx: str, turns: Turns) -> None:
+        device = EmulatedDevice(turns)
+        (kernel,) = device.load_ptx(ptx).values()
+        prompt = Prompt(self.spec, self.window, 0.0, 123, 25, 1, self.nan, capacity=148)
+        prompt.check(prompt.run(device, kernel, mma=True), halves=True)
+
 
 INT4, ZERO4, TABLE, INT8 = Case("s4g128"), Case("z4g64"), Case("nf4g64"), Case("s4g64", "s8")
 TABLE3, ONE = Case("nf3g64", m=1), Case("s8g128", m=1, n=1)
 SPARSE, SIX, FP6 = Case("s4g128_2of4", m=9), Case("s6g128", m=9), Case("fp6_e3m2", m=9)
 APART = Case("s4gchannel_c32", "s4", m=17)
+PROMPT, WINDOW, BYTES = PromptCase("f16"), PromptCase("f16", window=88), PromptCase("int8", 50)
+NIBBLES, BROKEN = PromptCase("int4"), PromptCase("f16", nan=130)
 
 
 @dataclass(frozen=True)
@@ -57,7 +99,7 @@ class Fault:
     all places."""
 
     name: str
-    case: Case
+    case: Case | PromptCase
     pattern: str
     text: str
     nth: int = -1
@@ -152,28 +194,67 @@ FAULTS = (
     Fault("columns apart scaled by another row", APART, r"x_scales\[row \+ 8\]", "x_scales[row]"),
     Fault("columns apart of another half of K", APART, r"r / 2 \* 8 \+ lane", "lane"),
     Fault("columns apart left out", APART, r"t < 2; \+\+t", "t < 1; ++t"),
+    Fault("keys read before they are here", PROMPT,
+          r"wait_copies<0>\(\);(?=\s*__syncthreads\(\);  // keys)", ""),
+    Fault("no barrier before keys are read", PROMPT, r"__syncthreads\(\);(?=  // keys)", ""),
+    Fault("no barrier before values are read", PROMPT, r"__syncthreads\(\);(?=  // values)", ""),
+    Fault("no barrier between codes and halves", BYTES,
+          r"(unpack\(\d+\);\s*)__syncthreads\(\);(\s*float scores)", r"\1\2"),
+    Fault("values for keys", PROMPT, r"load\(1, base", "load(0, base"),
+    Fault("keys past the end read", PROMPT, r"key < left \? 16 : 0", "16"),
+    Fault("scales past the end read", BYTES, r"min\(max\(left - thread \* 4, 0\), 4\) \* 4", "16"),
+    Fault("scales that are not aligned", BYTES, r"begin = begin / 4 \* 4;", ""),
+    Fault("a token does not see itself", PROMPT, r"key <= place\[h\]", "key < place[h]"),
+    Fault("a token sees the next", PROMPT, r"key <= place\[h\]", "key <= place[h] + 1"),
+    Fault("a window one short", WINDOW, r"key >= first\[h\]", "key > first[h]"),
+    Fault("a tile that is clear for the last token only", PROMPT,
+          r"clear_end = min\(clear_end, __shfl", "clear_end = max(clear_end, __shfl"),
+    Fault("a window that is clear for the first token only", WINDOW,
+          r"clear_begin = max\(clear_begin, __shfl", "clear_begin = min(clear_begin, __shfl"),
+    Fault("sums not corrected for a new maximum", PROMPT,
+          r"mixed\[n\]\[2 \* h \+ 1\] \*= correction", "mixed[n][2 * h + 1] *= 1.0f"),
+    Fault("weights not corrected for a new maximum", PROMPT, r"weights\[h\] \*= correction;", ""),
+    Fault("the maximum of a lane only", PROMPT,
+          r"greatest = fmaxf\(greatest, __shfl_xor_sync\(0xffffffffu, greatest, 2\)\);", ""),
+    Fault("the sum of two lanes only", PROMPT,
+          r"sum \+= __shfl_xor_sync\(0xffffffffu, sum, 2\);", ""),
+    Fault("an exponent of e for one of two", PROMPT, r"scale \* 1\.4426950408889634f", "scale"),
+    Fault("values not transposed", PROMPT, r"x4\.trans\.shared", "x4.shared", ptx=True),
+    Fault("weights of other keys", PROMPT, r"scores\[2 \* step \+ r / 2\]\[r % 2 \* 2\]",
+          "scores[2 * step + r % 2][r / 2 * 2]"),
+    Fault("queries of another head", PROMPT, r"\(head0 \+ r % 3\) \* 24 \+ 8",
+          "(head0 + r % 2) * 24 + 8"),
+    Fault("results of another half of the rows", PROMPT, r"mixed\[n\]\[2 \* h \+ e\] / sum",
+          "mixed[n][2 * (1 - h) + e] / sum"),
+    Fault("rows of padding in the middle of a step", PROMPT,
+          r"if \(thread < 128\) \*\(uint4\*\)", "if (thread < 64) *(uint4*)"),
+    Fault("a minimum left out", NIBBLES, r"step \* \(float\)\((\w+) >> 4 \* i & 15\) \+ minimum",
+          r"step * (float)(\1 >> 4 * i & 15)"),
+    Fault("what is no number times zero", BROKEN, r"if \(broken\)", "if (false)"),
+    Fault("what is no number dropped", BROKEN, r"mixed\[n\]\[e\] \+= half_float",
+          "(void)half_float"),
+    Fault("no barrier before what is no number goes", BROKEN,
+          r"__syncthreads\(\);(\s*#pragma unroll 1\s*for[^\n]*\n\s*uint4\* const at)", r"\1"),
     Fault("a barrier in a branch", INT4, LOOP_BARRIER, r"\1if (lane < 16) __syncthreads();"),
 )
 
 FAST = {"no barrier after the wait", "a wait for one group of copies too few",
         "a plain addition for an atomic", "rows past M read", "pairs of the table exchanged",
         "registers of A exchanged", "no fence before the counter", "selectors exchanged",
-        "high bits of another tile"}
+        "high bits of another tile", "no barrier before values are read",
+        "sums not corrected for a new maximum"}
 
 
 def how_found(fault: Fault) -> str:
     """What finds the fault, or '' if nothing does."""
     case = fault.case
-    text = render_gemm(case.spec)
     if fault.ptx:
-        ptx = fault.plant(toolchain.compile_ptx(case.spec.name, text))
+        ptx = fault.plant(toolchain.compile_ptx(case.name, case.text()))
     else:
-        ptx = toolchain.compile_ptx(case.spec.name, fault.plant(text))
+        ptx = toolchain.compile_ptx(case.name, fault.plant(case.text()))
     for policy, seed in TURNS:
-        turns = Turns(policy, seed, resident=4, quantum=24, budget=3_000_000)
         try:
-            got = case.launch.run(case.blocks, turns, ptx, launches=2)
-            case.launch.check(got, tolerance(case.spec))
+            case.attempt(ptx, Turns(policy, seed, resident=4, quantum=24, budget=3_000_000))
         except Finding as finding:
             return f"{policy} {seed}: {str(finding).partition(' [')[0]}"
         except AssertionError:
@@ -181,13 +262,15 @@ def how_found(fault: Fault) -> str:
     return ""
 
 
-@pytest.mark.parametrize("case", [INT4, ZERO4, TABLE, INT8, TABLE3, ONE, SPARSE, SIX, FP6,
-                                  APART],
-                         ids=lambda c: c.format)  # fmt: skip
-def test_without_a_fault_nothing_is_found(case: Case) -> None:
+CASES = [INT4, ZERO4, TABLE, INT8, TABLE3, ONE, SPARSE, SIX, FP6, APART, PROMPT, WINDOW, BYTES,
+         NIBBLES, BROKEN]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_without_a_fault_nothing_is_found(case: Case | PromptCase) -> None:
+    ptx = toolchain.compile_ptx(case.name, case.text())
     for policy, seed in TURNS:
-        turns = Turns(policy, seed, resident=4, quantum=24, budget=3_000_000)
-        case.launch.check(case.launch.run(case.blocks, turns, launches=2), tolerance(case.spec))
+        case.attempt(ptx, Turns(policy, seed, resident=4, quantum=24, budget=3_000_000))
 
 
 @pytest.mark.parametrize("fault", [f for f in FAULTS if f.name in FAST], ids=lambda f: f.name)

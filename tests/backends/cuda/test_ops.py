@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import itertools
-import os
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 
-from qigen.backends.cuda import ops, toolchain
+from qigen.backends.cuda import ops
 from qigen.backends.cuda.device import make_device
-from qigen.backends.cuda.emulator import Schedule, driver_library
+from qigen.backends.cuda.emulator import Schedule
 from qigen.backends.cuda.gemv import LAYOUT, EmbeddingSpec, GemvSpec, render_embedding, render_gemv
-from qigen.backends.cuda.ops import AttentionSpec, KvSpec, NormSpec, RopeSpec
-from qigen.errors import MachineMismatch, ToolchainError, Unsupported, UsageError
+from qigen.backends.cuda.ops import NormSpec
 from qigen.formats import by_name, packed_shape
 from qigen.ir.ops.elementwise import activate
-from qigen.ir.ops.rope import rotate
 from tests.backends.cpu.test_matmul import random_tensor
 
 Array = npt.NDArray[Any]
-CAPACITY = 320  # positions of a cache
 
 
 def normal(*shape: int, seed: int = 1) -> Array:
@@ -31,24 +26,6 @@ def normal(*shape: int, seed: int = 1) -> Array:
 
 def i32(x: int) -> np.int32:
     return np.int32(x)
-
-
-def test_the_same_through_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
-    """QIGEN_EXEC=cuda runs these tests on the driver's device; here the emulator is the driver."""
-    if os.environ.get("QIGEN_EXEC", "emulator") != "cuda":
-        monkeypatch.setenv("QIGEN_CUDA_DRIVER", str(driver_library()))
-    monkeypatch.setenv("QIGEN_EXEC", "cuda")
-    test_argmax()
-    test_norm("rms", True, 64)
-    test_tiled_attention("f16", 4, 2, 8, 0, 0.0)
-    with pytest.raises(ToolchainError, match=r"cuModuleGetFunction|cuModuleLoadData|invalid"):
-        make_device().load_ptx(".visible .entry nothing(")
-    monkeypatch.setenv("QIGEN_CUDA_DRIVER", "/nowhere/libcuda.so")
-    with pytest.raises(MachineMismatch, match="no CUDA driver here"):
-        make_device()
-    monkeypatch.setenv("QIGEN_EXEC", "gpu")
-    with pytest.raises(UsageError, match="emulator or cuda"):
-        make_device()
 
 
 # -- rows and numbers -----------------------------------------------------------------------------
@@ -267,194 +244,3 @@ def test_greedy_choice_and_logits_that_give_none() -> None:
         at = device.upload(np.array(row, np.float32))
         device.launch(kernel, (1,), (ops.CHOOSE_THREADS,), [token, at, how, i32(4)])
         assert int(device.read(token, (1,), np.int32)[0]) == want
-
-
-# -- attention ------------------------------------------------------------------------------------
-
-
-class Cache:
-    """A session's cache on the device, with ``before`` bytes a position of another layer."""
-
-    def __init__(self, device: Any, spec: KvSpec, before: int = 48) -> None:
-        self.device, self.spec, self.before = device, spec, before
-        size = CAPACITY * (before + spec.position_bytes)
-        self.base = device.allocate(size)
-        device.write(self.base, np.zeros(size, np.uint8))
-
-    def rows(self) -> tuple[Array, Array]:
-        """float64 [positions, kv_heads, head_dim]: keys and values as they were rounded."""
-        s = self.spec
-        data = self.device.read(
-            self.base + CAPACITY * self.before, (CAPACITY * s.position_bytes,), np.uint8
-        )
-        split = 2 * s.kv_heads * CAPACITY * s.row_bytes
-        rows = data[:split].reshape(s.kv_heads, 2, CAPACITY, s.row_bytes)
-        scales = data[split:].reshape(s.kv_heads, 2, CAPACITY, s.scale_bytes)
-        if s.kind == "f16":
-            numbers = rows.view(np.float16).astype(np.float64)
-        elif s.kind == "int8":
-            numbers = rows.view(np.int8).astype(np.float64) * scales.view(np.float32)
-        else:
-            codes = np.stack([rows & 15, rows >> 4], axis=-1).reshape(*rows.shape[:3], -1)
-            step, minimum = np.split(scales.view(np.float16).astype(np.float64), 2, axis=-1)
-            numbers = codes * step + minimum
-        numbers = numbers[..., : s.head_dim].transpose(1, 2, 0, 3)
-        return numbers[0], numbers[1]
-
-
-def caches_of(device: Any, caches: list[Cache]) -> int:
-    return device.upload(np.array([[c.base, CAPACITY] for c in caches], np.int64))
-
-
-ROPES = [("f16", 4, 2, 8, 8, True, False), ("int8", 3, 1, 20, 16, False, False),
-         ("int4", 2, 2, 64, 64, False, True), ("f16", 2, 1, 80, 0, False, False)]  # fmt: skip
-
-
-@pytest.mark.parametrize(("kind", "heads", "kv_heads", "hd", "rot", "interleaved", "norm"), ROPES)
-def test_rope_writes_the_cache(
-    kind: str, heads: int, kv_heads: int, hd: int, rot: int, interleaved: bool, norm: bool
-) -> None:
-    spec = RopeSpec(KvSpec(kind, kv_heads, hd), heads, rot, interleaved, norm)
-    device = make_device(Schedule("random"))
-    kernel = device.load(spec.name, ops.render_rope(spec))[spec.name]
-    q, k, v = normal(3, heads * hd), normal(3, kv_heads * hd, seed=2), normal(3, kv_heads * hd)
-    weights = normal(2, hd, seed=7)
-    caches = [Cache(device, spec.cache), Cache(device, spec.cache)]
-    positions = np.array([5, 63, -1], np.int32)
-    frequency = 10000.0 ** (-2.0 * np.arange(rot // 2) / max(rot, 1))
-    angle = np.arange(CAPACITY)[:, None] * frequency
-    table = np.stack([np.cos(angle), np.sin(angle)], axis=-1).astype(np.float32)
-    q_at = device.upload(q)
-    norms = device.upload(weights)
-    device.launch(kernel, spec.grid(3), spec.block, [
-        q_at, i32(heads * hd), device.upload(k), i32(kv_heads * hd), device.upload(v),
-        i32(kv_heads * hd), device.upload(positions), caches_of(device, [*caches, caches[0]]),
-        np.int64(48), *([device.upload(table)] if rot else []),
-        *([norms, norms + 4 * hd, np.float32(1e-6)] if norm else [])])  # fmt: skip
-    attrs = {"rotary_dim": rot, "head_dim": hd, "base": 10000.0, "position_scale": 1.0,
-             "attn_factor": 1.0, "style": "interleaved" if interleaved else "half"}  # fmt: skip
-
-    def turned(x: Array, weight: Array) -> Array:
-        rows = x.astype(np.float64).reshape(3, -1, hd)
-        if norm:
-            rows = rows / np.sqrt((rows**2).mean(axis=-1, keepdims=True) + 1e-6) * weight
-        return rotate(rows.reshape(3, -1), positions, attrs, None) if rot else rows.reshape(3, -1)
-
-    got = device.read(q_at, q.shape, np.float32)
-    np.testing.assert_allclose(got[:2], turned(q, weights[0])[:2], rtol=1e-5, atol=1e-5)
-    np.testing.assert_array_equal(got[2], q[2])
-    tolerance = {"f16": 1 / 1024, "int8": 1 / 200, "int4": 1 / 10}[kind]
-    for cache, t, position in zip(caches, (0, 1), (5, 63), strict=True):
-        keys, values = cache.rows()
-        for have, want in ((keys, turned(k, weights[1])), (values, v)):
-            want_heads = want[t].reshape(kv_heads, hd)
-            bound = tolerance * np.abs(want_heads).max(axis=1, keepdims=True)
-            assert (np.abs(have[position] - want_heads) <= bound).all()
-            assert not np.delete(have, position, axis=0).any()
-
-
-def attended(q: Array, keys: Array, values: Array, position: int, scale: float, window: int,
-             cap: float, group: int) -> Array:  # fmt: skip
-    """float64 [heads, head_dim] of one token."""
-    first = max(0, position - window + 1) if window else 0
-    k = keys[first : position + 1].repeat(group, axis=1)
-    v = values[first : position + 1].repeat(group, axis=1)
-    scores = np.einsum("hd,jhd->hj", q.astype(np.float64), k) * scale
-    if cap:
-        scores = cap * np.tanh(scores / cap)
-    weights = np.exp(scores - scores.max(axis=1, keepdims=True))
-    return np.einsum("hj,jhd->hd", weights / weights.sum(axis=1, keepdims=True), v)
-
-
-def fill(device: Any, spec: KvSpec, heads: int, count: int, seed: int) -> Cache:
-    """A cache with ``count`` random positions, written by the kernel that does so in a model."""
-    rope = RopeSpec(spec, heads, 0, False, False)
-    kernel = device.load(rope.name, ops.render_rope(rope))[rope.name]
-    cache = Cache(device, spec)
-    width = spec.kv_heads * spec.head_dim
-    q, k, v = (device.upload(normal(count, n, seed=seed + i)) for i, n in
-               enumerate((heads * spec.head_dim, width, width)))  # fmt: skip
-    device.launch(kernel, rope.grid(count), rope.block, [
-        q, i32(heads * spec.head_dim), k, i32(width), v, i32(width),
-        device.upload(np.arange(count, dtype=np.int32)), caches_of(device, [cache] * count),
-        np.int64(48)])  # fmt: skip
-    return cache
-
-
-CASES = [("f16", 4, 2, 8, 0, 0.0), ("f16", 9, 3, 64, 0, 0.0), ("int8", 2, 1, 20, 0, 5.0),
-         ("int4", 2, 2, 48, 50, 0.0), ("f16", 4, 4, 80, 100, 0.0),
-         ("f16", 2, 1, 256, 0, 0.0)]  # fmt: skip
-POLICIES = itertools.cycle(("fair", "random", "priority"))
-
-
-@pytest.mark.parametrize(("kind", "heads", "kv_heads", "hd", "window", "cap"), CASES)
-def test_split_attention(
-    kind: str, heads: int, kv_heads: int, hd: int, window: int, cap: float
-) -> None:
-    spec = AttentionSpec(KvSpec(kind, kv_heads, hd), heads, bool(cap))
-    device = make_device(Schedule(next(POLICIES)))
-    kernels = device.load(spec.name, ops.render_attention(spec))
-    lengths = (1, 130, 260)
-    caches = [fill(device, spec.cache, heads, n, n) for n in lengths]
-    positions = np.array([*(n - 1 for n in lengths), -1], np.int32)
-    q, scale, chunk, chunks = 2 * normal(4, heads * hd + 4), hd**-0.5, 128, 3
-    partial = device.allocate(4 * spec.partial_floats(4, chunks))
-    out, at, q_at = (device.upload(a) for a in (np.ones_like(q), positions, q))
-    device.launch(kernels[f"{spec.name}_split"], spec.split_grid(4, chunks), (128,), [
-        partial, q_at, i32(heads * hd + 4), at, caches_of(device, [*caches, caches[0]]),
-        np.int64(48), np.float32(scale), i32(window), *([np.float32(cap)] if cap else []),
-        i32(chunk), i32(chunks)])  # fmt: skip
-    device.launch(kernels[f"{spec.name}_combine"], spec.combine_grid(4), spec.combine_block, [
-        out, i32(heads * hd + 4), partial, at, i32(window), i32(chunk), i32(chunks)])  # fmt: skip
-    got = device.read(out, q.shape, np.float32)
-    for t, cache in enumerate(caches):
-        rows = q[t, : heads * hd].reshape(heads, hd)
-        want = attended(rows, *cache.rows(), lengths[t] - 1, scale, window, cap, spec.group)
-        np.testing.assert_allclose(got[t, : heads * hd], want.reshape(-1), rtol=1e-5, atol=1e-5)
-    assert not got[3, : heads * hd].any()
-    assert (got[:, heads * hd :] == 1).all()
-
-
-@pytest.mark.parametrize(("kind", "heads", "kv_heads", "hd", "window", "cap"), CASES)
-def test_tiled_attention(
-    kind: str, heads: int, kv_heads: int, hd: int, window: int, cap: float
-) -> None:
-    spec = AttentionSpec(KvSpec(kind, kv_heads, hd), heads, bool(cap))
-    device = make_device(Schedule(next(POLICIES)))
-    kernel = device.load(spec.name, ops.render_attention(spec))[f"{spec.name}_tiled"]
-    first, tokens = 124, 11
-    cache = fill(device, spec.cache, heads, first + 9, 3)
-    positions = np.array([*range(first, first + 9), -1, -1], np.int32)
-    q, scale = 2 * normal(tokens, heads * hd), hd**-0.5
-    out = device.upload(np.ones_like(q))
-    device.launch(kernel, spec.tiled_grid(tokens), (128,), [
-        out, i32(heads * hd), device.upload(q), i32(heads * hd), device.upload(positions),
-        caches_of(device, [cache] * tokens), np.int64(48), np.float32(scale), i32(window),
-        *([np.float32(cap)] if cap else []), i32(tokens)])  # fmt: skip
-    got = device.read(out, q.shape, np.float32)
-    keys, values = cache.rows()
-    for t in range(9):
-        rows = q[t].reshape(heads, hd)
-        want = attended(rows, keys, values, first + t, scale, window, cap, spec.group)
-        np.testing.assert_allclose(got[t], want.reshape(-1), rtol=1e-5, atol=1e-5)
-    assert not got[9:].any()
-
-
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
-def test_machine_code_of_attention(head_dim: int) -> None:
-    """It can be made (static shared memory is bounded), without spills."""
-    spec = AttentionSpec(KvSpec("f16", 2, head_dim), 8, False)
-    cubin = toolchain.compile_cubin(spec.name, ops.render_attention(spec), "sm_90")
-    resources = toolchain.read_resources(cubin)
-    assert len(resources) == 3
-    for kernel in resources.values():
-        assert kernel.local == kernel.stack == 0
-        assert kernel.registers <= 128
-        assert kernel.shared <= 48 << 10
-
-
-def test_what_has_no_kernel_is_refused() -> None:
-    with pytest.raises(Unsupported, match="at most 256"):
-        KvSpec("f16", 1, 512)
-    with pytest.raises(UsageError, match="choose one of f16, int8, int4"):
-        KvSpec("f8", 1, 64)
