@@ -24,18 +24,14 @@ static int parse_number(const char* text, int32_t* number) {
  */
 static qigen_status generate(const qigen_api* api, const qigen_model* model, qigen_session* session,
                              const int32_t* prompt, int32_t n_prompt, int32_t count) {
-  qigen_model_info info = {.struct_size = sizeof info};
+  const qigen_sampler greedy = {.struct_size = sizeof greedy};
   struct rusage usage;
-  qigen_status status = api->model_get_info(model, &info);
-  float* logits = malloc(sizeof(float) * (size_t)(info.vocab + 1));
-  int32_t generated = 0;
+  int32_t token = 0, generated = 0;
   double start = 0;
-  if (!logits) return QIGEN_NO_MEMORY;
-
-  if (status == QIGEN_OK) status = api->session_eval(session, prompt, n_prompt, logits, 0);
+  qigen_status status =
+      api->session_next(session, prompt, n_prompt, &greedy, NULL, 0, NULL, &token);
   start = seconds();
   while (status == QIGEN_OK && generated < count) {
-    const int32_t token = api->argmax(logits, info.vocab);
     const char* text = NULL;
     size_t length = 0;
     if (api->model_is_eos(model, token)) break;
@@ -43,9 +39,10 @@ static qigen_status generate(const qigen_api* api, const qigen_model* model, qig
     if (status != QIGEN_OK) break;
     fwrite(text, 1, length, stdout);
     fflush(stdout);
-    if (++generated < count) status = api->session_eval(session, &token, 1, logits, 0);
+    if (++generated < count) {
+      status = api->session_next(session, &token, 1, &greedy, NULL, 0, NULL, &token);
+    }
   }
-  free(logits);
   if (status != QIGEN_OK) return status;
 
   printf("\n");

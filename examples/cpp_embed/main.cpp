@@ -57,14 +57,15 @@ bool parse(int count, char** values, Arguments* arguments) {
 
 void generate(const qigen::Model& model, const Arguments& arguments) {
   qigen::Session session = model.session();
-  int32_t token = model.argmax(session.eval(arguments.prompt));
+  qigen::Sampler greedy = model.sampler();
+  int32_t token = session.next(arguments.prompt, greedy);
 
   const auto start = std::chrono::steady_clock::now();
   int generated = 0;
   while (generated < arguments.n && !model.is_eos(token)) {
     std::cout << model.token_text(token) << std::flush;
     if (++generated == arguments.n) break;
-    token = model.argmax(session.eval({token}));
+    token = session.next({token}, greedy);
   }
   const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
   std::cout << std::endl;

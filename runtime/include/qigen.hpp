@@ -3,11 +3,10 @@
 //
 //   qigen::Model model("smollm2.qgn");
 //   qigen::Session session = model.session();
-//   std::vector<float> logits = session.eval(prompt);
-//   for (int32_t token = model.argmax(logits); !model.is_eos(token); token = model.argmax(logits))
-//   {
+//   qigen::Sampler sampler = model.sampler();
+//   for (int32_t token = session.next(prompt, sampler); !model.is_eos(token);
+//        token = session.next({token}, sampler)) {
 //     std::cout << model.token_text(token) << std::flush;
-//     logits = session.eval({token});
 //   }
 //
 // Failures are thrown as qigen::Error. Models and sessions keep the library open as long as they
@@ -93,6 +92,8 @@ class Artifact {
 
 }  // namespace detail
 
+class Sampler;
+
 // A sequence of tokens with its KV cache. For one thread at a time.
 class Session {
  public:
@@ -125,6 +126,16 @@ class Session {
   }
   void eval_all(const int32_t* tokens, int32_t n, float* logits) {
     artifact_->check(artifact_->api.session_eval(session_, tokens, n, logits, 1));
+  }
+
+  // Appends tokens and returns the next one, as sampler.sample does from the logits of the last; on
+  // a GPU the logits stay there. `history`: the tokens so far (for the repetition penalty).
+  int32_t next(const int32_t* tokens, int32_t n, Sampler& sampler, const int32_t* history,
+               int32_t n_history);
+  int32_t next(const std::vector<int32_t>& tokens, Sampler& sampler,
+               const std::vector<int32_t>& history = {}) {
+    return next(tokens.data(), static_cast<int32_t>(tokens.size()), sampler, history.data(),
+                static_cast<int32_t>(history.size()));
   }
 
   int32_t position() const { return artifact_->api.session_position(session_); }
@@ -168,6 +179,7 @@ class Sampler {
 
  private:
   friend class Model;
+  friend class Session;
   Sampler(std::shared_ptr<const detail::Artifact> artifact, const SamplerOptions& options)
       : artifact_(std::move(artifact)), rng_(options.seed) {
     sampler_.struct_size = sizeof sampler_;
@@ -182,6 +194,19 @@ class Sampler {
   qigen_sampler sampler_{};
   uint64_t rng_;
 };
+
+inline int32_t Session::next(const int32_t* tokens, int32_t n, Sampler& sampler,
+                             const int32_t* history, int32_t n_history) {
+  if (!artifact_->api.session_next) {  // the artifact is older than the function
+    std::vector<float> logits(artifact_->info.vocab);
+    eval(tokens, n, logits.data());
+    return sampler.sample(logits.data(), artifact_->info.vocab, history, n_history);
+  }
+  int32_t token = 0;
+  artifact_->check(artifact_->api.session_next(session_, tokens, n, &sampler.sampler_, history,
+                                               n_history, &sampler.rng_, &token));
+  return token;
+}
 
 // The outputs of Model::call. Their memory belongs to it.
 class Result {

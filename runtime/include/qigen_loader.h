@@ -66,9 +66,12 @@ typedef struct qigen_api {
   qigen_status (*sample)(const float*, int32_t, const qigen_sampler*, const int32_t*, int32_t,
                          uint64_t*, int32_t*);
   int32_t (*argmax)(const float*, int32_t);
+  /* Null in artifacts that were compiled before there was such a function. */
+  qigen_status (*session_next)(qigen_session*, const int32_t*, int32_t, const qigen_sampler*,
+                               const int32_t*, int32_t, uint64_t*, int32_t*);
 } qigen_api;
 
-/* Every function but abi_version, which is looked up first. */
+/* Every function but abi_version, which is looked up first, and session_next. */
 #define QIGEN_API_FUNCTIONS(X) \
   X(last_error)                \
   X(model_load)                \
@@ -103,6 +106,7 @@ static inline qigen_status qigen_api_open(qigen_api* api, const char* folder, ch
 #define QIGEN_FILL(name) api->name = qigen_##name;
   QIGEN_API_FUNCTIONS(QIGEN_FILL)
 #undef QIGEN_FILL
+  api->session_next = qigen_session_next;
   return QIGEN_OK;
 }
 
@@ -281,6 +285,7 @@ static inline qigen_status qigen_api_open(qigen_api* api, const char* folder, ch
     return qigen_describe(problem, size, QIGEN_BAD_INPUT,
                           "%s is no model of qigen: it has no function %s", path, missing);
   }
+  qigen_find_function(api->library, "qigen_session_next", &api->session_next);
   return QIGEN_OK;
 }
 

@@ -231,15 +231,13 @@ bool fits(const PySession& self, const std::vector<int32_t>& ids) {
          std::all_of(ids.begin(), ids.end(), known);
 }
 
-py::array_t<float> eval(PySession& self, const py::object& tokens, bool all) {
-  const std::vector<int32_t> ids = token_ids(tokens);
-  const auto n = static_cast<int32_t>(ids.size());
-  py::array_t<float> logits = all ? py::array_t<float>({py::ssize_t{n}, py::ssize_t{self.vocab}})
-                                  : py::array_t<float>(self.vocab);
-  float* target = logits.mutable_data();
+// Appends tokens by run(first token, how many), which is called without the interpreter lock. A
+// long prompt goes in step by step, so that Ctrl-C is heard; it leaves the session as it was.
+template <class Run>
+void append(PySession& self, const std::vector<int32_t>& ids, const Run& run) {
   require_idle(self);
   self.busy = true;
-  // A long prompt goes in step by step, so that Ctrl-C is heard; it leaves the session as it was.
+  const auto n = static_cast<int32_t>(ids.size());
   const int32_t first = self.session.position();
   const int32_t step = fits(self, ids) ? self.max_tokens : n;
   int32_t done = 0;
@@ -248,20 +246,47 @@ py::array_t<float> eval(PySession& self, const py::object& tokens, bool all) {
       if (done > 0 && PyErr_CheckSignals() != 0) throw py::error_already_set();
       const int32_t count = std::min(step, n - done);
       py::gil_scoped_release unlocked;
-      if (all) {
-        self.session.eval_all(ids.data() + done, count, target + int64_t{done} * self.vocab);
-      } else {
-        self.session.eval(ids.data() + done, count, done + count == n ? target : nullptr);
-      }
+      run(done, count);
       done += count;
     } while (done < n);
   } catch (...) {
-    if (done > 0) self.session.rewind(first);
+    if (self.session.position() > first) self.session.rewind(first);
     self.busy = false;
     throw;
   }
   self.busy = false;
+}
+
+py::array_t<float> eval(PySession& self, const py::object& tokens, bool all) {
+  const std::vector<int32_t> ids = token_ids(tokens);
+  const auto n = static_cast<int32_t>(ids.size());
+  py::array_t<float> logits = all ? py::array_t<float>({py::ssize_t{n}, py::ssize_t{self.vocab}})
+                                  : py::array_t<float>(self.vocab);
+  float* target = logits.mutable_data();
+  append(self, ids, [&](int32_t done, int32_t count) {
+    if (all) {
+      self.session.eval_all(ids.data() + done, count, target + int64_t{done} * self.vocab);
+    } else {
+      self.session.eval(ids.data() + done, count, done + count == n ? target : nullptr);
+    }
+  });
   return logits;
+}
+
+int32_t next(PySession& self, const py::object& tokens, qigen::Sampler& sampler,
+             const py::object& history) {
+  const std::vector<int32_t> ids = token_ids(tokens), before = token_ids(history);
+  const auto n = static_cast<int32_t>(ids.size());
+  int32_t token = 0;
+  append(self, ids, [&](int32_t done, int32_t count) {
+    if (done + count < n) {
+      self.session.eval(ids.data() + done, count, nullptr);
+    } else {
+      token = self.session.next(ids.data() + done, count, sampler, before.data(),
+                                static_cast<int32_t>(before.size()));
+    }
+  });
+  return token;
 }
 
 py::array_t<float> batch_eval(const qigen::Model& model, const std::vector<PySession*>& sessions,
@@ -310,6 +335,9 @@ PYBIND11_MODULE(_runtime, module) {
       .def("eval", &eval, py::arg("tokens"), py::arg("all") = false,
            "Append tokens, integers [n]; return the logits of the last, float32[vocab], or of all, "
            "float32[n, vocab].")
+      .def("next", &next, py::arg("tokens"), py::arg("sampler"), py::arg("history") = py::tuple(),
+           "Append tokens; return the next one as the sampler chooses it from the logits of the "
+           "last, which stay where the model runs. `history`: tokens so far.")
       .def(
           "rewind",
           [](PySession& self, int32_t position) {

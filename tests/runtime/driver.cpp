@@ -56,6 +56,22 @@ void generate(const qigen::Model& model, int seed) {
     const int32_t token = sampler.sample(all, {});
     require(token >= 0 && token < int32_t(all.size()), "sampled token");
   }
+
+  // the same tokens as from logits that are asked for
+  qigen::Sampler here = model.sampler({0.8f, 20, 0.9f, 0.01f, 1.1f, uint64_t(seed)});
+  qigen::Sampler there = model.sampler({0.8f, 20, 0.9f, 0.01f, 1.1f, uint64_t(seed)});
+  qigen::Session drawing = model.session();
+  std::vector<int32_t> history = {1, 2, 3};
+  int32_t token = drawing.next(history, there, history);
+  whole.rewind(0);
+  require(token == here.sample(whole.eval(history), history), "first token");
+  for (int i = 0; i < 5; ++i) {
+    history.push_back(token);
+    const int32_t want = here.sample(whole.eval({token}), history);
+    token = drawing.next({token}, there, history);
+    require(token == want, "next token");
+  }
+  require(drawing.position() == whole.position(), "positions agree");
 }
 
 void batches(const qigen::Model& model) {
