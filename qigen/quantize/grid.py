@@ -21,7 +21,10 @@ from qigen.formats.algebra import (
     group_values,
     mask_field,
 )
-from qigen.quantize.rtn import Clip, blocks_of_codes, coded, quantize_rtn, tensor_table
+from qigen.quantize.rtn import Clip, blocks_of_codes, coded, quantize_rtn
+from qigen.quantize.tables import kmeans
+
+_TABLE_STEPS = 60
 
 
 def plain(fmt: Format) -> Format:
@@ -45,9 +48,13 @@ class Grid:
         self.fmt = fmt
         self.clip = clip
         self.n, self.k = w.shape
-        first = quantize_rtn(w, fmt, clip)
+        # where tables are data, those of k-means, which a search by groups only begins with
+        first = kmeans(w, fmt, clip.importance, steps=_TABLE_STEPS) if (
+            clip is not None and fmt.has("lut")) else quantize_rtn(w, fmt, clip)
         self.fields: dict[str, Array] = {name: array.copy() for name, array in first.fields.items()}
-        self.table = tensor_table(w, fmt, clip)
+        self.table: Float32Array | None = None
+        if fmt.has("lut") and fmt.field("lut").scope == "tensor":
+            self.table = as_float32("f16", self.fields["lut"]).reshape(-1)
         self.codes = np.zeros((self.k, self.n), np.uint8)  # by column
         side = [f for f in fmt.fields if f.name != "codes"]
         self.refits = all(f.scope == "block" for f in side if f.name != "lut") and all(
@@ -86,7 +93,10 @@ class Grid:
         """Find the scales of one block anew for its weights as they are now: x [N, its columns]."""
         start = block * self.fmt.block
         clip = self.clip.columns(start, start + x.shape[1]) if self.clip else None
-        part = coded(x, self.fmt, self.table, clip)
+        if clip is not None and self.fmt.has("lut") and self.table is None:
+            part = kmeans(x, self.fmt, clip.importance, steps=_TABLE_STEPS).fields
+        else:
+            part = coded(x, self.fmt, self.table, clip)
         for field in self.fmt.fields:
             if field.scope == "block" and field.name != "codes":
                 self.fields[field.name][:, block] = part[field.name].reshape(self.n, -1)

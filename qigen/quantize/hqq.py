@@ -13,7 +13,7 @@ import numpy as np
 from qigen.errors import UsageError
 from qigen.formats.algebra import Array, Float32Array, Format, QuantizedTensor, as_float32
 from qigen.formats.algebra import float_bits as bits_of
-from qigen.quantize.rtn import blocks_of_codes, grouped, quantize_rtn
+from qigen.quantize.rtn import better_of, blocks_of_codes, grouped, quantize_rtn
 
 _CHUNK_WEIGHTS = 1 << 20
 
@@ -65,19 +65,14 @@ def _half_quadratic(w: Float32Array, start: QuantizedTensor, p: float, beta: flo
     z = as_float32(fmt.field(name).number, start.fields[name]).reshape(n, -1, 1)
     if name == "m":
         z = (-z / step).astype(np.float32)
-    best: tuple[Float32Array, Array, Array] | None = None
+    best: tuple[Array, ...] | None = None
     for _ in range(steps + 1):
         bits, z = stored(z)
         codes = np.rint(scaled + z).clip(0, top)
         miss = scaled - (codes - z)
         size = np.abs(miss)
         norm = np.einsum("ngk,gk->ng", size**p, counts)[..., None]
-        if best is None:
-            best = norm, bits, codes
-        else:
-            better = norm < best[0]
-            best = (np.where(better, norm, best[0]), np.where(better, bits, best[1]),
-                    np.where(better, codes, best[2]))
+        best = better_of(best, (norm, bits, codes))
         kept = size - np.maximum(size, 1e-6) ** np.float32(p - 1) / np.float32(beta)
         large = np.sign(miss) * np.maximum(kept, 0)
         z = ((codes - scaled + large) * counts).sum(axis=2, keepdims=True) / number

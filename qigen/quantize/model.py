@@ -37,7 +37,7 @@ from qigen.quantize.walk import Segment, Walk
 
 Progress = Callable[[str, int, int], None]
 
-VERSION = 1
+VERSION = 2
 """Of what the methods compute: results of another are not taken from the cache."""
 
 SAMPLES = 128

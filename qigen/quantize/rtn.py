@@ -512,20 +512,24 @@ def _codes(x: Float32Array, scale: Float32Array, fmt: Format,
     return codes, search.error(miss)
 
 
+def better_of(best: tuple[Array, ...] | None, tried: tuple[Array, ...]) -> tuple[Array, ...]:
+    """Group by group what has the less error of two ways to round: each is (error, what else there
+    is of it), arrays whose last dimension is the group or of size 1. The first of equals stays."""
+    if best is None:
+        return tried
+    better = tried[0] < best[0]
+    return tuple(np.where(better, new, old) for new, old in zip(tried, best, strict=True))
+
+
 def _best(x: Float32Array, fmt: Format, name: str, search: _Search,
           scales: Iterable[tuple[Array, Float32Array]]) -> dict[str, Array]:
     """Codes and the field ``name`` of the scale (bits, value) that has the least error."""
-    best: tuple[Array, Array, Array] | None = None
+    best: tuple[Array, ...] | None = None
     for bits, value in scales:
         codes, error = _codes(x, value, fmt, search)
-        if best is None:
-            best = codes, bits, error
-        else:
-            better = error < best[2]
-            best = (np.where(better, codes, best[0]), np.where(better, bits, best[1]),
-                    np.where(better, error, best[2]))
+        best = better_of(best, (error, codes, bits))
     assert best is not None
-    return {"codes": best[0], name: best[1]}
+    return {"codes": best[1], name: best[2]}
 
 
 def _outermost(fmt: Format) -> tuple[float, float]:
@@ -659,19 +663,13 @@ def _by_table(x: Float32Array, fmt: Format, table: Float32Array | None,
         return {"lut": bits, "codes": nearest_entry(x, values)}
     bits, values = _stored(np.ascontiguousarray(table.reshape(1, 1, -1)), fmt, "lut")
     magnitude = np.abs(x).max(axis=2, keepdims=True)
-    best: tuple[Array, Array, Array] | None = None
+    best: tuple[Array, ...] | None = None
     for factor in search.factors:
         d_bits, d = _stored(magnitude * np.float32(factor), fmt)
         codes = nearest_entry(_divided(x, np.broadcast_to(d, x.shape)), values)
-        error = search.error(values[0, 0][codes] * d - x)
-        if best is None:
-            best = codes, d_bits, error
-        else:
-            better = error < best[2]
-            best = (np.where(better, codes, best[0]), np.where(better, d_bits, best[1]),
-                    np.where(better, error, best[2]))
+        best = better_of(best, (search.error(values[0, 0][codes] * d - x), codes, d_bits))
     assert best is not None
-    return {"lut": bits, "d": best[1], "codes": best[0]}
+    return {"lut": bits, "d": best[2], "codes": best[1]}
 
 
 def nearest_entry(x: Float32Array, values: Float32Array) -> Array:

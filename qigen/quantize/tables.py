@@ -14,6 +14,7 @@ from qigen.formats.algebra import Array, Float32Array, Format, QuantizedTensor, 
 from qigen.formats.algebra import float_bits as bits_of
 from qigen.quantize.rtn import (
     Clip,
+    better_of,
     blocks_of_codes,
     grouped,
     lloyd,
@@ -68,20 +69,19 @@ def _apart(w: Float32Array, start: QuantizedTensor, importance: Float32Array | N
     least, greatest = flat.min(axis=1, keepdims=True), flat.max(axis=1, keepdims=True)
     even = least + (greatest - least) * ((np.arange(count, dtype=np.float32) + 0.5) / count)
     quantiles = np.quantile(flat, (np.arange(count) + 0.5) / count, axis=1).T.astype(np.float32)
-    best = as_float32("f16", start.fields["lut"]).reshape(-1, count)
-    codes = nearest_entry(flat[:, None], best[:, None])[:, 0]
-    error = _error(flat, best, codes, weight)
+
+    def rounded(bits: Array) -> tuple[Array, ...]:
+        table = as_float32("f16", bits).reshape(-1, count)
+        codes = nearest_entry(flat[:, None], table[:, None])[:, 0]
+        return _error(flat, table, codes, weight)[:, None], table, codes
+
+    best = rounded(start.fields["lut"])
     for first in (even, quantiles, (even + quantiles) / 2):
         table = lloyd(flat, count, weight, steps, start=first)
-        table = as_float32("f16", bits_of(table, "f16"))
-        tried = nearest_entry(flat[:, None], table[:, None])[:, 0]
-        miss = _error(flat, table, tried, weight)
-        better = miss < error
-        best = np.where(better[:, None], table, best)
-        codes = np.where(better[:, None], tried, codes)
-        error = np.where(better, miss, error)
+        best = better_of(best, rounded(bits_of(table, "f16")))
+    _, table, codes = best
     shape = start.fields["lut"].shape
-    return {"lut": bits_of(best, "f16").reshape(shape),
+    return {"lut": bits_of(table, "f16").reshape(shape),
             "codes": blocks_of_codes(codes.reshape(n, -1), k, fmt)}
 
 

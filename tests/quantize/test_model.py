@@ -182,12 +182,40 @@ def test_a_full_disk(tmp_path, monkeypatch):
         stream.write(b"some")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    with monkeypatch.context() as patch:
-        patch.setattr(np, "savez", full)
-        with pytest.raises(UsageError, match=r"the disk is full; .* goes on from here"):
-            quantize_model(graph, formats, texts, RECIPE, store=store)
-    assert not list(store.folder.iterdir())
-    quantize_model(graph, formats, texts, RECIPE, store=store)
+    save, calls = np.savez, []
+
+    def full_in_the_middle(stream, **arrays):
+        calls.append(stream)
+        (save if len(calls) <= 3 else full)(stream, **arrays)
+
+    for action, left in ((full, 0), (full_in_the_middle, 3)):
+        with monkeypatch.context() as patch:
+            patch.setattr(np, "savez", action)
+            with pytest.raises(UsageError, match=r"the disk is full; .* goes on from here"):
+                quantize_model(graph, formats, texts, RECIPE, store=store)
+        assert len(list(store.folder.iterdir())) == left  # whole files alone
+    before = {f: f.stat().st_mtime_ns for f in store.folder.iterdir()}
+    made, _ = quantize_model(graph, formats, texts, RECIPE, store=store)
+    assert all(f.stat().st_mtime_ns == old for f, old in before.items())
+    whole, _ = quantize_model(graph, formats, texts, RECIPE)
+    for name in formats:
+        np.testing.assert_array_equal(made.constants[name].dequantize(),
+                                      whole.constants[name].dequantize())
+
+
+def test_text_that_says_nothing():
+    """One token again and again: Hessians of rank 1, which are damped, and columns without any
+    input; both are reported for every matrix."""
+    graph = build(F32)
+    graph.constants["l1.attn_norm.w"][5] = 0
+    formats = {n: by_name("s8g32") for n in ("l0.q.w", "l1.q.w", "l1.down.w")}
+    made, reports = quantize_model(graph, formats, np.full((2, 24), 7, np.int32), RECIPE)
+    assert [r["dead"] for r in reports] == [0, 1, 0]
+    assert "1 of 64 columns never had an input" in " ".join(reports[1]["notes"])
+    assert all("48 tokens of calibration are few" in r["notes"][0] for r in reports)
+    for name in formats:
+        w, got = graph.constants[name], made.constants[name].dequantize()
+        assert np.isfinite(got).all() and np.square(got - w).sum() < 0.01 * np.square(w).sum()
 
 
 def test_stores(tmp_path):
