@@ -28,6 +28,7 @@ from qigen.formats.catalog import by_name
 from qigen.frontends.model import LanguageModel
 from qigen.ir.graph import Array, Graph, Node, load_constant
 from qigen.ir.types import TYPES
+from qigen.passes.tensor import before_products
 from qigen.passes.tensor.products import quantize_channels
 from qigen.passes.tensor.rewrite import Rewriter
 from qigen.passes.tensor.simplify import simplify
@@ -75,7 +76,8 @@ class Rounding:
     ``format`` is a name of the catalog, ``method`` as :func:`qigen.quantize.methods.parse` takes
     it (None: gptq if there are calibration data, else rtn). ``keep`` are patterns of names of
     matrices that stay as they are. ``samples`` sequences of ``context`` tokens of the
-    ``calibration`` data are looked at, in ``memory`` bytes.
+    ``calibration`` data are looked at, in ``memory`` bytes. ``by_matrix`` names format and method
+    of single matrices in place of ``format`` and ``method``, those of the others stay.
     """
 
     format: str
@@ -85,6 +87,7 @@ class Rounding:
     samples: int = SAMPLES
     context: int = CONTEXT
     memory: int = MEMORY
+    by_matrix: Mapping[str, tuple[str, str]] | None = None
 
     def recipe(self, calibrated: bool) -> Recipe:
         """What :mod:`qigen.quantize` goes by; raises as :meth:`Recipe.check` does."""
@@ -184,18 +187,19 @@ def read_ids(path: Path, tokenizer: Tokenizer | None) -> npt.NDArray[np.int32]:
     return np.asarray(tokenizer.encode(text, add_special=False), np.int32)
 
 
-def read_samples(path: Path, graph: Graph) -> list[dict[str, Array]]:
-    """Samples of a model's inputs: an .npz with an array by input, or a folder of such files.
+def read_samples(path: Path, graph: Graph, outputs: bool = False) -> list[dict[str, Array]]:
+    """Samples of a model's inputs: an .npz with an array by input, or a folder of such files; with
+    ``outputs`` also the arrays of those that are expected, where there are any.
 
     BadInput for missing files, missing inputs and types that do not fit.
     """
     files = sorted(path.glob("*.npz")) if path.is_dir() else [path]
     if not files:
         raise BadInput("the folder has no .npz files with samples", str(path))
-    return [_sample(file, graph) for file in files]
+    return [_sample(file, graph, outputs) for file in files]
 
 
-def _sample(file: Path, graph: Graph) -> dict[str, Array]:
+def _sample(file: Path, graph: Graph, outputs: bool) -> dict[str, Array]:
     where = str(file)
     try:
         with np.load(file, allow_pickle=False) as archive:
@@ -217,7 +221,20 @@ def _sample(file: Path, graph: Graph) -> dict[str, Array]:
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise BadInput(f"{name} has NaN or infinite values", where)
         sample[name] = np.ascontiguousarray(array)
+    if outputs:
+        shown: Mapping[str, str] = graph.meta.get("output_names", {})
+        names = {shown.get(name, name) for name in graph.outputs} & arrays.keys()
+        sample |= {name: arrays[name] for name in names if arrays[name].dtype.kind == "f"}
     return sample
+
+
+@dataclass(frozen=True)
+class _How:
+    """The format of a matrix, and the method with its options that brings it there."""
+
+    format: str
+    method: str
+    options: dict[str, Any]
 
 
 class GraphRounder:
@@ -228,48 +245,54 @@ class GraphRounder:
     """
 
     def __init__(self, graph: Graph, rounding: Rounding, told: str, report: Progress) -> None:
-        self.format = by_name(rounding.format)
         self.recipe = rounding.recipe(rounding.calibration is not None)
         if self.recipe.preparations:
             raise Unsupported(f"method {self.recipe.preparations[0][0]} folds scales or rotations "
                               "into neighbours, which is done for language models alone; take "
                               "method gptq or clip")
-        self.keep = rounding.keep
         self.outcomes: list[dict[str, Any]] = []
-        self._names = product_matrices(graph := simplify(graph))
-        for pattern in self.keep:
-            if not any(fnmatchcase(name, pattern) for name in self._names):
-                shown = ", ".join(list(self._names)[:3])
-                raise UsageError(f"no matrix is called {pattern}; there are {shown} ...")
+        self._names = product_matrices(graph := before_products(graph))
+        self._hows = self._chosen(rounding)
         self._report = report
         samples: list[dict[str, Array]] = []
         if rounding.calibration is not None:
             samples = read_samples(rounding.calibration, graph)[: self.recipe.samples]
-        elif methods.by_name(self.recipe.method).needs_hessian:
-            raise UsageError(f"method {self.recipe.method} needs calibration data; give "
-                             "--calibration, or take method clip or rtn")
+        else:
+            for how in self._hows.values():
+                if methods.by_name(how.method).needs_hessian:
+                    raise UsageError(f"method {how.method} needs calibration data; give "
+                                     "--calibration, or take method clip or rtn")
         digest = hashlib.sha256()
         for sample in samples:
             for name in sorted(sample):
                 digest.update(f"{name} {sample[name].dtype} {sample[name].shape}".encode())
                 digest.update(sample[name].tobytes())
         self._store = Store(None)
-        if self.recipe.method != "rtn":
-            self._store = Store.of(
-                toolchain.cache_folder() / "quantized", VERSION, told, self.format.name,
-                self.recipe.method, sorted(self.recipe.options.items()), digest.hexdigest())
+        if any(how.method != "rtn" for how in self._hows.values()):
+            self._store = Store.of(toolchain.cache_folder() / "quantized", VERSION, told,
+                                   sorted(self._hows.items()), digest.hexdigest())
         self._found: dict[str, tuple[Array, QuantizedTensor, Array | None]] = {}
         if samples:
             self._calibrate(graph, samples)
 
-    def wanted(self, name: str) -> bool:
-        """Whether a matrix comes to the format at all."""
-        return not any(fnmatchcase(name, pattern) for pattern in self.keep)
+    def _chosen(self, rounding: Rounding) -> dict[str, _How]:
+        """What becomes of every matrix that does not stay as it is."""
+        if rounding.by_matrix is not None:
+            return {name: _How(fmt, *parse(method)[-1])
+                    for name, (fmt, method) in rounding.by_matrix.items()}
+        for pattern in rounding.keep:
+            if not any(fnmatchcase(name, pattern) for name in self._names):
+                shown = ", ".join(list(self._names)[:3])
+                raise UsageError(f"no matrix is called {pattern}; there are {shown} ...")
+        how = _How(by_name(rounding.format).name, self.recipe.method, dict(self.recipe.options))
+        return {name: how for name in self._names
+                if not any(fnmatchcase(name, pattern) for pattern in rounding.keep)}
 
     def __call__(self, w: Array, name: str) -> tuple[QuantizedTensor, Array | None] | None:
-        """The matrix [N, K], which the constant ``name`` holds, in the format, and what is to be
+        """The matrix [N, K], which the constant ``name`` holds, in its format, and what is to be
         added to its product [N]; None: it is kept."""
-        if not self.wanted(name):
+        how = self._hows.get(name)
+        if how is None:
             return None
         known = self._found.get(name)
         if known is not None and np.array_equal(known[0], w):
@@ -277,10 +300,9 @@ class GraphRounder:
         found = self._stored(name, w)
         if found is not None:
             return found[0], None
-        method, options = self.recipe.method, dict(self.recipe.options)
-        if methods.by_name(method).needs_hessian:
-            method, options = "clip", {}  # its input is nothing that the samples reach
-        return self._quantized(w, name, method, options, None), None
+        if methods.by_name(how.method).needs_hessian:
+            how = _How(how.format, "clip", {})  # a pass has changed it
+        return self._quantized(w, name, how, None), None
 
     def _stored(self, name: str, w: Array) -> tuple[QuantizedTensor, Array | None] | None:
         """What an earlier run has kept of a matrix."""
@@ -294,22 +316,22 @@ class GraphRounder:
         self.outcomes.append(found[1])
         return tensor, shift
 
-    def _quantized(self, w: Array, name: str, method: str, options: dict[str, Any],
-                   hessian: Statistics | Array | None, shift: Callable[[QuantizedTensor], Array]
-                   | None = None) -> QuantizedTensor:
+    def _quantized(self, w: Array, name: str, how: _How, hessian: Statistics | Array | None,
+                   shift: Callable[[QuantizedTensor], Array] | None = None) -> QuantizedTensor:
         try:
             tensor, outcome = methods.quantize_matrix(
-                np.ascontiguousarray(w, np.float32), self.format, method, hessian, **options)
+                np.ascontiguousarray(w, np.float32), by_name(how.format), how.method, hessian,
+                **how.options)
         except BadInput as error:
-            raise BadInput(f"{self.format.name}: {error.message}", name) from None
-        if self.recipe.method != "rtn":
+            raise BadInput(f"{how.format}: {error.message}", name) from None
+        if how.method != "rtn":
             about = {"matrix": name, **outcome.to_json()}
             kept: dict[str, Array | QuantizedTensor] = {"w": tensor, "of": _mark(w)}
             if shift is not None:
                 kept["shift"] = shift(tensor)
             self._store.put(_key(name), kept, about)
             self.outcomes.append(about)
-            self._report("quantize", len(self.outcomes), len(self._names))
+            self._report("quantize", len(self.outcomes), len(self._hows))
         return tensor
 
     def _calibrate(self, graph: Graph, samples: Sequence[Mapping[str, Array]]) -> None:
@@ -321,7 +343,7 @@ class GraphRounder:
         """
         walk = GraphWalk(graph, samples, self.recipe.memory)
         readers = {name: set(inputs) for name, inputs in self._names.items()}
-        left = {name for name in readers if self.wanted(name)}
+        left = set(self._hows)
         for number, node in enumerate(graph.nodes):
             name = node.inputs[1] if node.op in ("onnx.MatMul", "onnx.Gemm") else ""
             if not left:
@@ -340,17 +362,15 @@ class GraphRounder:
     def _fitted(self, walk: GraphWalk, w: Array, name: str, x: str, alone: bool
                 ) -> tuple[QuantizedTensor, Array | None]:
         """A matrix for its input ``x`` (``alone``: which no other product of it has)."""
-        statistics = walk.statistics(x, name)
+        statistics, how = walk.statistics(x, name), self._hows[name]
         if not alone:
-            return self._quantized(w, name, self.recipe.method, dict(self.recipe.options),
-                                   statistics), None
+            return self._quantized(w, name, how, statistics), None
         mean = statistics.mean
 
         def shift(tensor: QuantizedTensor) -> Array:
             return np.asarray((w - tensor.dequantize()) @ mean, np.float32)
 
-        tensor = self._quantized(w, name, self.recipe.method, dict(self.recipe.options),
-                                 statistics.centred(), shift)
+        tensor = self._quantized(w, name, how, statistics.centred(), shift)
         return tensor, shift(tensor)
 
 
@@ -363,15 +383,18 @@ class GraphWalk:
 
     def __init__(self, graph: Graph, samples: Sequence[Mapping[str, Array]], memory: int) -> None:
         self.graph = graph
+        self.masks = [sample.get("attention_mask") for sample in samples]
         self._memory = memory
         self._constants: dict[str, Array] = {}
         for name, data in graph.constants.items():
             loaded = load_constant(data)
             self._constants[name] = loaded.dequantize() if isinstance(
                 loaded, QuantizedTensor) else loaded
-        self._runs = [Run(graph, sample, ChainMap({}, self._constants)) for sample in samples]
-        self._masks = [sample.get("attention_mask") for sample in samples]
-        self._last = {name: i for i, node in enumerate(graph.nodes) for name in node.inputs}
+        self._values: list[dict[str, Array]] = [{} for _ in samples]
+        self._runs = [Run(graph, sample, ChainMap(values, self._constants))
+                      for sample, values in zip(samples, self._values, strict=True)]
+        self._last = {name: i for i, node in enumerate(graph.nodes) for name in node.inputs
+                      if name not in graph.outputs}
         self._shifts: dict[str, Array] = {}
         self._counted: tuple[str, Statistics] | None = None
 
@@ -400,13 +423,28 @@ class GraphWalk:
             assert isinstance(width, int)
             check_memory(width, self._memory, where)
             found = Statistics.empty(width)
-            for run, mask in zip(self._runs, self._masks, strict=True):
-                value = run.values[x]
-                if mask is not None and value.shape[:-1] == mask.shape:
-                    value = value[mask != 0]
-                found.add(value)
+            for run, mask in zip(self._runs, self.masks, strict=True):
+                found.add(without_padding(run.values[x], mask))
             self._counted = x, found
         return self._counted[1]
+
+    def outputs(self) -> list[dict[str, Array]]:
+        """The outputs of every sample, once all nodes have run."""
+        return [{name: run.values[name] for name in self.graph.outputs} for run in self._runs]
+
+    def state(self) -> Any:
+        """Where the walk stands, for :meth:`restart`; arrays are not copied."""
+        return ([dict(values) for values in self._values], dict(self._constants),
+                dict(self._shifts))
+
+    def restart(self, state: Any) -> None:
+        """Go on from what was the :meth:`state` at some node, with the weights of then."""
+        values, constants, shifts = state
+        for mine, old in zip((*self._values, self._constants, self._shifts),
+                             (*values, constants, shifts), strict=True):
+            mine.clear()
+            mine.update(old)
+        self._counted = None
 
     def step(self, number: int) -> None:
         """Run a node for all samples and forget what nobody needs any more."""
@@ -418,6 +456,8 @@ class GraphWalk:
                 run.put(node.outputs[0], run.values[node.inputs[0]] @ weights)
             elif node.op == "onnx.Erf":
                 run.put(node.outputs[0], _erf(run.values[node.inputs[0]]))
+            elif node.op == "EncoderAttention":
+                run.put(node.outputs[0], _attended(node, [run.values[n] for n in node.inputs if n]))
             else:
                 run.step(node)
             for name in node.outputs:
@@ -433,6 +473,29 @@ class GraphWalk:
                 f"the activations of {len(self._runs)} samples take {live / 2**20:.0f} MiB here, "
                 f"and calibration may have {self._memory / 2**20:.0f}; give fewer --samples, or "
                 f"--calibration-memory {-(-live // 2**20)}MiB or more", node.name)
+
+
+def without_padding(value: Array, mask: Array | None) -> Array:
+    """What counts of a value [B, T, ..]: where ``mask`` [B, T] is not zero; all of others."""
+    if mask is not None and value.ndim > mask.ndim and value.shape[: mask.ndim] == mask.shape:
+        return np.asarray(value[mask != 0])
+    return value
+
+
+def _attended(node: Node, inputs: Sequence[Array]) -> Array:
+    """EncoderAttention by matrix products in float32."""
+    a = node.attrs
+    width = a["heads"] * a["head_dim"]
+    q, k, v = (x[..., o : o + width].reshape(*x.shape[:-1], a["heads"], -1).transpose(0, 2, 1, 3)
+               for x, o in zip(inputs, a["offsets"], strict=False))
+    scores = q @ k.transpose(0, 1, 3, 2) * np.float32(a["scale"])
+    if len(inputs) > 3:
+        scores = scores + inputs[3]
+    scores -= scores.max(axis=-1, keepdims=True)
+    np.exp(scores, out=scores)
+    scores /= scores.sum(axis=-1, keepdims=True)
+    mixed: Array = (scores @ v).transpose(0, 2, 1, 3)
+    return np.ascontiguousarray(mixed, np.float32).reshape(*inputs[0].shape[:-1], width)
 
 
 def _erf(x: Array) -> Array:
@@ -461,8 +524,11 @@ def product_matrices(graph: Graph) -> dict[str, list[str]]:
     for node in graph.nodes:
         if node.op not in ("onnx.MatMul", "onnx.Gemm") or node.attrs.get("transA"):
             continue
+        if any(name and name not in graph.constants for name in node.inputs[2:]):
+            continue
         data = graph.constants.get(node.inputs[1])
-        if isinstance(data, np.ndarray) and data.ndim == 2 and data.dtype == np.float32:
+        if isinstance(data, np.ndarray) and data.ndim == 2 and data.dtype == np.float32 and (
+                data.size and node.inputs[0] not in graph.constants):
             found.setdefault(node.inputs[1], []).append(node.inputs[0])
     return found
 

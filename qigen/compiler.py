@@ -141,8 +141,9 @@ def compile(
     make an artifact that opens the CUDA driver at load. ``isa`` forces an ISA row.
     ``weights`` is "keep" (the file's own codes), a format name that every matrix is rounded to, or
     "auto": a format for each that keeps the ``budget`` ("bits=3.5", "bytes=80M", "latency=5ms",
-    "kl=0.02", several separated by commas) and hurts least, from the ``candidates`` (none: a table
-    of :mod:`qigen.mix`). The choice is written beside the artifact, as OUTPUT.plan.toml; ``plan``
+    "kl=0.02", of an ONNX model "error=0.01" or "cosine=0.99"; several separated by commas) and
+    hurts least, from the ``candidates`` (none: a table of :mod:`qigen.mix`). The choice is written
+    beside the artifact, as OUTPUT.plan.toml; ``plan``
     takes such a file, which may have been edited. ``curve`` also puts the best for other budgets
     into the manifest.
     ``activations``: "f32", "int8" (a scale for 32 values), "int8-token"; None lets the planner
@@ -194,6 +195,13 @@ def compile(
         base.backend(backend)
         compiler = find_compiler(machine, emit)
 
+    if plan is not None:
+        if weights not in ("keep", "auto") or budget or candidates or keep:
+            raise UsageError("a --plan says what every matrix gets; leave --weights, --budget, "
+                             "--candidates and --keep out")
+        weights = "auto"
+    if weights != "auto" and (budget is not None or candidates):
+        raise UsageError("--budget and --candidates are for --weights auto; also give that")
     if is_onnx(Path(model)):
         if backend != "cpu":
             raise Unsupported(f"ONNX models have no {backend} backend; leave --backend out")
@@ -217,6 +225,10 @@ def compile(
                 tuple(keep),
                 samples,
                 memory,
+                budget,
+                Path(plan) if plan is not None else None,
+                tuple(candidates),
+                curve,
             ),
             jobs=jobs or os.cpu_count() or 1,
             keep_sources=Path(keep_sources) if keep_sources else None,
@@ -229,18 +241,11 @@ def compile(
         return artifact
     if shape:
         raise UsageError("--shape is for ONNX models; language models take any number of tokens")
-    if plan is not None and (weights not in ("keep", "auto") or budget or candidates or keep):
-        raise UsageError("a --plan says what every matrix gets; leave --weights, --budget, "
-                         "--candidates and --keep out")
-    if plan is not None:
-        weights = "auto"
     if weights == "keep" and (calibration is not None or method is not None or keep):
         raise UsageError(
             "--calibration, --method and --keep are for weights that are quantized; also give "
             "--weights FORMAT"
         )
-    if weights != "auto" and plan is None and (budget is not None or candidates):
-        raise UsageError("--budget and --candidates are for --weights auto; also give that")
     report("read", 0, 1)
     source = load_model(Path(model))
     limit = source.config.max_position
@@ -371,9 +376,7 @@ def compile(
             build(threads or knobs.threads, min(block, kernels.max_tokens))
             remember(out, knobs.threads, knobs.block)
     if weights == "auto":
-        beside = out.with_suffix(".plan.toml")
-        if plan is None or not (beside.exists() and beside.samefile(plan)):
-            beside.write_text(weight_plan.to_toml(), encoding="utf-8")
+        weight_plan.write_beside(out, Path(plan) if plan is not None else None)
     return Artifact(out)
 
 

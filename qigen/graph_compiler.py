@@ -31,7 +31,7 @@ from qigen.calibration import GraphRounder, Rounding, read_samples, with_static_
 from qigen.codegen.graph import GraphProgram, lower_graph
 from qigen.codegen.graph_kernels import GraphKernels, packed_formats, with_rows
 from qigen.codegen.render import render
-from qigen.errors import UsageError
+from qigen.errors import Unsupported, UsageError
 from qigen.formats.layout import Layout
 from qigen.frontends.onnx import import_model, read_model
 from qigen.frontends.onnx.dimensions import Size
@@ -41,7 +41,10 @@ from qigen.ir.dims import Sym
 from qigen.ir.graph import Array, Graph
 from qigen.ir.plan import KernelChoice
 from qigen.ir.verify import verify
-from qigen.passes.tensor import optimize_graph
+from qigen.mix import Budget, WeightPlan, Wishes, choose_graph
+from qigen.mix.candidates import KEEP
+from qigen.mix.graphs import matrices_of_graph
+from qigen.passes.tensor import before_products, optimize_graph
 from qigen.paths import resource_folder
 from qigen.planner import plan_products, shared_product_layouts
 from qigen.quantize.model import MEMORY, SAMPLES
@@ -65,6 +68,11 @@ class GraphOptions:
     keep: tuple[str, ...] = ()
     samples: int = SAMPLES
     memory: int = MEMORY
+    budget: str | None = None
+    plan: Path | None = None
+    candidates: tuple[str, ...] = ()
+    curve: bool = False
+    by_matrix: Mapping[str, tuple[str, str]] | None = None
 
     @property
     def static(self) -> bool:
@@ -120,6 +128,9 @@ def compile_graph(
     """
     report = progress or (lambda stage, done, total: None)
     check_output(out)
+    if options.weights == "auto" and options.activations not in (None, "f32"):
+        raise Unsupported("formats are chosen for matrices with float inputs; leave --activations "
+                          f"{options.activations} out")
     build.find_compiler(pairs[0][0], form)
     report("read", 0, 1)
     source = read_model(path) if model is None else model
@@ -152,7 +163,10 @@ def compile_graph(
         graph = with_static_codes(graph, samples, observed, report)
         # what is left stays float
         options = dataclasses.replace(options, activations=None, calibration=None)
+    options, plan = _mixed(graph, about, options, pairs[0], report)
     build_artifact(graph, about, out, pairs, options, jobs, keep_sources, report, form, measure)
+    if plan is not None:
+        plan.write_beside(out, options.plan)
     return Artifact(out)
 
 
@@ -164,6 +178,43 @@ def optimized(path: Path, options: GraphOptions) -> Graph:
     about = {"sha256": checksum(source)}
     rounder = _rounder(graph, about, options, lambda stage, done, total: None)
     return optimize_graph(graph, options.activations, rounder)
+
+
+def _mixed(
+    graph: Graph,
+    about: Mapping[str, Any],
+    options: GraphOptions,
+    pair: tuple[targets.Machine, Isa],
+    report: Progress,
+) -> tuple[GraphOptions, WeightPlan | None]:
+    """The options with a format for every matrix, and the plan that says so, if there is to be
+    one. What the manifest has of it goes into the graph."""
+    if options.weights != "auto":
+        return options, None
+    calibrated, (machine, isa) = options.calibration is not None, pair
+    default = "gptq" if calibrated else "rtn"
+    name, sha256 = Path(str(about["path"])).stem, str(about["sha256"])
+    if options.plan is not None:
+        plan = WeightPlan.read(options.plan)
+        matrices = matrices_of_graph(before_products(graph), {})
+        plan.check(matrices, name, sha256, str(options.plan), calibrated)
+        graph.meta["mix"] = {"budget": plan.budget}
+    else:
+        wishes = Wishes(Budget.parse(options.budget) if options.budget else Budget(),
+                        options.method or default, options.candidates, options.keep, options.curve)
+        samples = []
+        if options.calibration is not None:
+            samples = read_samples(options.calibration, graph, outputs=True)[: options.samples]
+        choice = choose_graph(
+            graph, wishes, samples, model=name, sha256=sha256, isa=isa, machine=machine,
+            threads=machine.cores, memory=options.memory,
+            cache=toolchain.cache_folder() / "sensitivity", report=report,
+        )  # fmt: skip
+        plan = choice.plan
+        graph.meta["mix"] = choice.to_json()
+    hows = {n: (m.format, m.method or default) for n, m in plan.matrices.items()
+            if m.format != KEEP}
+    return dataclasses.replace(options, by_matrix=hows), plan
 
 
 def _observed(
@@ -264,6 +315,7 @@ def build_artifact(
                 "operators": _count(node.op for node in graph.nodes),
                 "plan": first.plan(),
                 "quantization": graph.meta.get("quantization", []),
+                **({"mix": graph.meta["mix"]} if "mix" in graph.meta else {}),
                 "memory": {
                     "activations_bytes": program.arena_bytes,
                     "activations_lower_bound_bytes": program.lower_bound_bytes,
@@ -292,11 +344,14 @@ def _rounder(
     int8 weights and activations need no format: they have integer products of their own.
     """
     weights = options.weights
+    if weights == "auto" and options.by_matrix is None:
+        raise Unsupported("formats are chosen when a model is compiled; compile it, and tune the "
+                          "artifact")
     if weights == "keep" or (weights == "int8" and options.activations == "int8"):
         return None
     rounding = Rounding(
         SHORT_FORMATS.get(weights, weights), options.method, options.keep, options.calibration,
-        options.samples, memory=options.memory,
+        options.samples, memory=options.memory, by_matrix=options.by_matrix,
     )
     return GraphRounder(graph, rounding, str(about.get("sha256", "")), report)
 

@@ -21,7 +21,7 @@ from qigen.planner import Measured, Product, packed_bytes
 from qigen.targets import Machine
 from qigen.tuning.database import shape_from_json
 
-_OPEN = 64
+OPEN = 64
 """What a size that run time decides is taken for, if there is no limit to it."""
 
 
@@ -161,7 +161,7 @@ def _gemm_shape(node: Node, graph: Graph) -> GemmShape:
 
     def sizes(name: str) -> list[int]:
         return [
-            d if isinstance(d, int) else limits.get(str(d)) or (_OPEN if axis else 1)
+            d if isinstance(d, int) else limits.get(str(d)) or (OPEN if axis else 1)
             for axis, d in enumerate(graph.values[name].shape)
         ]
 

@@ -206,9 +206,24 @@ def token_times(
 ) -> dict[tuple[str, int, int], float]:
     """Microseconds that one token's product takes, by (format, N, K), in a model of these products
     alone: measured where ``measured`` knows the kernel, else predicted."""
+    times = call_times(products, (1,), isa, machine, activations, threads, measured)
+    return {p.key: times[p.key, 1] for p in products}
+
+
+def call_times(
+    products: Sequence[Product],
+    rows: Iterable[int],
+    isa: Isa,
+    machine: Machine,
+    activations: str,
+    threads: int,
+    measured: Measured | None = None,
+) -> dict[tuple[tuple[str, int, int], int], float]:
+    """As :func:`token_times`, for products of some numbers of ``rows``: by (format, N, K) and
+    rows."""
     search = _Search(list(products), isa, machine, activations, threads, measured or {})
     chosen = search.choose()
-    return {p.key: search.us(chosen[p.key], p, 1) for p in products}
+    return {(p.key, m): search.us(chosen[p.key], p, m) for m in set(rows) for p in products}
 
 
 def tuning_candidates(

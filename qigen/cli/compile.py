@@ -58,8 +58,9 @@ _BAR = 24  # characters of the longest bar
 )
 @click.option(
     "--budget",
-    metavar="bits=3.5|bytes=80M|latency=5ms|kl=0.02",
-    help="What --weights auto may spend; several are separated by commas.",
+    metavar="bits=3.5|bytes=80M|latency=5ms|kl=0.02|cosine=0.99",
+    help="What --weights auto may spend or lose; several are separated by commas. kl: of a "
+    "language model; cosine, error (squared): of an ONNX model's outputs.",
 )
 @click.option(
     "--plan",

@@ -16,14 +16,18 @@ _WIDTH, _HEIGHT = 64, 16
 def print_mix(mix: Mapping[str, Any], explain: bool) -> None:
     """One line, and with ``explain`` the curve and the table of what else there is."""
     expected, measured = mix["expected"], mix["divergence_measured"]
-    hurt = f"expected divergence {expected['kl']:.4g} nats a token" if measured else (
-        "divergence unknown without --calibration")
+    tokens = mix["measure"] == "kl"
+    what = "divergence" if tokens else "error of the outputs"
+    hurt = f"{what} unknown without --calibration"
+    if measured:
+        hurt = f"expected {what} {expected['kl']:.4g}" + (
+            " nats a token" if tokens else f" (cosine {(1 + expected['kl']) ** -0.5:.5f})")
     click.echo(f"mix for {mix['budget']}: {expected['bits']:.3f} bits a weight, "
-               f"{size_text(expected['bytes'])}, products {expected['us'] / 1e3:.3f} ms a token, "
-               f"{hurt} ({mix['how']})")
+               f"{size_text(expected['bytes'])}, products {expected['us'] / 1e3:.3f} ms a "
+               f"{'token' if tokens else 'run'}, {hurt} ({mix['how']})")
     if not explain:
         return
-    word = "divergence" if measured else "sum of errors"
+    word = what if measured else "sum of errors"
     click.echo(f"\n{word} (log) over stored bits a weight: * best mixes, o single formats, "
                "X this one")
     for line in drawn(mix["curve"], mix["uniform"], expected):

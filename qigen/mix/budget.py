@@ -1,4 +1,5 @@
-"""Budgets as a user gives them: ``bits=3.5``, ``bytes=80M``, ``latency=5ms``, ``kl=0.02``."""
+"""Budgets as a user gives them: ``bits=3.5``, ``bytes=80M``, ``latency=5ms``, ``kl=0.02``,
+``error=0.01``, ``cosine=0.99``."""
 
 from __future__ import annotations
 
@@ -16,6 +17,8 @@ _UNITS = {
     "bytes": "a size, such as 80M or 64MiB",
     "latency": "a time with its unit, such as 5ms or 800us",
     "kl": "a divergence in nats a token, such as 0.02",
+    "error": "the squared error of the outputs over their square, such as 0.01",
+    "cosine": "a cosine below 1, such as 0.99",
 }
 
 
@@ -25,13 +28,30 @@ class Budget:
 
     ``bits`` stored bits a weight, on average over the matrices that are chosen for, scales
     included; ``bytes`` of all matrices as they are packed; ``us`` the predicted time of a token's
-    products; ``kl`` the expected divergence, in nats a token.
+    products; ``kl`` the expected divergence of a language model, in nats a token; ``error`` of the
+    outputs of other models, squared and relative to their square.
     """
 
     bits: float | None = None
     bytes: int | None = None
     us: float | None = None
     kl: float | None = None
+    error: float | None = None
+
+    @property
+    def hurt(self) -> float | None:
+        """What may be lost: ``kl`` or ``error``."""
+        return self.error if self.kl is None else self.kl
+
+    def check(self, measure: str) -> None:
+        """UsageError for a divergence of a model that has no tokens, and for an error of one that
+        has; ``measure`` is 'kl' or 'error'."""
+        if measure == "kl" and self.error is not None:
+            raise UsageError("budgets of error and cosine are for ONNX models; of a language model "
+                             "give kl=0.02 or the like")
+        if measure == "error" and self.kl is not None:
+            raise UsageError("a budget of kl is for language models; of an ONNX model give "
+                             "error=0.01 or cosine=0.99")
 
     @property
     def text(self) -> str:
@@ -39,6 +59,7 @@ class Budget:
         parts = {
             "bits": self.bits and f"{self.bits:g}", "bytes": self.bytes and f"{self.bytes}",
             "latency": self.us and f"{self.us:g}us", "kl": self.kl and f"{self.kl:g}",
+            "error": self.error and f"{self.error:g}",
         }  # fmt: skip
         return ",".join(f"{name}={value}" for name, value in parts.items() if value)
 
@@ -57,12 +78,16 @@ class Budget:
             if name in found:
                 raise UsageError(f"--budget {text} says {name} twice; give it once")
             amount = _amount(name, value) if equals else None
-            if amount is None or not (amount > 0 and math.isfinite(amount)):
+            if amount is None or not (amount > 0 and math.isfinite(amount)) or (
+                    name == "cosine" and amount >= 1):
                 raise UsageError(f"--budget {part.strip()}: {name} takes {_UNITS[name]}")
             found[name] = amount
-        size = found.get("bytes")
+        size, error = found.get("bytes"), found.get("error")
+        if "cosine" in found:  # of y and y + e, where e has nothing to do with y
+            most = found["cosine"] ** -2 - 1
+            error = most if error is None else min(error, most)
         return cls(found.get("bits"), None if size is None else int(size), found.get("latency"),
-                   found.get("kl"))
+                   found.get("kl"), error)
 
 
 def _amount(name: str, value: str) -> float | None:

@@ -12,7 +12,7 @@ from qigen.errors import QigenError, Unsupported, UsageError
 from qigen.formats.algebra import Format
 from qigen.formats.catalog import by_name
 from qigen.ir.graph import Graph, constant_shape
-from qigen.planner import Measured, Product, activations_for, packed_bytes, token_times
+from qigen.planner import Measured, Product, activations_for, call_times, packed_bytes
 from qigen.quantize import methods
 from qigen.quantize.rtn import check_rounding
 from qigen.targets import Machine
@@ -37,7 +37,8 @@ the same bytes the kernel makes too little."""
 @dataclass(frozen=True)
 class Matrix:
     """A matrix to choose for. ``uses``: how often a token is multiplied by it. ``table``: rows of
-    it are looked up. ``own``: the name of the format that it comes in."""
+    it are looked up. ``own``: the name of the format that it comes in. ``rows``: of a model that
+    has no tokens, the rows that a run multiplies by it."""
 
     name: str
     n: int
@@ -45,11 +46,12 @@ class Matrix:
     uses: int
     table: bool
     own: str
+    rows: int = 1
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a matrix costs in a format: bytes as packed, microseconds of a token."""
+    """What a matrix costs in a format: bytes as packed, microseconds of a token (or run)."""
 
     bytes: int
     us: float
@@ -105,13 +107,16 @@ def costs(
     activations: str,
     threads: int,
     measured: Callable[[Sequence[Product]], Measured] | None = None,
+    own: Callable[[Matrix], Cost] | None = None,
 ) -> dict[str, dict[str, Cost]]:
     """By matrix and candidate what it costs; matrices ``kept`` have the candidate 'keep' alone.
 
-    ``measured`` says what is known of products better than by prediction. A format that cannot hold
-    a matrix is no candidate of it; Unsupported if none is left.
+    ``measured`` says what is known of products better than by prediction, ``own`` what a matrix
+    that is kept costs, if that is not what its format says. A format that cannot hold a matrix is
+    no candidate of it; Unsupported if none is left.
     """
     result: dict[str, dict[str, Cost]] = {name: {} for name in matrices}
+    rows = {m.rows for m in matrices.values()}
     shapes: dict[tuple[int, int], int] = {}
     for m in matrices.values():
         shapes[m.n, m.k] = shapes.get((m.n, m.k), 0) + m.uses
@@ -120,11 +125,11 @@ def costs(
         some = {(matrices[name].n, matrices[name].k) for name in names}
         products = [Product(fmt, n, k, uses) for (n, k), uses in shapes.items() if (n, k) in some]
         known = measured(products) if measured else None
-        times = token_times(products, isa, machine, activations, threads, known)
+        times = call_times(products, rows, isa, machine, activations, threads, known)
         for name in names:
             m = matrices[name]
             product = Product(fmt, m.n, m.k, m.uses)
-            result[name][label] = Cost(packed_bytes(product), m.uses * times[product.key])
+            result[name][label] = Cost(packed_bytes(product), m.uses * times[product.key, m.rows])
 
     for candidate in dict.fromkeys(c for c in candidates if c != KEEP):
         fmt = by_name(candidate)
@@ -135,8 +140,12 @@ def costs(
         except Unsupported:
             continue  # no kernel for this arithmetic
     stays = [n for n in matrices if n in kept or KEEP in candidates]
-    for own in dict.fromkeys(matrices[n].own for n in stays):
-        price([n for n in stays if matrices[n].own == own], by_name(own), KEEP)
+    if own is not None:
+        for name in stays:
+            result[name][KEEP] = own(matrices[name])
+    else:
+        for fmt_name in dict.fromkeys(matrices[n].own for n in stays):
+            price([n for n in stays if matrices[n].own == fmt_name], by_name(fmt_name), KEEP)
     for name, options in result.items():
         if not options:
             raise Unsupported("none of the candidates can hold this matrix; name others", name)

@@ -1,4 +1,4 @@
-"""Formats for all matrices of a language model: costs, sensitivities, the solver, the curve."""
+"""Formats for all matrices of a model: costs, sensitivities, the solver, the curve."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from qigen.mix.sensitivity import (
     calibrated_errors,
     method_for,
     plain_errors,
+    rows_of,
 )
 from qigen.planner import Measured, Product
 from qigen.quantize import methods
@@ -59,8 +60,9 @@ class Wishes:
 
 @dataclass(frozen=True)
 class Point:
-    """A mix of formats as a whole: stored bits a weight, bytes, microseconds of a token's products,
-    expected divergence (a mere sum of relative errors if nothing was measured)."""
+    """A mix of formats as a whole: stored bits a weight, bytes, microseconds of a token's products
+    (or a run's), expected divergence or error of the outputs (a mere sum of relative errors if
+    nothing was measured)."""
 
     bits: float
     bytes: int
@@ -84,12 +86,13 @@ class Choice:
     uniform: tuple[Point, ...] = ()
     measured: bool = False
     probes: list[dict[str, Any]] = field(default_factory=list)
+    measure: str = "kl"
 
     def to_json(self) -> dict[str, Any]:
         """As the manifest has it."""
         return {
             "budget": self.plan.budget, "how": self.plan.how, "expected": self.point.to_json(),
-            "divergence_measured": self.measured,
+            "measure": self.measure, "divergence_measured": self.measured,
             "curve": [p.to_json() for p in self.curve],
             "uniform": [p.to_json() for p in self.uniform], "probes": self.probes,
         }  # fmt: skip
@@ -119,17 +122,15 @@ def choose(
     for a budget that no mix keeps, naming the least that one does, and for a divergence as the
     budget without calibration data; what :mod:`qigen.mix.candidates` raises for candidates.
     """
-    if wishes.budget == Budget():
-        raise UsageError("--weights auto needs a --budget, such as bits=4, or a --plan")
-    if wishes.budget.kl is not None and sequences is None:
-        raise UsageError("a budget of divergence has to be measured; give a --calibration text")
+    check_budget(wishes.budget, "kl", sequences is not None)
     matrices = matrices_of(graph)
     labels = named(wishes.candidates or CANDIDATES)
     kept = kept_names(matrices, wishes.keep)
     priced = costs(matrices, labels, kept, isa=isa, machine=machine, activations=activations,
                    threads=threads, measured=measured)
     if sequences is None:
-        sensitivity = plain_errors(graph, matrices, priced, wishes.method, report)
+        sensitivity = plain_errors(lambda name: rows_of(graph, name), matrices, priced,
+                                   wishes.method, report)
     else:
         few = _few(sequences)
         store = Store.of(
@@ -139,7 +140,25 @@ def choose(
         )  # fmt: skip
         sensitivity = calibrated_errors(graph, matrices, priced, wishes.method, few, memory, store,
                                         report)
-    problem = Problem(matrices, priced, sensitivity)
+    how = (f"{sequences.size if sequences is not None else 0} calibration tokens, times predicted "
+           f"for {machine.name} ({isa.name}, {threads} threads)")
+    return decided(Problem(matrices, priced, sensitivity), wishes, labels, model, sha256, how)
+
+
+def check_budget(budget: Budget, measure: str, calibrated: bool) -> None:
+    """UsageError for a budget that says nothing, or what cannot be known of such a model."""
+    if budget == Budget():
+        raise UsageError("--weights auto needs a --budget, such as bits=4, or a --plan")
+    budget.check(measure)
+    if budget.hurt is not None and not calibrated:
+        raise UsageError(f"a budget of {'divergence' if measure == 'kl' else 'error'} has to be "
+                         f"measured; give a --calibration {'text' if measure == 'kl' else 'file'}")
+
+
+def decided(problem: Problem, wishes: Wishes, labels: Sequence[str], model: str, sha256: str,
+            how: str) -> Choice:
+    """The best choice for the budget, as a plan, and what could be had instead."""
+    matrices, priced, sensitivity = problem.matrices, problem.costs, problem.sensitivity
     chosen = problem.solve(wishes.budget)
     point = problem.point(chosen)
     entries = {
@@ -147,17 +166,17 @@ def choose(
             label,
             "" if label == KEEP else method_for(by_name(label), matrices[name], wishes.method),
             round(8 * priced[name][label].bytes / (matrices[name].n * matrices[name].k), 4),
-            round(priced[name][label].us, 3), problem.share(name, label, chosen),
+            round(priced[name][label].us, 3),
+            **{sensitivity.measure: problem.share(name, label, chosen)},
         )
         for name, label in chosen.items()
     }
-    how = (f"{sequences.size if sequences is not None else 0} calibration tokens, times predicted "
-           f"for {machine.name} ({isa.name}, {threads} threads)")
     plan = WeightPlan(model, sha256, entries, wishes.budget.text,
-                      {"bits": point.bits, "bytes": point.bytes, "us": point.us, "kl": point.kl},
-                      how)
+                      {"bits": point.bits, "bytes": point.bytes, "us": point.us,
+                       sensitivity.measure: point.kl}, how)
     curve, uniform = problem.curve(labels) if wishes.curve else ((), ())
-    return Choice(plan, point, curve, uniform, sensitivity.measured, sensitivity.probes)
+    return Choice(plan, point, curve, uniform, sensitivity.measured, sensitivity.probes,
+                  sensitivity.measure)
 
 
 def kept_names(matrices: Mapping[str, Matrix], patterns: Sequence[str]) -> tuple[str, ...]:
@@ -211,9 +230,9 @@ class Problem:
         if sizes:
             limits["bytes"] = min(sizes)
         objective = "kl"
-        if budget.kl is not None:
+        if budget.hurt is not None:
             objective = "latency"
-            limits["kl"] = math.floor(self.sensitivity.total(budget.kl) * self._per_hurt)
+            limits["kl"] = math.floor(self.sensitivity.total(budget.hurt) * self._per_hurt)
         if budget.us is not None and objective != "latency":
             limits["latency"] = math.floor(budget.us / _UNIT_US)
         items = []
@@ -242,7 +261,7 @@ class Problem:
         exact = least(self._hurt)
         known = ""
         if self.sensitivity.measured:
-            known = f", kl={exact.kl:.3g}"
+            known = f", {self.sensitivity.measure}={exact.kl:.3g}"
         several = "; each of them alone" if budget.text.count("=") > 1 else ""
         return UsageError(
             f"no mix of the candidates keeps the budget {budget.text}; the least that there is is "

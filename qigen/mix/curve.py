@@ -26,10 +26,13 @@ def save_plot(mix: Mapping[str, Any], path: Path, title: str) -> None:
 
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    what = "expected divergence, nats a token" if mix["divergence_measured"] else "sum of errors"
+    tokens = mix["measure"] == "kl"
+    what = "sum of errors"
+    if mix["divergence_measured"]:
+        what = "expected divergence, nats a token" if tokens else "expected error of the outputs"
     for axes, key, label, factor in (
         (left, "bits", "stored bits a weight", 1.0),
-        (right, "us", "predicted time of a token's products, ms", 1e-3),
+        (right, "us", f"predicted time of a {'token' if tokens else 'run'}'s products, ms", 1e-3),
     ):
         curve = sorted((p[key] * factor, p["kl"]) for p in mix["curve"] if p["kl"] > 0)
         axes.plot([x for x, _ in curve], [y for _, y in curve], "-", label="mixes")

@@ -26,26 +26,28 @@ else:
 
 VERSION = 1
 
-_KEYS = ("format", "method", "bits", "us", "kl")
+_KEYS = ("format", "method", "bits", "us", "kl", "error")
 
 
 @dataclass(frozen=True)
 class MatrixPlan:
     """``format`` of the catalog or 'keep'; ``method`` as ``--method`` takes it, '' if it is kept.
     ``bits``, ``us`` and ``kl`` are what was expected: stored bits a weight, microseconds of a
-    token, divergence."""
+    token, divergence; of a model that has no tokens ``us`` of a run, and the ``error`` of its
+    outputs."""
 
     format: str
     method: str = ""
     bits: float = 0.0
     us: float = 0.0
     kl: float = 0.0
+    error: float = 0.0
 
 
 @dataclass(frozen=True)
 class WeightPlan:
     """The formats of a model's matrices, by their names, with the ``budget`` that they keep and
-    what is expected of the whole (``expected``: bits, bytes, us, kl; ``how`` in words)."""
+    what is expected of the whole (``expected``: bits, bytes, us, kl or error; ``how`` in words)."""
 
     model: str
     sha256: str
@@ -71,14 +73,23 @@ class WeightPlan:
             lines.append(f"how = {json.dumps(self.how)}")
         lines += ["", "[expected]  # of all matrices together"]
         lines += [f"{name} = {_number(value)}" for name, value in self.expected.items()]
-        lines += ["", "[matrices]  # bits: stored bits a weight; us: of a token; kl: nats a token"]
+        hurt = "error" if "error" in self.expected else "kl"
+        told = "us: of a run; error: of the outputs, squared" if hurt == "error" else (
+            "us: of a token; kl: nats a token")
+        lines += ["", f"[matrices]  # bits: stored bits a weight; {told}"]
         for name, m in self.matrices.items():
             parts = [f'format = "{m.format}"']
             if m.method:
                 parts.append(f"method = {json.dumps(m.method)}")
-            parts += [f"{key} = {_number(getattr(m, key))}" for key in _KEYS[2:]]
+            parts += [f"{key} = {_number(getattr(m, key))}" for key in ("bits", "us", hurt)]
             lines.append(f"{quoted[name]:{width}} = {{ {', '.join(parts)} }}")
         return "\n".join(lines) + "\n"
+
+    def write_beside(self, artifact: Path, given: Path | None) -> None:
+        """As ARTIFACT.plan.toml, unless that is the file that it was ``given`` in."""
+        file = artifact.with_suffix(".plan.toml")
+        if given is None or not (file.exists() and file.samefile(given)):
+            file.write_text(self.to_toml(), encoding="utf-8")
 
     @classmethod
     def read(cls, path: Path) -> WeightPlan:

@@ -1,4 +1,4 @@
-"""How much a format hurts a matrix, in expected divergence of the whole model.
+"""How much a format hurts a matrix of a language model, in expected divergence of the whole.
 
 Two factors. The first is the error of the matrix's own output, relative to that output's square:
 for rounding (rtn, clip) the weights' error weighted by the Hessian of the inputs; for methods with
@@ -12,14 +12,14 @@ Divergences of several such groups add up as long as they are small; how the who
 from the sum is fitted as a power law to the whole model rounded to 3 and to 4 bits.
 
 Without calibration data the first factor is that of the plain weights and the second is 1: an order
-of what to round last, but no divergence.
+of what to round last, but no divergence. (Models that have no tokens: :mod:`qigen.mix.graphs`.)
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,7 +30,7 @@ from qigen.errors import BadInput
 from qigen.evaluate import divergence_rows, log_softmax
 from qigen.formats.algebra import Float32Array, Format, QuantizedTensor, select_rows
 from qigen.formats.catalog import by_name
-from qigen.ir.graph import Graph, load_constant
+from qigen.ir.graph import Array, Graph, load_constant
 from qigen.mix.candidates import KEEP, Cost, Matrix, method_of
 from qigen.quantize.hessian import Statistics, factor, importance, output_error
 from qigen.quantize.model import Store
@@ -51,7 +51,9 @@ PROBES = ("u3g64", "u4g64")
 LEAST_TOKENS = 256
 """Calibration tokens below which an order of the matrices is no more than a guess."""
 
-_PARTS = 4  # of the depth
+PARTS = 4
+"""Of the depth, that are probed apart."""
+
 _HEAD = 64  # rows of logits in float64 at a time
 
 
@@ -59,7 +61,8 @@ _HEAD = 64  # rows of logits in float64 at a time
 class Sensitivity:
     """``errors``: by matrix and candidate the relative error of the output; ``factors``: by matrix
     the divergence of an error of 1 (1 where nothing was measured). The divergence of the model is
-    ``gain * total ** power`` of the sum of the matrices' products of both.
+    ``gain * total ** power`` of the sum of the matrices' products of both. ``measure`` says what
+    the divergence is: 'kl', or 'error' of the outputs.
     """
 
     errors: dict[str, dict[str, float]]
@@ -68,6 +71,7 @@ class Sensitivity:
     power: float = 1.0
     measured: bool = False
     probes: list[dict[str, Any]] = field(default_factory=list)
+    measure: str = "kl"
 
     def of(self, name: str, candidate: str) -> float:
         """What a candidate adds to the sum."""
@@ -90,14 +94,14 @@ def method_for(fmt: Format, m: Matrix, wanted: str) -> str:
     return wanted
 
 
-def plain_errors(graph: Graph, matrices: Mapping[str, Matrix],
+def plain_errors(rows: Callable[[str], Float32Array], matrices: Mapping[str, Matrix],
                  options: Mapping[str, Mapping[str, Cost]], method: str,
                  report: Progress) -> Sensitivity:
-    """The errors of the weights alone."""
+    """The errors of the weights alone; ``rows`` gives some of a matrix's [rows, K]."""
     errors = {}
     for done, (name, m) in enumerate(matrices.items()):
-        w = _rows(graph, name)
-        errors[name] = {c: 0.0 if c == KEEP else _error(w, by_name(c), m, method, None)
+        w = rows(name)
+        errors[name] = {c: 0.0 if c == KEEP else error_of(w, by_name(c), m, method, None)
                         for c in options[name]}
         report("sensitivity", done + 1, len(matrices))
     return Sensitivity(errors, dict.fromkeys(matrices, 1.0))
@@ -124,7 +128,7 @@ def calibrated_errors(
                        "calibration")
     walk = Walk(graph, sequences, memory=memory, scratch=store.folder)
     errors: dict[str, dict[str, float]] = {}
-    wanted = {c for row in options.values() for c in row if c != KEEP} | {PROBES[0], PROBES[1]}
+    wanted = {c for row in options.values() for c in row if c != KEEP} | set(PROBES)
     reached = 0  # by the walk: it only goes where an earlier run has not been
     for number, segment in enumerate(walk.segments):
         names = list(dict.fromkeys(
@@ -135,7 +139,7 @@ def calibrated_errors(
             for passed in walk.segments[reached:number]:
                 walk.run(passed)
             reached = number
-            found = _segment_errors(walk, segment, names, matrices, options, method, wanted)
+            found = _segment_errors(walk, segment, names, matrices, options, method)
             store.put(part, {}, {"errors": found})
         elif kept is not None:
             found = kept[1]["errors"]
@@ -145,17 +149,17 @@ def calibrated_errors(
         report("sensitivity", number + 1, len(walk.segments))
     for name, m in matrices.items():
         if name not in errors:  # only looked up in
-            w = _rows(graph, name)
-            errors[name] = {c: _error(w, by_name(c), m, method, None) for c in wanted
+            w = rows_of(graph, name)
+            errors[name] = {c: error_of(w, by_name(c), m, method, None) for c in wanted
                             if c in options[name] or c in PROBES}
             errors[name][KEEP] = 0.0
-    found_factors = _Probing(graph, matrices, errors, sequences, memory, store, report)
-    return found_factors.run(method)
+    probing = _Probing(graph, sequences, memory, store)
+    return fitted(matrices, errors, _groups(graph, matrices), probing.measure, store, report)
 
 
 def _segment_errors(walk: Walk, segment: Segment, names: Sequence[str],
                     matrices: Mapping[str, Matrix], options: Mapping[str, Mapping[str, Cost]],
-                    method: str, wanted: set[str]) -> dict[str, dict[str, float]]:
+                    method: str) -> dict[str, dict[str, float]]:
     graph = walk.graph
     inputs: dict[str, list[str]] = {}
     for node in segment.products(graph):
@@ -166,19 +170,25 @@ def _segment_errors(walk: Walk, segment: Segment, names: Sequence[str],
         statistics = Statistics.empty(matrices[readers[0]].k)
         walk.run(segment, {x: lambda _, value, s=statistics: s.add(value)},  # type: ignore[misc]
                  advance=False)
-        moments = _Moments(statistics.hessian)
+        moments = Moments(statistics.hessian)
         for name in dict.fromkeys(readers):
-            w = _rows(graph, name)
-            found[name] = {
-                c: _error(w, by_name(c), matrices[name], method, moments)
-                for c in sorted(wanted) if c in options[name] or c in PROBES}
-            for c in PROBES:
-                found[name][f"rtn {c}"] = _error(w, by_name(c), matrices[name], "rtn", moments)
-            found[name][KEEP] = 0.0
+            found[name] = matrix_errors(rows_of(graph, name), matrices[name], options[name],
+                                        method, moments)
     return found
 
 
-class _Moments:
+def matrix_errors(w: Float32Array, m: Matrix, options: Iterable[str], method: str,
+                  moments: Moments) -> dict[str, float]:
+    """The errors of a matrix, from some of its rows ``w`` [rows, K], in each of its candidates and
+    in the formats of the probes; those merely rounded as 'rtn FORMAT'."""
+    wanted = sorted({c for c in options if c != KEEP} | set(PROBES))
+    found = {c: error_of(w, by_name(c), m, method, moments) for c in wanted}
+    for c in PROBES:
+        found[f"rtn {c}"] = error_of(w, by_name(c), m, "rtn", moments)
+    return {**found, KEEP: 0.0}
+
+
+class Moments:
     """What is known of an input: the Hessian, and what feedback leaves of its diagonal."""
 
     def __init__(self, hessian: Float32Array) -> None:
@@ -194,8 +204,8 @@ class _Moments:
         return self._left
 
 
-def _error(w: Float32Array, fmt: Format, m: Matrix, wanted: str,
-           moments: _Moments | None) -> float:
+def error_of(w: Float32Array, fmt: Format, m: Matrix, wanted: str,
+             moments: Moments | None) -> float:
     """The relative error of a matrix's output, from some of its rows ``w`` [rows, K]."""
     row = method_of(method_for(fmt, m, wanted))
     hessian = moments.hessian if moments is not None else None
@@ -208,8 +218,8 @@ def _error(w: Float32Array, fmt: Format, m: Matrix, wanted: str,
     return float(missed / power) if power else 0.0
 
 
-def _rows(graph: Graph, name: str, most: int = ROWS) -> Float32Array:
-    """float32: some of the rows of a matrix, spread evenly; the whole ones of a table first."""
+def rows_of(graph: Graph, name: str, most: int = ROWS) -> Float32Array:
+    """float32: some of the rows of a matrix of a language model, spread evenly."""
     data = load_constant(graph.constants[name])
     n = data.shape[0]
     chosen = np.unique(np.linspace(0, n - 1, min(most, n)).astype(np.intp))
@@ -220,77 +230,89 @@ def _rows(graph: Graph, name: str, most: int = ROWS) -> Float32Array:
     return np.ascontiguousarray(data[chosen], np.float32)
 
 
+Measure = Callable[[Sequence[str], Format], float]
+"""What the model is off with the named matrices rounded to nearest."""
+
+
+def fitted(
+    matrices: Mapping[str, Matrix],
+    errors: dict[str, dict[str, float]],
+    groups: Mapping[str, Sequence[str]],
+    measure: Measure,
+    store: Store,
+    report: Progress,
+    name: str = "kl",
+) -> Sensitivity:
+    """The factors of the matrices, from what is measured where all of a group are rounded to the
+    first of the probes' formats, and all together to both. What a run before has measured is taken
+    from ``store``; ``name`` is that of the measure.
+    """
+    todo = [*((PROBES[0], group) for group in groups.values()),
+            *((fmt, list(matrices)) for fmt in PROBES)]
+    labels = [*groups, "all", "all"]
+    part = f"probes-{PROBE_TOKENS}"
+    known = store.get(part)
+    divergences: list[float] = list(known[1]["divergences"]) if known else []
+    for fmt, group in todo[len(divergences) :]:
+        divergences.append(measure(group, by_name(fmt)))
+        store.put(part, {}, {"divergences": divergences})  # a run may be killed
+        report("probes", len(divergences), len(todo))
+    factors: dict[str, float] = {}
+    probes = []
+    for (fmt, group), label, measured in zip(todo, labels, divergences, strict=True):
+        error = sum(_rounding(errors[m], fmt) for m in group)
+        probes.append({"group": label, "format": fmt, "matrices": len(group), "error": error,
+                       name: measured})
+        if label != "all":
+            factors |= dict.fromkeys(group, measured / error if error else 0.0)
+    sums = [sum(factors[m] * _rounding(errors[m], fmt) for m in factors) for fmt in PROBES]
+    gain, power = _law(sums, divergences[-2:])
+    return Sensitivity(errors, factors, gain, power, True, probes, name)
+
+
+def _rounding(errors: Mapping[str, float], fmt: str) -> float:
+    """The error of a matrix in a probe."""
+    return errors.get(f"rtn {fmt}", errors[fmt])
+
+
+def _law(sums: Sequence[float], measured: Sequence[float]) -> tuple[float, float]:
+    """(gain, power) of the whole model's divergence, from the sums of its parts."""
+    if min(*sums, *measured) <= 0 or math.isclose(sums[0], sums[1], rel_tol=0.05):
+        return 1.0, 1.0
+    power = math.log(measured[0] / measured[1]) / math.log(sums[0] / sums[1])
+    power = min(2.0, max(0.5, power))
+    middle = [math.log(m) - power * math.log(s) for m, s in zip(measured, sums, strict=True)]
+    return math.exp(sum(middle) / 2), power
+
+
+def _groups(graph: Graph, matrices: Mapping[str, Matrix]) -> dict[str, list[str]]:
+    """The matrices by role and part of the depth."""
+    layers = {n.inputs[1]: n.layer for n in graph.nodes if n.op in ("MatMul", "Embedding")}
+    depth = 1 + max((layer for layer in layers.values() if layer is not None), default=0)
+    groups: dict[str, list[str]] = {}
+    for name in matrices:
+        layer = layers.get(name)
+        role = re.sub(r"\d+", "*", name)
+        part = "" if layer is None else f" {min(PARTS, depth) * layer // depth}"
+        groups.setdefault(f"{role}{part}", []).append(name)
+    return groups
+
+
 class _Probing:
     """Divergences of the model with some of its matrices rounded."""
 
-    def __init__(self, graph: Graph, matrices: Mapping[str, Matrix],
-                 errors: dict[str, dict[str, float]], sequences: npt.NDArray[np.int32],
-                 memory: int, store: Store, report: Progress) -> None:
-        self.graph, self.matrices, self.errors = graph, matrices, errors
-        self.store, self.report, self.memory = store, report, memory
+    def __init__(self, graph: Graph, sequences: npt.NDArray[np.int32], memory: int, store: Store
+                 ) -> None:
+        self.graph, self.store, self.memory = graph, store, memory
         length = min(sequences.shape[1], PROBE_TOKENS // 2)
         count = max(1, min(len(sequences), PROBE_TOKENS // length))
         at = np.linspace(0, len(sequences) - 1, count).astype(np.intp)
         self.sequences = np.ascontiguousarray(sequences[at, :length])
-
-    def run(self, method: str) -> Sensitivity:
-        groups = self._groups()
-        names = list(self.matrices)
-        todo = [*((PROBES[0], group) for group in groups.values()),
-                *((fmt, names) for fmt in PROBES)]
-        labels = [*groups, "all", "all"]
-        part = f"probes-{PROBE_TOKENS}"
-        known = self.store.get(part)
-        divergences: list[float] = list(known[1]["divergences"]) if known else []
-        if len(divergences) < len(todo):
-            self._reference()
-        for fmt, group in todo[len(divergences) :]:
-            divergences.append(self._divergence(group, by_name(fmt)))
-            self.store.put(part, {}, {"divergences": divergences})  # a run may be killed
-            self.report("probes", len(divergences), len(todo))
-        factors: dict[str, float] = {}
-        probes = []
-        for (fmt, group), label, measured in zip(todo, labels, divergences, strict=True):
-            error = sum(self._rounding(name, fmt) for name in group)
-            probes.append({"group": label, "format": fmt, "matrices": len(group), "error": error,
-                           "kl": measured})
-            if label != "all":
-                factors |= dict.fromkeys(group, measured / error if error else 0.0)
-        gain, power = self._law(factors, divergences[-2:])
-        return Sensitivity(self.errors, factors, gain, power, True, probes)
-
-    def _rounding(self, name: str, fmt: str) -> float:
-        """The error of a matrix in a probe."""
-        row = self.errors[name]
-        return row.get(f"rtn {fmt}", row[fmt])
-
-    def _law(self, factors: Mapping[str, float], measured: Sequence[float]) -> tuple[float, float]:
-        """(gain, power) of the whole model's divergence, from the sums of its parts."""
-        sums = [sum(factors[n] * self._rounding(n, fmt) for n in factors) for fmt in PROBES]
-        if min(*sums, *measured) <= 0 or math.isclose(sums[0], sums[1], rel_tol=0.05):
-            return 1.0, 1.0
-        power = math.log(measured[0] / measured[1]) / math.log(sums[0] / sums[1])
-        power = min(2.0, max(0.5, power))
-        middle = [math.log(m) - power * math.log(s) for m, s in zip(measured, sums, strict=True)]
-        return math.exp(sum(middle) / 2), power
-
-    def _groups(self) -> dict[str, list[str]]:
-        """The matrices by role and part of the depth."""
-        layers = {n.inputs[1]: n.layer for n in self.graph.nodes
-                  if n.op in ("MatMul", "Embedding")}
-        depth = 1 + max((layer for layer in layers.values() if layer is not None), default=0)
-        groups: dict[str, list[str]] = {}
-        for name in self.matrices:
-            layer = layers.get(name)
-            role = re.sub(r"\d+", "*", name)
-            part = "" if layer is None else f" {min(_PARTS, depth) * layer // depth}"
-            groups.setdefault(f"{role}{part}", []).append(name)
-        return groups
+        self._starts: list[dict[str, Array]] = []
 
     def _reference(self) -> None:
         """The model as it is: log probabilities, and what every segment starts from."""
         walk = Walk(self.graph, self.sequences, memory=self.memory, scratch=self.store.folder)
-        self._starts = []
         for segment in walk.segments[:-1]:
             self._starts.append(walk.kept())
             walk.run(segment)
@@ -304,8 +326,10 @@ class _Probing:
         walk.run(walk.segments[-1], {"logits": lambda _, x: found.append(x.copy())}, advance=False)
         return found
 
-    def _divergence(self, names: Sequence[str], fmt: Format) -> float:
+    def measure(self, names: Sequence[str], fmt: Format) -> float:
         """Mean divergence of the model with these matrices rounded to nearest."""
+        if not self._starts:
+            self._reference()
         graph = self.graph.copy()
         for name in names:
             data = load_constant(self.graph.constants[name])

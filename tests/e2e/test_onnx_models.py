@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -174,3 +175,23 @@ def test_minilm_quantized(
     arrays = stored("minilm")
     found = embeddings(artifact_of(minilm, **options), arrays)
     assert (found * arrays["embeddings"]).sum(axis=1).min() >= least
+
+
+@pytest.mark.slow
+def test_minilm_in_formats_under_a_budget(minilm: Path, artifact_of: Maker, tmp_path: Path
+                                          ) -> None:
+    """Formats chosen on ten sentences, tried on the other ten, beside one format of as many
+    bits."""
+    arrays = stored("minilm")
+    inputs = ("input_ids", "attention_mask", "token_type_ids")
+    np.savez(tmp_path / "samples.npz", **{name: arrays[name][:10] for name in inputs})
+    rest = {name: a[10:] for name, a in arrays.items()}
+    one = artifact_of(minilm, weights="u4g64", method="clip", calibration=tmp_path / "samples.npz")
+    mix = artifact_of(minilm, weights="auto", budget="bits=4.5", method="clip",
+                      candidates=("u3g64", "u4g64", "u5g64", "u6g64"),
+                      calibration=tmp_path / "samples.npz")
+    manifest = json.loads((mix / "manifest.json").read_text())
+    assert manifest["mix"]["expected"]["bits"] <= 4.5
+    (alone, chosen) = (1 - (embeddings(a, rest) * rest["embeddings"]).sum(axis=1).mean()
+                       for a in (one, mix))
+    assert chosen < 0.9 * alone

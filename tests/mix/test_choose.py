@@ -40,7 +40,7 @@ def chosen(budget, sequences=None, method="rtn", candidates=NAMES, **options):
     ("bits=3.5", Budget(bits=3.5)), ("bytes=80M", Budget(bytes=80_000_000)),
     ("bytes=64MiB", Budget(bytes=64 << 20)), ("bytes=12345", Budget(bytes=12345)),
     ("latency=5ms", Budget(us=5000)), ("latency=.5s", Budget(us=5e5)),
-    ("latency=800us, kl=2e-2", Budget(us=800, kl=0.02)),
+    ("latency=800us, kl=2e-2", Budget(us=800, kl=0.02)), ("error=.5", Budget(error=0.5)),
 ])  # fmt: skip
 def test_budgets(text, budget):
     assert Budget.parse(text) == budget
@@ -52,11 +52,18 @@ def test_budgets(text, budget):
     ("bits=", "number of bits"), ("bits=3.5%", "number of bits"), ("bits=-1", "number of bits"),
     ("bits=0", "number of bits"), ("latency=5", "with its unit"), ("latency=5min", "with its unit"),
     ("bytes=5X", "a size"), ("kl=0.1nat", "nats a token"), ("bits=3,bits=4", "twice"),
-    ("bits=nan", "number of bits"),
+    ("bits=nan", "number of bits"), ("cosine=1.0", "a cosine below 1"), ("error=0", "squared"),
 ])  # fmt: skip
 def test_budgets_that_make_no_sense(text, message):
     with pytest.raises(UsageError, match=message):
         Budget.parse(text)
+
+
+def test_a_cosine_is_an_error():
+    assert Budget.parse("cosine=0.8").error == pytest.approx(0.5625)
+    assert Budget.parse("cosine=0.8,error=0.1").error == 0.1
+    with pytest.raises(UsageError, match=r"give kl=0\.02"):
+        chosen("cosine=0.8", texts())
 
 
 def test_candidates():

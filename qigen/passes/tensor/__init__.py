@@ -14,6 +14,14 @@ from qigen.passes.tensor.quantized import folded, quantized_products, weight_onl
 from qigen.passes.tensor.simplify import simplify
 
 
+def before_products(graph: Graph) -> Graph:
+    """What products are taken from: matrices have the names and the weights that the ``rounded`` of
+    :func:`optimize_graph` is asked for."""
+    for run in (promote_halves, simplify, find_patterns, quantized_products, weight_only, folded):
+        graph = run(graph)
+    return graph
+
+
 def optimize_graph(
     graph: Graph,
     activations: str | None = None,
@@ -36,12 +44,7 @@ def optimize_graph(
         return graph
 
     passes: tuple[Callable[[Graph], Graph], ...] = (
-        promote_halves,
-        simplify,
-        find_patterns,
-        quantized_products,
-        weight_only,
-        folded,
+        before_products,
         lambda g: Products(g, arithmetic_of, rounded).run(),
         quantized_tables if activations == "int8" or rounded is not None else unchanged,
         layout.images,
@@ -58,4 +61,4 @@ def optimize_graph(
     return graph
 
 
-__all__ = ["optimize_graph"]
+__all__ = ["before_products", "optimize_graph"]

@@ -240,7 +240,9 @@ def _merged(r: Rewriter, q: _Heads, k: _Heads, v: _Heads) -> tuple[_Heads, _Head
     x, first = linears[0].x, linears[0]
     if len({p.x for p in linears}) != 1 or len({p.add.outputs[0] for p in linears}) != 3:
         return q, k, v
-    weights = r.constant(f"{first.add.name}/qkv", np.concatenate([p.w for p in linears], axis=1))
+    # under the names of all three, so that whoever chooses matrices by name finds it by each
+    joined = np.concatenate([p.w for p in linears], axis=1)
+    weights = r.constant("+".join(p.name for p in linears), joined)
     bias = r.constant(f"{first.add.name}/qkv_bias", np.concatenate([p.bias for p in linears]))
     product, total = r.name(f"{first.add.name}/product"), r.name(f"{first.add.name}/all")
     # x is there before the first of them; a node before all readers of the three will do
@@ -258,10 +260,11 @@ def _merged(r: Rewriter, q: _Heads, k: _Heads, v: _Heads) -> tuple[_Heads, _Head
 
 @dataclass(frozen=True)
 class _Linear:
-    """x times constant weights [K, N] plus a constant bias [N]."""
+    """x times constant weights [K, N], called ``name``, plus a constant bias [N]."""
 
     add: Node
     x: str
+    name: str
     w: Any
     bias: Any
 
@@ -276,7 +279,7 @@ def _linear(r: Rewriter, name: str) -> _Linear | None:
             continue
         w = r.array(product.inputs[1])
         if w is not None and w.ndim == 2 and bias.shape == w.shape[1:]:
-            return _Linear(add, product.inputs[0], w, bias)
+            return _Linear(add, product.inputs[0], product.inputs[1], w, bias)
     return None
 
 
