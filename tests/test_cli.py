@@ -350,6 +350,7 @@ def test_formats(run: Any, run_json: Any) -> None:
     assert rows["u4g32"]["gpu"] == ["gemv", "gemm", "gemm-int8"]
     assert rows["s4g128_2of4"]["gpu"] == ["gemv", "gemm"]
     assert rows["s4g128_lr16"]["gpu"] == [] and rows["s4g128_lr16"]["sparsity"] == "rank 16"
+    assert rows["s4g128_2of8v64"]["sparsity"] == "64:2:8"
     code, out, _ = run("formats")
     assert code == 0 and all(name in out for name in CATALOG)
 

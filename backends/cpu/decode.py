@@ -69,12 +69,26 @@ class Stream:
 
 
 @dataclass(frozen=True)
+class Pick:
+    """The kept codes of the M weights of a mask whose columns rows share: at the ``first`` step of
+    the M they are brought into a vector of four codes, of which the bits of the selection, a scalar
+    of ``bits`` bits at byte ``offset`` of the K-block, pick those of each step."""
+
+    name: str
+    first: bool
+    step: int
+    offset: int
+    bits: int
+
+
+@dataclass(frozen=True)
 class Step:
     """Weights ``k .. k+3`` of the K-block for 16 rows; ``digit`` is the base-3 digit to take.
 
     Of a masked format, ``packed`` are the steps of kept codes that this step is the first to need
     (their ``k`` counts kept codes), and ``kept`` the weights that may fall into it; ``stream``
-    takes their place where a bitmap says what is kept.
+    takes their place where a bitmap says what is kept, ``pick`` goes with them where rows share the
+    columns of what is kept.
     """
 
     k: int
@@ -83,6 +97,7 @@ class Step:
     packed: tuple[Step, ...] = ()
     kept: tuple[Kept, ...] = ()
     stream: Stream | None = None
+    pick: Pick | None = None
     row: bool = False
     """Whether the codes lie expanded, row by row: those of words of a dictionary."""
 
@@ -181,7 +196,7 @@ class DecodePlan:
                 for i, read in enumerate(step.reads):
                     count += (read.right != 0) + (read.masked or i > 0)
                 count += self.format.byte_table is not None
-                count += 5 * len(step.kept)
+                count += 5 * len(step.kept) + (step.pick is not None)
                 if step.stream is not None:
                     count += STEP * (5 + 4 * len(step.stream.words))
         return count
@@ -286,6 +301,13 @@ def _masked_step(
         return _bitmap_step(format, block, k, offsets, seen)
     codes, places = format.field("codes"), format.field("ix")
     packed, kept = [], []
+    pick = None
+    if format.sharing:
+        group, bits = k // of, format.field("vm").bits
+        pick = Pick(f"{block}_{group}", k % of == 0, k % of // STEP,
+                    offsets["vm", block, 0] + group * bits // 8, bits)  # fmt: skip
+        if not pick.first:
+            return Step(block * format.block + k, (), None, pick=pick)
     first_code = block * codes.count
     for e in range(k // of * keep, k // of * keep + keep):
         at = e // STEP * STEP
@@ -296,7 +318,7 @@ def _masked_step(
             packed.append(replace(step, k=first_code + at))
         place = _lane_reads(format, places, block, e, offsets, seen)
         kept.append(Kept(first_code + at, e % STEP, place, k % of // STEP * 32))
-    return Step(block * format.block + k, (), None, tuple(packed), tuple(kept))
+    return Step(block * format.block + k, (), None, tuple(packed), tuple(kept), pick=pick)
 
 
 def _bitmap_step(
@@ -335,7 +357,7 @@ def decode_plan(format: Format, layout: Layout) -> DecodePlan:
     assert format.float_kind is None, f"{format.name} holds floats: nothing to decode"
     offsets = field_offsets(format, layout)
     codes = next(f for f in format.fields if f.name == "codes")
-    apart = ("codes", "lut", "ix", "bm", "oc", "ov")
+    apart = ("codes", "lut", "ix", "bm", "vm", "oc", "ov")
     others = [f for f in format.block_fields if f.name not in apart]
     length = min(format.group, ACTIVATION_GROUP)
     seen: set[str] = set()

@@ -16,7 +16,7 @@ from qigen.backends.base import Isa, KernelSource
 from qigen.backends.cpu.decode import ACTIVATION_GROUP, STEP, DecodePlan, decode_plan
 from qigen.codegen.render import render
 from qigen.errors import Unsupported
-from qigen.formats.algebra import MINIFLOATS, Format
+from qigen.formats.algebra import MINIFLOATS, SELECTED, Format
 from qigen.formats.layout import (
     Layout,
     factor_bytes,
@@ -219,6 +219,7 @@ def render_matmul(
         or any(field.number in MINIFLOATS for field in f.fields),
         "zero_code": int(f.zero) if f.has("dict") else 0,
         "entry_bytes": ENTRY,
+        "pick_controls": _pick_controls(),
         "lut_offset": field_offsets(f, spec.layout).get(("lut", 0, 0), 0),
     }
     entries = tuple(spec.entry(e) for e in epilogues)
@@ -267,6 +268,21 @@ def render_matmul(
         **common,
     )
     return KernelSource(spec.name, text, spec.isa.name, entries)
+
+
+def _pick_controls() -> tuple[int, ...]:
+    """int32 [5 * 16]: for each number of codes used before, and each selection of four places, the
+    byte of a vector of four codes that comes to every place; 0x80 where there is none."""
+    controls = []
+    for before in range(SELECTED + 1):
+        for bits in range(1 << STEP):
+            at, control = before, 0
+            for place in range(STEP):
+                chosen = bits >> place & 1
+                control |= (at % STEP if chosen else 0x80) << 8 * place
+                at += chosen
+            controls.append(control - (1 << 32) if control >= 1 << 31 else control)
+    return tuple(controls)
 
 
 def _banner(lines: list[str]) -> str:

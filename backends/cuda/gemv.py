@@ -154,6 +154,9 @@ def supports(format: Format) -> bool:
 def decoding(format: Format) -> dict[str, Any]:
     """The parameters of templates/cuda/decode.j2; Unsupported for what the algebra has and GPUs
     have not."""
+    if format.sharing:
+        raise Unsupported("masks with columns that rows share have no kernel on GPUs; compile for "
+                          "a CPU, or take a mask such as _2of8", format.name)
     if format.rank:
         raise Unsupported("low-rank residuals have no kernel on GPUs; compile for a CPU, or take "
                           "the row without _lr", format.name)

@@ -16,7 +16,8 @@ weights.
 A dictionary (tensor field 'dict') has runs of codes of various lengths: the codes of a block are
 those of its words, the elements of 'codes', one after the other (:mod:`qigen.formats.words`).
 A mask N:M keeps N of every M weights, whose places are in the field 'ix' (or set bits of 'bm', one
-of M bits for every M weights); the others are zero.
+of M bits for every M weights); the others are zero. Of a mask V:N:M, V rows share four of every M
+columns (field 'vm', a bit for each of the M), and 'ix' are places among these four.
 Outliers (fields 'oc' and 'ov') add ov[j] to the weight oc[j] of the block; columns apart (tensor
 field 'qc', ascending, and row field 'qv') add qv[j] to the weight qc[j] of the row. A residual of
 low rank adds the product of two factors, sum_j lb[n, j] la[k, j]: 'lb' is a row field, 'la' one of
@@ -50,6 +51,12 @@ FLOAT_FIELDS = ("d", "dmin", "m", "lut", "ov", "qv", "book", "subz", "zd", "zz",
 
 # Exponents that say NaN or infinity, by kind of float. e4m3 has one NaN and no infinity.
 _NOT_FINITE = {"f16": 0x7C00, "bf16": 0x7F80, "f32": 0x7F800000, "e4m3": 0x7F, "e5m2": 0x7C}
+
+SELECTED = 4
+"""Columns of every M that rows share in a mask V:N:M (VENOM: what 2:4 instructions take)."""
+
+SHARING_ROWS = 16
+"""Rows at least that share a field: a row-block of the execution layout has it once."""
 
 # Base-3 bytes (ggml TQ1_0): (first byte, bytes, digits, first weight). Digit j of byte i of a run
 # is the code of weight ``first weight + j * bytes + i``.
@@ -137,6 +144,7 @@ class Field:
 
     ``kind`` says that the integers are the bits of floats: 'f16', 'bf16', 'f32' or a minifloat.
     ``scope`` is 'block', 'row', 'tensor', or 'column': in every block, but the same for all rows.
+    ``rows``: so many rows, a multiple of 16, have the same elements, each in its own array.
     """
 
     name: str
@@ -145,6 +153,7 @@ class Field:
     runs: tuple[Run, ...] = ()
     kind: str = ""
     scope: str = "block"
+    rows: int = 1
 
     @property
     def number(self) -> str:
@@ -217,7 +226,13 @@ class Format:
     def bits_per_weight(self) -> float:
         """Stored bits a weight of blocks, scales and minima included; what is stored once a row or
         a weight depends on the shape and is left out."""
-        return sum(field.bits * field.count for field in self.block_fields) / self.block
+        return sum(field.bits * field.count / (SHARING_ROWS if field.rows > 1 else 1)
+                   for field in self.block_fields) / self.block
+
+    @property
+    def sharing(self) -> int:
+        """Rows that share the columns of a mask V:N:M, else 0."""
+        return self.field("vm").rows if self.has("vm") else 0
 
     @cached_property
     def block_fields(self) -> tuple[Field, ...]:
@@ -251,6 +266,8 @@ class Format:
         words = [f"{self.mask[0]}:{self.mask[1]}"] if self.mask else []
         if self.has("bm"):
             words = [f"{words[0]} by bitmap"]
+        if self.sharing:
+            words = [f"{self.sharing}:{words[0]}"]
         if self.has("oc"):
             words.append(f"{self.field('oc').count} outliers of {self.block}")
         if self.has("qc"):
@@ -319,7 +336,7 @@ class Format:
     @property
     def block_bytes(self) -> int:
         """Bytes of a source block."""
-        return -(-sum(field.bits * field.count for field in self.block_fields) // 8)
+        return -(-int(self.block * self.bits_per_weight) // 8)
 
     @property
     def code_bits(self) -> int:
@@ -532,6 +549,19 @@ def _validate_mask(tensor: QuantizedTensor, where: str) -> None:
             raise BadInput(f"row {row} has bitmaps that keep other than {keep} of {of} weights; "
                            "the file is damaged", where)
         return
+    if tensor.format.sharing:
+        maps, rows = tensor.fields["vm"], tensor.format.sharing
+        of = SELECTED
+        wrong = _bits(maps, tensor.format.mask[1]).sum(axis=3) != SELECTED
+        if wrong.any():
+            row = int(np.argmax(wrong.reshape(len(wrong), -1).any(axis=1)))
+            raise BadInput(f"row {row} selects other than {SELECTED} of {tensor.format.mask[1]} "
+                           "columns; the file is damaged", where)
+        differs = maps != maps[np.arange(len(maps)) // rows * rows]
+        if differs.any():
+            row = int(np.argmax(differs.reshape(len(differs), -1).any(axis=1)))
+            raise BadInput(f"row {row} selects other columns than the first of its {rows} rows, "
+                           "which share them", where)
     places = tensor.fields["ix"].reshape(len(tensor.fields["ix"]), -1, keep).astype(np.int64)
     bad: npt.NDArray[np.bool_] = np.diff(places, axis=2, append=of) <= 0
     if bad.any():
@@ -702,14 +732,20 @@ def _bits(maps: Array, of: int) -> Array:
 
 
 def kept_places(fmt: Format, fields: Mapping[str, Array]) -> Array:
-    """uint8 [N, nblocks, kept codes]: the place of every kept weight in its M, from 'ix' or 'bm'.
+    """uint8 [N, nblocks, kept codes]: the place of every kept weight in its M, from 'ix' or 'bm',
+    or from 'ix' and 'vm'.
 
     A bitmap with too few bits set (of a padded block) gives places that hold no weight: M - 1.
     """
-    if not fmt.has("bm"):
-        return fields["ix"]
     assert fmt.mask is not None
     keep, of = fmt.mask
+    if fmt.sharing:
+        selected = np.argsort(_bits(fields["vm"], of) == 0, axis=3, kind="stable")[..., :SELECTED]
+        among = fields["ix"].reshape(*fields["vm"].shape, keep).astype(np.int64)
+        chosen = np.take_along_axis(selected, among, axis=3)
+        return chosen.astype(np.uint8).reshape(fields["ix"].shape)
+    if not fmt.has("bm"):
+        return fields["ix"]
     bits = _bits(fields["bm"], of)
     ranks = np.where(bits, np.arange(of, dtype=np.uint8), np.uint8(of - 1))
     places = np.sort(ranks, axis=3)[..., :keep]
@@ -717,14 +753,48 @@ def kept_places(fmt: Format, fields: Mapping[str, Array]) -> Array:
 
 
 def mask_field(fmt: Format, places: Array) -> dict[str, Array]:
-    """The field 'ix' or 'bm' of the kept ``places`` [N, nblocks, kept codes] in their M's."""
-    if not fmt.has("bm"):
+    """The field 'ix' or 'bm' (or 'ix' and 'vm') of the kept ``places`` [N, nblocks, kept codes] in
+    their M's. BadInput if rows that share columns have more than :data:`SELECTED` among them."""
+    if not (fmt.has("bm") or fmt.sharing):
         return {"ix": places.astype(np.uint8)}
     assert fmt.mask is not None
-    keep = fmt.mask[0]
+    keep, of = fmt.mask
     single = np.left_shift(np.uint64(1), places.astype(np.uint64))
-    maps = single.reshape(*places.shape[:2], -1, keep).sum(axis=3, dtype=np.uint64)
-    return {"bm": maps.astype(fmt.field("bm").dtype)}
+    single = single.reshape(*places.shape[:2], -1, keep)
+    maps = np.bitwise_or.reduce(single, axis=3)
+    if fmt.has("bm"):
+        return {"bm": maps.astype(fmt.field("bm").dtype)}
+    n = len(maps)
+    shared = np.bitwise_or.reduceat(maps, np.arange(0, n, fmt.sharing), axis=0)
+    bits = _bits(shared.astype(fmt.field("vm").dtype), of)
+    missing = SELECTED - bits.sum(axis=3, dtype=np.int64, keepdims=True)
+    if (missing < 0).any():
+        raise BadInput(f"{fmt.sharing} rows keep weights of more than {SELECTED} of {of} columns, "
+                       "which they must share", fmt.name)
+    # columns that no row needs fill the four up
+    bits |= (bits == 0) & (np.cumsum(bits == 0, axis=3) <= missing)
+    weights = np.left_shift(np.uint64(1), np.arange(of, dtype=np.uint64))
+    vm = (bits * weights).sum(axis=3, dtype=np.uint64).astype(fmt.field("vm").dtype)
+    rank = (np.cumsum(bits, axis=3) - 1).astype(np.uint8)
+    rank, vm = (np.repeat(a, fmt.sharing, axis=0)[:n] for a in (rank, vm))
+    among = np.take_along_axis(rank, places.reshape(single.shape).astype(np.int64), axis=3)
+    return {"vm": vm, "ix": among.reshape(places.shape)}
+
+
+def kept_weights(fmt: Format, worth: Array) -> npt.NDArray[np.bool_]:
+    """bool [N, groups, M]: the weights that a mask keeps, those of the greatest ``worth`` [N,
+    groups, M], not negative. Rows that share columns take those worth most to all of them."""
+    assert fmt.mask is not None
+
+    def first(a: Array, count: int) -> npt.NDArray[np.bool_]:
+        order = np.argsort(-a, axis=2, kind="stable")
+        return np.asarray(np.argsort(order, axis=2, kind="stable") < count)
+
+    if fmt.sharing:
+        total = np.add.reduceat(worth, np.arange(0, len(worth), fmt.sharing), axis=0)
+        selected = np.repeat(first(total, SELECTED), fmt.sharing, axis=0)[: len(worth)]
+        worth = np.where(selected, worth, worth.dtype.type(-1))
+    return first(worth, fmt.mask[0])
 
 
 def expanded(fmt: Format, codes: Array, places: Array) -> Array:

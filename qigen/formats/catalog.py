@@ -15,7 +15,7 @@ from dataclasses import replace
 from statistics import NormalDist
 
 from qigen.errors import Unsupported
-from qigen.formats.algebra import MINIFLOATS, Field, Format, Run
+from qigen.formats.algebra import MINIFLOATS, SELECTED, SHARING_ROWS, Field, Format, Run
 from qigen.formats.words import ENTRY
 
 _GGML = "ggml block "
@@ -365,6 +365,26 @@ def masked(row: Format, keep: int, of: int, bitmap: bool = False) -> Format:
     return result
 
 
+def shared_mask(row: Format, keep: int, of: int, rows: int) -> Format:
+    """``row`` with ``keep`` of every ``of`` (8, 16 or 32) weights stored, which lie in four columns
+    that ``rows`` (16, 32, 64 or 128) rows share (VENOM: V:N:M)."""
+    if of not in (8, 16, 32) or not 0 < keep < SELECTED or rows not in (
+            SHARING_ROWS, 2 * SHARING_ROWS, 4 * SHARING_ROWS, 8 * SHARING_ROWS):
+        raise Unsupported(f"a mask of {rows}:{keep}:{of} has no kernel; take 16, 32, 64 or 128 "
+                          "rows that keep 1 to 3 of 8, 16 or 32 weights", row.name)
+    row = _widened(row, max(row.block, 128))
+    while any(row.block * keep // of * p % 32 for p in (1, 2, 4, 8) if row.code_bits & p):
+        row = _widened(row, 2 * row.block)
+    kept = row.block * keep // of
+    fields = [replace(f, count=kept) if f.name == "codes" else f for f in row.fields]
+    fields[1:1] = [Field("ix", 2, kept), Field("vm", of, row.block // of, rows=rows)]
+    result = replace(row, name=f"{row.name}_{keep}of{of}v{rows}", fields=tuple(fields),
+                     mask=(keep, of),
+                     source=f"{row.source}; {keep}:{of} sparse in columns of {rows} rows (VENOM)")
+    assert result.hole >= 0
+    return result
+
+
 def codebook_row(books: int, bits: int, vector: int = 8) -> Format:
     """Vectors of ``vector`` weights as sums of entries of ``books`` codebooks of 2^bits entries."""
     if not 1 <= books <= 4 or not 4 <= bits <= 16 or vector not in (4, 8, 16):
@@ -411,6 +431,9 @@ _ROWS = (
     masked(int_row("s", 8, 128), 4, 8, bitmap=True),
     masked(int_row("s", 2, 128), 16, 32, bitmap=True),
     with_outliers(masked(int_row("s", 4, 128), 2, 4), 3),
+    shared_mask(int_row("s", 4, 128), 2, 8, 64),
+    shared_mask(int_row("s", 8, 128), 2, 16, 16),
+    shared_mask(table_row("nf4", 64), 2, 8, 32),
     with_columns(int_row("s", 4, None), 32),
     with_low_rank(int_row("s", 4, 128), 16),
     with_low_rank(with_outliers(int_row("z", 3, 128), 3), 32),
@@ -484,7 +507,7 @@ _FAMILY = re.compile(r"(?P<base>[suzh][2-8]|nf[234]|fp4|fp\d_e\dm\d)"
 def _of_family(name: str) -> Format | None:
     """A row that is not listed but named by the rule of its family: ``z3g64_f32``, ``nf4g128``."""
     combined = re.fullmatch(r"(?P<row>.+)_((?P<kind>o|c|lr)(?P<count>\d+)"
-                            r"|(?P<keep>\d+)of(?P<of>\d+)(?P<bitmap>b?))", name)
+                            r"|(?P<keep>\d+)of(?P<of>\d+)(?P<bitmap>b?)(v(?P<rows>\d+))?)", name)
     if combined is not None:
         row = CATALOG.get(combined["row"]) or _of_family(combined["row"])
         if row is None:
@@ -492,7 +515,12 @@ def _of_family(name: str) -> Format | None:
         if combined["count"]:
             more = {"o": with_outliers, "c": with_columns, "lr": with_low_rank}[combined["kind"]]
             return more(row, int(combined["count"]))
-        return masked(row, int(combined["keep"]), int(combined["of"]), bool(combined["bitmap"]))
+        keep, of = int(combined["keep"]), int(combined["of"])
+        if combined["rows"]:
+            if combined["bitmap"]:
+                return None
+            return shared_mask(row, keep, of, int(combined["rows"]))
+        return masked(row, keep, of, bool(combined["bitmap"]))
     if name.endswith("_t8"):
         row = CATALOG.get(name[:-3]) or _of_family(name[:-3])
         return with_byte_table(row) if row is not None else None

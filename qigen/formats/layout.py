@@ -11,6 +11,7 @@ of the K-block, each plane of the field: its words. A word is stored for all lan
   plane of width p takes 32-bit words; element e is in word e // (32/p), byte e % 4, at bit
   p * (e % (32/p) // 4): step t of a dot product (elements 4t to 4t + 3) is the four bytes of one
   word, shifted by p * t.
+* A field that rows share (``Field.rows``) is stored once for all lanes, in lane order.
 * *lane order* (every other field): the elements of a row form a little-endian string of p-bit
   numbers, cut in 32-bit words, or in a single word of 8 or 16 bits if that holds them all. A float
   is a word of its own.
@@ -81,7 +82,11 @@ class Plane:
 
     def nbytes(self, layout: Layout) -> int:
         """Bytes of the plane for one source block and all lanes."""
-        return self.words * self.word_bits // 8 * layout.rows
+        return self.words * self.word_bits // 8 * self.lanes(layout)
+
+    def lanes(self, layout: Layout) -> int:
+        """How often a word is stored: once a row, or once for rows that share it."""
+        return 1 if self.field.rows > 1 else layout.rows
 
 
 def planes(bits: int) -> tuple[int, ...]:
@@ -240,9 +245,12 @@ def pack(tensor: QuantizedTensor, layout: Layout) -> npt.NDArray[np.uint8]:
         for field in fmt.block_fields:
             part[field.name] = _pad(part[field.name], len(target) * layout.rows,
                                     dims[1] * layout.blocks)
+            if field.rows > 1:
+                _check_sharing(fmt, field, part[field.name], min(rows, tensor.shape[0] - a), layout)
         for plane, offset, stride in _places(fmt, layout):
-            words = _to_words(plane, part[plane.field.name])
-            _lanes(plane, target, layout, offset, stride)[...] = _by_row(words, layout)
+            words = _by_row(_to_words(plane, part[plane.field.name]), layout)
+            lanes = _lanes(plane, target, layout, offset, stride)
+            lanes[...] = words[..., : plane.lanes(layout)]
     return packed
 
 
@@ -288,6 +296,14 @@ def unpack(fmt: Format, shape: tuple[int, int], layout: Layout,
     return QuantizedTensor(fmt, shape, fields)
 
 
+def _check_sharing(fmt: Format, field: Field, array: Array, n: int, layout: Layout) -> None:
+    """BadInput if the ``n`` rows of ``array`` differ within row-blocks that store them once."""
+    first = np.arange(n) // layout.rows * layout.rows
+    if field.rows % layout.rows or not np.array_equal(array[:n], array[first]):
+        raise BadInput(f"rows of a block of {layout.rows} differ in '{field.name}', which "
+                       f"{field.rows} rows share; pack whole blocks of them", fmt.name)
+
+
 def _row_lanes(plane: Plane, heads: Array, layout: Layout, offset: int) -> Array:
     """View the words of a row field in ``heads`` [row-block, bytes] as [row-block, word, lane]."""
     part = heads[:, offset : offset + plane.nbytes(layout)]
@@ -325,10 +341,11 @@ def _lanes(plane: Plane, packed: Array, layout: Layout, offset: int, stride: int
     """View the plane's words in ``packed`` [row-block, K-block, byte] in the order of _by_row."""
     dtype = unsigned_dtype(plane.word_bits)
     n, kblocks = packed.shape[:2]
-    strides = (*packed.strides[:2], stride, layout.rows * dtype.itemsize, dtype.itemsize)
+    count = plane.lanes(layout)
+    strides = (*packed.strides[:2], stride, count * dtype.itemsize, dtype.itemsize)
     first = packed[:, :, offset : offset + dtype.itemsize].view(dtype)
     lanes: Array = np.lib.stride_tricks.as_strided(
-        first, (n, kblocks, layout.blocks, plane.words, layout.rows), strides)
+        first, (n, kblocks, layout.blocks, plane.words, count), strides)
     return lanes
 
 

@@ -22,6 +22,7 @@ from qigen.formats.algebra import (
     QuantizedTensor,
     as_float32,
     float_bits,
+    kept_weights,
 )
 from qigen.quantize.grid import Grid, plain, with_parts
 from qigen.quantize.hessian import DAMPING, Factor, factor, importance
@@ -78,7 +79,7 @@ def gptq(w: Float32Array, fmt: Format, hessian: Float32Array, *, damping: float 
     loop = _Feedback(w, grid, found.upper, columns, starts)
     loop.apart[apart] = True
     loop.outliers = outliers
-    loop.mask = fmt.mask
+    loop.masked = fmt if fmt.mask is not None else None
     loop.run()
     parts: dict[str, Array] = {}
     if outliers is not None:
@@ -119,7 +120,8 @@ def ordered(diagonal: Float32Array, fmt: Format, order: str,
         members = blocks[i]
         if order == "group":
             runs = [members[j : j + of] for j in range(0, len(members), of)]
-            runs.sort(key=lambda run: -float(keys[run].max()))
+            # one that K cuts short comes last: masks count from the start of a block
+            runs.sort(key=lambda run: (len(run) < of, -float(keys[run].max())))
             members = np.concatenate(runs)
         starts[at] = i
         columns.append(members)
@@ -138,7 +140,7 @@ class _Feedback:
         self.place = np.argsort(columns)
         self.apart = np.zeros(len(columns), bool)
         self.outliers: Mask | None = None
-        self.mask: tuple[int, int] | None = None
+        self.masked: Format | None = None
         self.kept: Mask | None = None
         self.extra = np.zeros((0, 0), np.float32)
 
@@ -146,7 +148,7 @@ class _Feedback:
         k, n = self.rest.shape
         if self.outliers is not None or self.apart.any():
             self.extra = np.zeros((k, n), np.float32)
-        if self.mask is not None:
+        if self.masked is not None:
             self.kept = np.zeros((n, k), bool)
         edges = sorted({0, k, *self.starts})
         for first, last in itertools.pairwise(edges):
@@ -154,6 +156,11 @@ class _Feedback:
                 self._fit(self.starts[first])
             for a in range(first, last, _CHUNK):
                 self._chunk(a, min(a + _CHUNK, last))
+
+    @property
+    def _of(self) -> int:
+        """Weights of which a mask keeps some."""
+        return self.masked.mask[1] if self.masked is not None and self.masked.mask else 1
 
     def _fit(self, block: int) -> None:
         """New scales of a block from its weights as they are by now."""
@@ -164,25 +171,24 @@ class _Feedback:
         x[self.apart[members]] = 0
         if self.outliers is not None:
             x[self.outliers[:, members].T] = 0
-        if self.mask is not None:
-            for a in range(0, len(members), self.mask[1]):
-                part = slice(a, a + self.mask[1])
+        if self.masked is not None:
+            for a in range(0, len(members), self._of):
+                part = slice(a, a + self._of)
                 x[part][~self._choice(x[part], places[part])] = 0
         self.grid.fit(np.ascontiguousarray(x.T), block)
 
     def _choice(self, x: Float32Array, places: Indices) -> Mask:
         """Which of x [M, N] a mask keeps: those whose loss, made up for, would cost the most."""
-        assert self.mask is not None
+        assert self.masked is not None
         cost = np.abs(x) / self.upper[places, places][:, None]
-        rank = np.argsort(np.argsort(-cost, axis=0, kind="stable"), axis=0, kind="stable")
-        return np.asarray(rank < self.mask[0])
+        return np.asarray(kept_weights(self.masked, cost.T[:, None])[:, 0].T)
 
     def _chunk(self, a: int, b: int) -> None:
         """Round the columns at places [a, b) and spread their errors."""
         errors = np.empty((b - a, self.rest.shape[1]), np.float32)
         for i in range(a, b):
-            if self.mask is not None and (i - a) % self.mask[1] == 0:
-                places = np.arange(i, min(i + self.mask[1], b))
+            if self.masked is not None and (i - a) % self._of == 0:
+                places = np.arange(i, min(i + self._of, b))
                 x = self.rest[places]
                 if self.outliers is not None:
                     x[self.outliers[:, self.columns[places]].T] = 0

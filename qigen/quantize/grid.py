@@ -30,7 +30,7 @@ _TABLE_STEPS = 60
 def plain(fmt: Format) -> Format:
     """The format without its mask and what it keeps apart: its codes, scales and zeros alone."""
     fields = tuple(replace(f, count=fmt.block) if f.name == "codes" and fmt.mask else f
-                   for f in fmt.fields if f.name not in ("ix", "bm", "oc", "ov", "qc", "qv"))
+                   for f in fmt.fields if f.name not in ("ix", "bm", "vm", "oc", "ov", "qc", "qv"))
     return replace(fmt, fields=fields, mask=None)
 
 
@@ -145,7 +145,8 @@ def with_parts(base: QuantizedTensor, fmt: Format, parts: dict[str, Array],
         width = base.nblocks * fmt.block
         full = np.zeros((n, width), bool)
         full[:, :k] = kept
-        # groups that are short, or past K, are filled up with places that hold zeros
+        # groups that are short, or past K, are filled up with places that hold zeros,
+        # the same in all rows (which may share columns)
         missing = keep - full.reshape(n, -1, of).sum(axis=2, keepdims=True)
         empty = ~full.reshape(n, -1, of)
         fill = empty & (np.cumsum(empty, axis=2) <= missing)

@@ -376,12 +376,12 @@ class _Work:
     def _quantized(self, names: Sequence[str], statistics: Statistics
                    ) -> dict[str, Array | QuantizedTensor]:
         """Matrices of one input. Those of one format and method are quantized as one, their rows
-        together: rows do not know of each other, unless the whole weight shares a table."""
+        together: rows do not know of each other, unless they share a field."""
         found: dict[str, Array | QuantizedTensor] = {}
         groups: dict[object, list[str]] = {}
         for name in names:
             fmt = self.formats[name]
-            alone = not all(f.per_row for f in fmt.fields)
+            alone = not all(f.per_row and f.rows == 1 for f in fmt.fields)
             method, options = self.methods[name]
             key = (fmt.name, method, tuple(sorted(options.items())), name if alone else "")
             groups.setdefault(key, []).append(name)

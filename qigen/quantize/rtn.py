@@ -22,6 +22,7 @@ from qigen.formats.algebra import (
     as_float32,
     check_columns,
     float_bits,
+    kept_weights,
     mask_field,
 )
 from qigen.formats.words import ZEROS, fitted, most_probable
@@ -77,7 +78,8 @@ def quantize_rtn(w: Float32Array, fmt: Format, clip: Clip | None = None) -> Quan
     nblocks = -(-k // fmt.block)
     fields = {field.name: np.zeros(field.shape(n, nblocks), field.dtype)
               for field in fmt.fields}
-    step = max(1, _CHUNK_WEIGHTS // max(1, k))
+    rows = fmt.sharing or 1  # that are looked at together
+    step = max(1, _CHUNK_WEIGHTS // max(1, k) // rows) * rows
     for a in range(0, n, step):
         chunk = w[a : a + step]
         if not np.isfinite(chunk).all():
@@ -293,15 +295,18 @@ def _with_columns(w: Float32Array, fmt: Format, clip: Clip | None) -> QuantizedT
 
 
 def _masked(chunk: Float32Array, fmt: Format, clip: Clip | None) -> dict[str, Array]:
-    """The N greatest of every M weights."""
+    """The N greatest of every M weights, or of those in the columns that rows share."""
     assert fmt.mask is not None
     keep, of = fmt.mask
     n, k = chunk.shape
     fields = tuple(replace(f, count=fmt.block) if f.name == "codes" else f
-                   for f in fmt.fields if f.name not in ("ix", "bm"))
+                   for f in fmt.fields if f.name not in ("ix", "bm", "vm"))
     base = replace(fmt, fields=fields, mask=None)
     x = _padded(chunk, fmt).reshape(n, -1, of)
-    places = np.sort(np.argpartition(-np.abs(x), keep - 1, axis=2)[..., :keep], axis=2)
+    if fmt.sharing:
+        places = np.nonzero(kept_weights(fmt, np.abs(x)))[2].reshape(n, -1, keep)
+    else:
+        places = np.sort(np.argpartition(-np.abs(x), keep - 1, axis=2)[..., :keep], axis=2)
     rest = np.zeros_like(x)
     np.put_along_axis(rest, places, np.take_along_axis(x, places, axis=2), axis=2)
     part = coded(np.ascontiguousarray(rest.reshape(n, -1)[:, :k]), base, None, clip)

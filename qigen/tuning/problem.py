@@ -23,7 +23,14 @@ from qigen.backends.cpu.matmul import (
 )
 from qigen.costmodel.gemm import GemmShape
 from qigen.formats import layout
-from qigen.formats.algebra import Format, QuantizedTensor, as_float32, float_bits, mask_field
+from qigen.formats.algebra import (
+    Format,
+    QuantizedTensor,
+    as_float32,
+    float_bits,
+    kept_weights,
+    mask_field,
+)
 from qigen.formats.layout import pack, packed_bytes, packed_shape
 from qigen.formats.words import ZEROS, fitted, most_probable
 
@@ -60,11 +67,11 @@ def random_rows(format: Format, k: int, seed: int = 0) -> QuantizedTensor:
             codes = np.where(kept < ZEROS, 1, 2 * (kept > (1 + ZEROS) / 2)).astype(np.uint8)
             words = fitted(codes, kept, most_probable(format.code_bits), format.words)
             fields[f.name] = words.reshape(shape).astype(f.dtype)
-        elif f.name in ("ix", "bm"):
+        elif f.name in ("ix", "bm", "vm"):
             assert format.mask is not None
-            keep, of = format.mask
-            order = rng.random((ROWS, nblocks, format.block // of, of)).argsort(axis=3)
-            places = np.sort(order[..., :keep], axis=3).reshape(ROWS, nblocks, -1)
+            _keep, of = format.mask
+            worth = rng.random((ROWS, nblocks * format.block // of, of))
+            places = np.nonzero(kept_weights(format, worth))[2].reshape(ROWS, nblocks, -1)
             fields.update(mask_field(format, places))
         elif f.name == "qc":  # columns, ascending
             fields[f.name] = np.sort(rng.integers(0, k, shape)).astype(f.dtype)

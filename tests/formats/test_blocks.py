@@ -129,6 +129,7 @@ def test_rows_are_consistent(row: Format) -> None:
         assert stored == row.block * keep // of
         assert row.field("bm").count * of == row.block if row.has("bm") else (
             row.field("ix").count == stored)
+        assert not row.sharing or row.field("vm").count * of == row.block
         assert row.levels[row.hole] == 0
     else:
         assert row.base3 or row.words or stored == row.block

@@ -32,6 +32,10 @@ def random_tensor(row: Format, n: int, k: int, seed: int = 0) -> QuantizedTensor
     nblocks = -(-k // row.block)
     fields = {field.name: rng.integers(0, 1 << field.bits, field.shape(n, nblocks))
               .astype(field.dtype) for field in row.fields}
+    for field in row.fields:
+        if field.rows > 1:
+            first = np.arange(n) // field.rows * field.rows
+            fields[field.name] = fields[field.name][first]
     return QuantizedTensor(row, (n, k), fields)
 
 
@@ -71,7 +75,7 @@ def scalar_pack(tensor: QuantizedTensor, rows: int, blocks: int) -> bytes:
                     else:
                         words[p * e // width][lane] |= x << (p * e % width)
             for word in words:
-                for value in word:
+                for value in word[: 1 if field.rows > 1 else rows]:
                     out.extend(value.to_bytes(width // 8, "little"))
             low, rest = low + p, rest & ~p
 

@@ -68,6 +68,7 @@ def test_equals_the_definition(order):
     ("lut3_group_g64", 8), ("mxfp4", 8), ("nvfp4", 5), ("w4a8", 10), ("fp6_e3m2", 8),
     ("q4_0", 8), ("q4_1", 8), ("iq4_nl", 8), ("ternary2", 4), ("bipolar3", 8),
     ("spqr3", 8), ("s3g128_o3", 8), ("s4gchannel_c32", 15), ("s4g128_2of4", 10),
+    ("s4g128_2of8v16", 10),
 ])
 def test_beats_rounding_to_nearest(name, factor):
     w, x, hessian = layer()

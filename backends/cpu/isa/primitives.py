@@ -196,6 +196,12 @@ def _halves(a: Array, b: Array) -> Array:
     return np.concatenate([a[:, :8], b[:, :8]], axis=1)
 
 
+def _picked(x: Array, places: Array, signs: Array) -> Array:
+    lanes = np.arange(4 * LANES) // 4 * 4
+    found = np.take_along_axis(x, lanes + places.astype(np.intp), axis=1)
+    return _select(signs < 128, found, np.zeros_like(found))
+
+
 def _shifts(name: str, meaning: Callable[[int, Array], Array]) -> Iterator[Primitive]:
     for n in _SHIFTS:
         yield Primitive(name, (_VI,), "vi", partial(meaning, n), f"{name}<{n}>({{0}})")
@@ -315,6 +321,9 @@ PRIMITIVES: tuple[Primitive, ...] = (
                 lambda t, c: np.take_along_axis(t, c.astype(np.intp), axis=1),
                 f"vb_lookup{n}(vb_table{n}({{0}}), {{1}})")
       for n in (32, 64) for name in ("vb_table", "vb_lookup")),
+    # bytes of a lane by the control's: 0 to 3, or any negative one for none
+    Primitive("vb_pick", (_VB, Operand("vb", 0, 3), _VB), "vb", _picked,
+              "vb_pick({0}, vi_or({1}, vi_and({2}, vi_set1(INT32_MIN + 0x808080))))"),
     Primitive("vb_digit3", (_VB,), "vb", lambda r: (r.astype(np.int32) * 3 >> 8).astype(np.uint8)),
     Primitive("vb_next3", (_VB,), "vb", lambda r: r * np.uint8(3)),
     Primitive("vb_max", (_VB, _VB), "vb", np.maximum),

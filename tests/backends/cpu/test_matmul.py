@@ -48,7 +48,7 @@ from qigen.formats import (
     row_block_bytes,
     shared_bytes,
 )
-from qigen.formats.algebra import as_float32, mask_field
+from qigen.formats.algebra import as_float32, kept_weights, mask_field
 from qigen.formats.words import fitted, most_probable
 from qigen.quantize.low_rank import without_low_rank
 from tests.backends.cpu.foreign import foreign
@@ -128,12 +128,11 @@ def random_tensor(fmt: Format, n: int, k: int, seed: int = 0) -> QuantizedTensor
             size = rng.random(codes.shape, np.float32)
             words = fitted(codes, size, most_probable(fmt.code_bits), fmt.words)
             fields["codes"] = words.reshape(shape).astype(field.dtype)
-        elif field.name in ("ix", "bm"):
+        elif field.name in ("ix", "bm", "vm"):
             assert fmt.mask is not None
-            keep, of = fmt.mask
-            order = rng.random((n, nblocks, fmt.block // of, of)).argsort(axis=3)
-            kept = np.sort(order[..., :keep], axis=3)
-            fields.update(mask_field(fmt, kept.reshape(n, nblocks, -1)))
+            groups = nblocks * fmt.block // fmt.mask[1]
+            kept = kept_weights(fmt, rng.random((n, groups, fmt.mask[1])))
+            fields.update(mask_field(fmt, np.nonzero(kept)[2].reshape(n, nblocks, -1)))
         else:
             high = 1 << field.bits
             fields[field.name] = rng.integers(0, high, shape, dtype=np.uint32).astype(field.dtype)
@@ -149,7 +148,7 @@ def decompose(tensor: QuantizedTensor) -> tuple[Array, Array, Array]:
     unit = {}
     for field in f.fields:
         unit[field.name] = array = fields[field.name]
-        if field.name not in ("codes", "lut", "ix", "bm", "oc", "qc", "dict"):
+        if field.name not in ("codes", "lut", "ix", "bm", "vm", "oc", "qc", "dict"):
             value = ONE[field.number] if field.name in ("d", "sub") and field.number else 0
             value = value or one.get(field.name, 0)
             unit[field.name] = np.full_like(array, value)
@@ -502,7 +501,8 @@ def default_specs() -> list[tuple[MatmulSpec, tuple[str, ...]]]:
                           ("store", "silu")))
     for name, kind in (("fp6_e2m3", "int8"), ("fp5_e2m2", "int8-token"), ("nf4g64_t8", "int8"),
                        ("qmoe12_512x36", "int8"), ("s4gchannel_c32_lr16", "int8-token"),
-                       ("aqlm_2x8_lr16", "f32"), ("q4_k_lr48", "bf16")):
+                       ("aqlm_2x8_lr16", "f32"), ("s2g128_1of32v16", "int8"),
+                       ("s3g128_3of8v32_o3", "bf16"), ("q4_k_lr48", "bf16")):
         specs += [(MatmulSpec(by_name(name), Layout(), isa, kind, (2, 1)), ("store",))
                   for isa in (AVX2, AVX512VNNI)]  # tables of 64, 32 and 16 bytes
     for name in ("q4_0", "u3g32", "bf16"):

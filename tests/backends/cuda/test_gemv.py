@@ -79,5 +79,7 @@ def test_other_batches_are_refused() -> None:
     with pytest.raises(Unsupported, match="1 to 8 rows"):
         render_gemv(GemvSpec(by_name("q4_0"), 9))
     assert not supports(by_name("s4g128_lr16"))
+    with pytest.raises(Unsupported, match="take a mask such as _2of8"):
+        render_gemv(GemvSpec(by_name("s4g128_2of8v64")))
     with pytest.raises(Unsupported, match="take the row without _lr"):
         render_gemv(GemvSpec(by_name("s4g128_lr16")))
