@@ -82,6 +82,17 @@ class Pick:
 
 
 @dataclass(frozen=True)
+class Fetch:
+    """Four kept codes and the activations that they are multiplied by: byte b of ``codes`` by the
+    one of weight ``k`` + byte b of ``base`` + the place that ``places`` has in its byte b."""
+
+    k: int
+    codes: Step
+    places: Step
+    base: int
+
+
+@dataclass(frozen=True)
 class Step:
     """Weights ``k .. k+3`` of the K-block for 16 rows; ``digit`` is the base-3 digit to take.
 
@@ -142,6 +153,8 @@ class Segment:
     new_group: bool
     steps: tuple[Step, ...]
     fields: tuple[ScaleRead, ...]
+    fetches: tuple[Fetch, ...] = ()
+    """The kept codes of a masked format, for a kernel that fetches activations by their places."""
 
 
 @dataclass(frozen=True)
@@ -164,6 +177,11 @@ class DecodePlan:
     words: tuple[tuple[PlaneRead, ...], ...] = ()
     """The words of every source block of the K-block, one after the other."""
     word_masks: tuple[int, ...] = ()
+
+    @property
+    def fetches(self) -> bool:
+        """Whether kernels of one token fetch activations by the places of the kept codes."""
+        return self.format.dot_places
 
     @property
     def row_stride(self) -> int:
@@ -243,6 +261,42 @@ def _lane_reads(
     return tuple(reads)
 
 
+def _byte_reads(
+    format: Format,
+    field: Field,
+    block: int,
+    element: int,
+    offsets: dict[tuple[str, int, int], int],
+    seen: set[str],
+) -> tuple[PlaneRead, ...]:
+    """Reads of one element of a field that lies in dot order, as an integer of every row."""
+    step = _code_step(format, field, block, element // STEP * STEP, offsets, seen)
+    return tuple(
+        replace(read, right=read.right + 8 * (element % STEP), masked=True) for read in step.reads
+    )
+
+
+def _fetches(
+    format: Format,
+    block: int,
+    k: int,
+    length: int,
+    offsets: dict[tuple[str, int, int], int],
+    seen: set[str],
+) -> tuple[Fetch, ...]:
+    """The kept codes of weights ``k .. k + length - 1`` of a block."""
+    assert format.mask is not None
+    keep, of = format.mask
+    codes, places = format.field("codes"), format.field("ix")
+    found = []
+    for e in range(k // of * keep, (k + length) // of * keep, STEP):
+        step = _code_step(format, codes, block, e, offsets, seen)
+        at = _code_step(format, places, block, e, offsets, seen)
+        base = sum(of * ((e + b) // keep - e // keep) << 8 * b for b in range(STEP))
+        found.append(Fetch(block * format.block + e // keep * of, step, at, base))
+    return tuple(found)
+
+
 def _code_step(
     format: Format,
     field: Field,
@@ -316,7 +370,8 @@ def _masked_step(
             seen.add(name)
             step = _code_step(format, codes, block, at, offsets, seen)
             packed.append(replace(step, k=first_code + at))
-        place = _lane_reads(format, places, block, e, offsets, seen)
+        read = _byte_reads if format.dot_places else _lane_reads
+        place = read(format, places, block, e, offsets, seen)
         kept.append(Kept(first_code + at, e % STEP, place, k % of // STEP * 32))
     return Step(block * format.block + k, (), None, tuple(packed), tuple(kept), pick=pick)
 
@@ -361,6 +416,7 @@ def decode_plan(format: Format, layout: Layout) -> DecodePlan:
     others = [f for f in format.block_fields if f.name not in apart]
     length = min(format.group, ACTIVATION_GROUP)
     seen: set[str] = set()
+    seen_of_fetches: set[str] = set()
     segments = []
     outliers: list[Outlier] = []
     vectors: list[VectorRead] = []
@@ -417,6 +473,9 @@ def decode_plan(format: Format, layout: Layout) -> DecodePlan:
                     new_group,
                     steps,
                     fields,
+                    _fetches(format, block, k, length, offsets, seen_of_fetches)
+                    if format.dot_places
+                    else (),
                 )
             )
         if format.has("oc"):
@@ -430,6 +489,7 @@ def decode_plan(format: Format, layout: Layout) -> DecodePlan:
             ]
     steps_ = [t for s in segments for t in s.steps]
     steps_ += [p for t in steps_ for p in t.packed]
+    steps_ += [t for s in segments for p in s.fetches for t in (p.codes, p.places)]
     masks = sorted({r.mask for t in steps_ for r in t.reads if r.masked})
     lane_reads = [r for s in segments for f in s.fields if not f.signed for r in f.reads]
     lane_reads += [r for t in steps_ for kept in t.kept for r in kept.place]

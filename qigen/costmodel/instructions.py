@@ -269,8 +269,13 @@ def kernel_counts(spec: MatmulSpec, tokens: int, rows: int) -> KernelCounts:
             outside = _loop(_function(text, f"tile_panel_{tokens}x1"))[2]
         else:
             _, inside, outside = _loop(_function(text, f"tile_{tokens}x{rows}"))
-            kblock = _looped(inside, spec.isa, 1)
-            _expand(kblock, spec, inside, text)
+            turns = rows if tokens == 1 else 1
+            if turns > 1:  # the row-blocks of one token take turns
+                _, inside, between = _loop(inside)
+                kblock = _looped(between, spec.isa, 1)
+            for kind, n in _looped(inside, spec.isa, turns).items():
+                kblock[kind] += n
+            _expand(kblock, spec, inside, text, turns)
         if "tile_panel_" in text:
             body = _loop(_function(text, "unpack"))[1]
             unpack = _looped(body, spec.isa, 1)
@@ -317,9 +322,9 @@ _WORD = {"instructions": 9.0, "load": 4.0, "store": 2.0}
 """What a word of a dictionary takes in a row: its entry is found, copied and measured."""
 
 
-def _expand(count: Count, spec: MatmulSpec, caller: str, text: str) -> None:
-    """Adds what the expansion of words takes that ``caller`` asks for."""
-    times = caller.count("expand_words(")
+def _expand(count: Count, spec: MatmulSpec, caller: str, text: str, times: int = 1) -> None:
+    """Adds what the expansion of words takes that ``caller``, run so often, asks for."""
+    times *= caller.count("expand_words(")
     if times:
         words = 16 * spec.format.words * spec.layout.blocks
         once = count_text(_function(text, "expand_words"), spec.isa)

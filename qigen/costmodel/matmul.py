@@ -63,10 +63,6 @@ STREAMS = (1, 2, 4)
 _UNROLLED = 128
 """Weights of a K-block of several source blocks at most: longer loops gain nothing."""
 
-_SIDE_BY_SIDE = 64
-"""Weights of a K-block at most for a tile of one token to read row-blocks side by side: longer
-loops lost up to 20 % by it where other work ran on the cores."""
-
 _OVERLAP = 5.0
 _MATRIX_LATENCY = 52  # cycles of a product of tile registers (Intel, Optimization Reference Manual)
 _FORWARD = 5  # cycles from a store to the load of the same bytes
@@ -181,6 +177,7 @@ def registers(spec: MatmulSpec, tokens: int, rows: int) -> int:
     if not spec.integer:
         return (5 if tokens == 1 else tokens + 2) + (spec.isa.vectors > 1)
     factors = spec.format.has("sub") + spec.format.has("submin")
+    rows = rows if tokens > 1 else 1  # row-blocks of one token take turns
     return tokens * rows * 2 + (2 + factors) * rows + 1
 
 
@@ -253,6 +250,7 @@ def _moved(spec: MatmulSpec, tokens: int, rows: int) -> int:
     """Registers that a tile stores and loads again in a K-block, as g++ 12 was seen to do it."""
     if not spec.integer or _matrix(spec, tokens) or fits(spec, tokens, rows):
         return 0
+    rows = rows if tokens > 1 else 1
     weights, sums = spec.format.block * spec.layout.blocks, tokens * rows
     # float accumulators first: they are needed once a segment
     excess = registers(spec, tokens, rows) - spec.isa.registers
@@ -291,7 +289,10 @@ def _tile(
         if _matrix(spec, tokens):
             chain = _MATRIX_LATENCY + _FORWARD + latency["convert"] + 2 * latency["fma"]
         sums = 2 if plan.has_minimum else 1
-        cycles["latency"] = segments * max(chain * min(1.0, filled), sums * latency["fma"])
+        turns = rows if tokens == 1 else 1  # one row-block after the other
+        cycles["latency"] = turns * segments * max(
+            chain * min(1.0, filled / turns), sums * latency["fma"]
+        )
     around = kernel_counts(spec, tokens, rows).around
     return _Tile(
         cycles,
@@ -427,7 +428,7 @@ def _late(spec: MatmulSpec, at: Situation) -> float:
     """The part of a stream whose prefetches come too late: a line is asked for ``prefetch`` bytes
     ahead, and takes one access to memory, in which the thread would read so many."""
     ahead = at.machine.memory_ns * at.machine.read_bandwidth(at.threads) / 1e3 / at.threads
-    return max(0.0, 1.0 - spec.prefetch / ahead) if spec.integer else 0.0
+    return max(0.0, 1.0 - spec.prefetch * spec.streams / ahead) if spec.integer else 0.0
 
 
 def _reload(
@@ -499,8 +500,8 @@ def schedules(
     """The schedules of a weight of ``k`` columns that the model tells apart, the simplest first, or
     those with a given list of tiles; Unsupported if the codes overflow the ISA's accumulators."""
     lists = tile_lists(token_tiles(format, isa, activations)) if tiles is None else [tiles]
-    prefetch = prefetch_distance(machine)
     most = machine.streams if activations.startswith("int8") and isa.features else 1
+    prefetch = prefetch_distance(machine, most)
     return [
         MatmulSpec(
             format,
@@ -509,7 +510,7 @@ def schedules(
             activations,
             chosen,
             prefetch,
-            most if layout.blocks * format.block <= _SIDE_BY_SIDE else 1,
+            most,
         )
         for layout in layouts(format, k)
         for chosen in lists
@@ -527,7 +528,7 @@ def space(
     """
     if not activations.startswith("int8"):  # panels have a prefetch distance of their own
         return schedules(format, k, isa, activations, machine)
-    best = prefetch_distance(machine)
+    best = schedules(format, k, isa, activations, machine, (1,))[0].prefetch
     distances = (best, *(d for d in (0, *PREFETCH) if d != best))
     return [
         replace(spec, prefetch=distance, streams=streams or spec.streams)
@@ -538,8 +539,9 @@ def space(
     ]
 
 
-def prefetch_distance(machine: Machine) -> int:
-    """Bytes ahead of the stream that a prefetch must run: what arrives during one access to memory,
-    twice over, as accesses take longer when the memory is busy."""
-    ahead = 2 * machine.memory_ns * machine.read_gb_s[0]
+def prefetch_distance(machine: Machine, streams: int = 1) -> int:
+    """Bytes ahead of a stream that a prefetch must run: what arrives during one access to memory,
+    twice over, as accesses take longer when the memory is busy. Several streams share that, but
+    not in halves and quarters: their lines come in turn."""
+    ahead = 2 * machine.memory_ns * machine.read_gb_s[0] / math.sqrt(streams)
     return next((d for d in PREFETCH if d >= ahead), PREFETCH[-1])

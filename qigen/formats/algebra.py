@@ -260,6 +260,17 @@ class Format:
         """Whether codes lie in dot order (:mod:`qigen.formats.layout`)."""
         return self.code_bits <= 8 and self.single_codes and not self.has("bm")
 
+    @cached_property
+    def dot_places(self) -> bool:
+        """Whether the places of kept weights lie in dot order beside their codes: those of 4 codes
+        lie within 16 weights, none of whose steps is of two groups of 32, and fill whole words."""
+        if self.mask is None or not self.has("ix") or self.has("vm") or not self.dot_order:
+            return False
+        (keep, of), places = self.mask, self.field("ix")
+        span = max(of * ((e + 3) // keep - e // keep + 1) for e in range(0, 4 * keep, 4))
+        whole = all(places.count * p % 32 == 0 for p in (1, 2, 4) if places.bits & p)
+        return span <= 16 and whole and 32 * keep // of % 4 == 0
+
     @property
     def sparsity(self) -> str:
         """Mask and residual in words: '2:4', '3 outliers of 256', or ''."""

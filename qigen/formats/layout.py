@@ -7,7 +7,8 @@ of the K-block, each plane of the field: its words. A word is stored for all lan
 ``[word][lane]``, so that a vector load reads one word of every row.
 
 * A field of b bits is cut in *planes*, descending powers of two from the low bits: 5 = 4 + 1.
-* *dot order* ('codes' of up to 8 bits, if they are of single weights and no bitmap picks them): a
+* *dot order* ('codes' of up to 8 bits, if they are of single weights and no bitmap picks them, and
+  the places 'ix' of kept weights, if :attr:`~qigen.formats.algebra.Format.dot_places`): a
   plane of width p takes 32-bit words; element e is in word e // (32/p), byte e % 4, at bit
   p * (e % (32/p) // 4): step t of a dot product (elements 4t to 4t + 3) is the four bytes of one
   word, shifted by p * t.
@@ -96,7 +97,7 @@ def planes(bits: int) -> tuple[int, ...]:
 
 def field_planes(fmt: Format, field: Field) -> tuple[Plane, ...]:
     """The planes of a field of ``fmt``; Unsupported if codes do not fill whole words."""
-    dot = field.name == "codes" and fmt.dot_order
+    dot = field.name == "codes" and fmt.dot_order or field.name == "ix" and fmt.dot_places
     out, low = [], 0
     for index, p in enumerate(planes(field.bits)):
         total = p * field.count

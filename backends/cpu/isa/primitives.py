@@ -22,6 +22,7 @@ KINDS: dict[str, tuple[str, int]] = {
     "vf": ("float32", LANES),
     "vi": ("int32", LANES),
     "vb": ("uint8", 4 * LANES),
+    "vx": ("int8", 4 * LANES),
     "vp": ("uint16", 2 * LANES),
     "float": ("float32", 1),
     "int": ("int32", 1),
@@ -42,7 +43,7 @@ KINDS: dict[str, tuple[str, int]] = {
     "tiles8*": ("int8", 1024),
     "tilebf*": ("uint16", 512),
 }
-"""Operand kinds: element type and count. 'vb' is a vi seen as 64 bytes, 'vp' as 16 pairs of bf16
+"""Operand kinds: element type and count. 'vb' is a vi seen as 64 bytes, 'vx' as signed ones, 'vp' as 16 pairs of bf16
 bits; 'half*' are f16 bits; 'x4', 'u4' and 'x2' the activations of a dot product of signed bytes,
 unsigned bytes or bf16; 'tile..' the 16 rows of a tile register."""
 
@@ -145,6 +146,12 @@ def _dot(z: Array, codes: Array, x: Array) -> Array:
     return _wrap(products.sum(axis=2) + z)
 
 
+def _dot_each(z: Array, codes: Array, x: Array) -> Array:
+    """The same with 4 activations of its own in each lane."""
+    products = codes.astype(np.int64) * x
+    return _wrap(products.reshape(len(codes), LANES, 4).sum(axis=2) + z)
+
+
 def _bf16(x: Array) -> Array:
     """uint16: the bf16 nearest to float32 x, ties to even."""
     bits = np.ascontiguousarray(x).view(np.uint32)
@@ -202,6 +209,10 @@ def _picked(x: Array, places: Array, signs: Array) -> Array:
     return _select(signs < 128, found, np.zeros_like(found))
 
 
+def _picked_floats(stride: int, t: Array, at: Array) -> Array:
+    return np.take_along_axis(t, at[:, ::stride].astype(np.intp), axis=1)
+
+
 def _shifts(name: str, meaning: Callable[[int, Array], Array]) -> Iterator[Primitive]:
     for n in _SHIFTS:
         yield Primitive(name, (_VI,), "vi", partial(meaning, n), f"{name}<{n}>({{0}})")
@@ -255,6 +266,9 @@ PRIMITIVES: tuple[Primitive, ...] = (
               lambda t, i: np.take_along_axis(t, i.astype(np.intp), axis=1)),
     Primitive("vi_gather", (Operand("int32*"), Operand("vi", 0, 60)), "vi",
               lambda t, i: np.take_along_axis(_words_at(t), i.astype(np.intp), axis=1)),
+    *(Primitive("vf_pick", (Operand("float*"), Operand(kind, 0, 15)), "vf",
+                partial(_picked_floats, stride), f"vf_pick<{stride}>({{0}}, {{1}})")
+      for stride, kind in ((1, "uint8*"), (2, "table32*"), (4, "table64*"))),
     Primitive("vf_from_f16", (_VI,), "vf",
               lambda a: _f32((a & 0xFFFF).astype(np.uint16).view(np.float16))),
     # counts beyond 31 leave nothing
@@ -333,6 +347,11 @@ PRIMITIVES: tuple[Primitive, ...] = (
     Primitive("vq_flush", (_VI,), "vi", lambda z: z, "vq_finish(vq_flush(vq_init({0})))"),
     Primitive("vq_dot", (_VI, Operand("vb", 0, 129), Operand("x4", -127, 127)), "vi", _dot,
               "vq_finish(vq_flush(vq_dot(vq_init({0}), {1}, {2})))"),
+    Primitive("vq_dot_each", (_VI, Operand("vb", 0, 127), Operand("vx", -127, 127)), "vi",
+              _dot_each, "vq_finish(vq_flush(vq_dot_each(vq_init({0}), {1}, {2})))"),
+    Primitive("vq_dot_signed_each", (_VI, _VB, Operand("vx", -127, 127)), "vi",
+              lambda z, c, x: _dot_each(z, c.view(np.int8), x),
+              "vq_finish(vq_flush(vq_dot_signed_each(vq_init({0}), {1}, {2})))", narrow=True),
     Primitive("vq_dot_signed", (_VI, _VB, Operand("x4", -127, 127)), "vi",
               lambda z, c, x: _dot(z, c.view(np.int8), x),
               "vq_finish(vq_flush(vq_dot_signed(vq_init({0}), {1}, {2})))", narrow=True),
