@@ -97,7 +97,7 @@ def planes(bits: int) -> tuple[int, ...]:
 
 def field_planes(fmt: Format, field: Field) -> tuple[Plane, ...]:
     """The planes of a field of ``fmt``; Unsupported if codes do not fill whole words."""
-    dot = field.name == "codes" and fmt.dot_order or field.name == "ix" and fmt.dot_places
+    dot = (field.name == "codes" and fmt.dot_order) or (field.name == "ix" and fmt.dot_places)
     out, low = [], 0
     for index, p in enumerate(planes(field.bits)):
         total = p * field.count

@@ -56,7 +56,8 @@ def scalar_pack(tensor: QuantizedTensor, rows: int, blocks: int) -> bytes:
     def write(field: Field, first_row: int, b: int) -> None:
         dot = field.name == "codes" and field.bits <= 8 and not (
             row.vector or row.has("bm") or row.has("dict"))
-        dot = dot or field.name == "ix" and row.mask in ((2, 4), (2, 8), (1, 4))
+        dot = dot or (field.name == "ix" and row.mask in ((2, 4), (2, 8), (1, 4))
+                      and not row.has("vm"))
         low, rest = 0, field.bits
         for p in (32, 16, 8, 4, 2, 1):
             if not rest & p:

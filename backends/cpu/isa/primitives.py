@@ -43,9 +43,9 @@ KINDS: dict[str, tuple[str, int]] = {
     "tiles8*": ("int8", 1024),
     "tilebf*": ("uint16", 512),
 }
-"""Operand kinds: element type and count. 'vb' is a vi seen as 64 bytes, 'vx' as signed ones, 'vp' as 16 pairs of bf16
-bits; 'half*' are f16 bits; 'x4', 'u4' and 'x2' the activations of a dot product of signed bytes,
-unsigned bytes or bf16; 'tile..' the 16 rows of a tile register."""
+"""Operand kinds: element type and count. 'vb' is a vi seen as 64 bytes, 'vx' as signed ones, 'vp'
+as 16 pairs of bf16 bits; 'half*' are f16 bits; 'x4', 'u4' and 'x2' the activations of a dot product
+of signed bytes, unsigned bytes or bf16; 'tile..' the 16 rows of a tile register."""
 
 
 @dataclass(frozen=True)
