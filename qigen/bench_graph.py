@@ -1,4 +1,4 @@
-"""How fast the artifact of an ONNX model is, beside ONNX Runtime and OpenVINO.
+"""How fast the artifact of an ONNX model is, beside ONNX Runtime, OpenVINO and TVM.
 
 As in :mod:`qigen.bench`, every side is a process of its own, all stay loaded and take turns on the
 same arrays with the same number of threads, and ratios are medians over pairs.
@@ -36,7 +36,12 @@ from qigen.toolchain import cache_folder
 
 Array = NDArray[Any]
 
-PEERS = ("onnxruntime", "openvino")
+PEERS = ("onnxruntime", "openvino", "tvm", "tvm-tuned")
+
+_TVM = ("tvm", "tvm-tuned")
+
+TRIALS = 16
+"""Schedules of every operator that TVM tries where it is tuned."""
 
 PRECISIONS = ("f32", "bf16", "int8")
 
@@ -285,11 +290,14 @@ def _difference(ours: Sequence[Array], theirs: Sequence[Array]) -> dict[str, Any
 def _check_peer(name: str, precision: str) -> None:
     if name not in PEERS:
         raise Unsupported(f"peer '{name}' is not known; there is {', '.join(PEERS)}")
+    extra = "tvm" if name in _TVM else "bench"
     for package in _packages(name, precision):
         if importlib.util.find_spec(package) is None:
             raise Unsupported(
-                f"{package} is not installed; install it with pip install 'qigen[bench]'", name
+                f"{package} is not installed; install it with pip install 'qigen[{extra}]'", name
             )
+    if precision != "f32" and name in _TVM:
+        raise Unsupported(f"TVM is measured in f32; leave --peer-precision {precision} out", name)
     if precision == "bf16" and name == "onnxruntime":
         raise Unsupported("ONNX Runtime has no bf16 arithmetic on this processor; leave it out",
                           name)  # fmt: skip
@@ -297,6 +305,8 @@ def _check_peer(name: str, precision: str) -> None:
 
 def _packages(name: str, precision: str) -> list[str]:
     """What must be installed for a peer."""
+    if name in _TVM:
+        return ["tvm"]
     return [name, "nncf"] if (name, precision) == ("openvino", "int8") else [name]
 
 
@@ -340,6 +350,8 @@ def _peer_options(
     options: dict[str, Any] = {"path": str(file)}
     if name == "onnxruntime":
         options["fixed"] = fixed
+    elif name in _TVM:
+        options["trials"] = TRIALS if name == "tvm-tuned" else 0
     else:
         options |= {"fixed": static, "precision": "bf16" if precision == "bf16" else "f32"}
     return options, {"model": str(file), "precision": precision}

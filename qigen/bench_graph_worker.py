@@ -6,6 +6,8 @@ memory it takes is not counted.
 
 from __future__ import annotations
 
+import importlib
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -129,6 +131,58 @@ class OpenVino:
         return [results[port] for port in self.compiled.outputs]
 
 
+class Tvm:
+    """TVM's importer and compiler; ``trials`` schedules of every fused operator are tried (0: none,
+    as it comes)."""
+
+    def __init__(self, path: str, inputs: Specification, threads: int, trials: int) -> None:
+        from qigen.kernel_peers.tvm import Tvm as Side
+
+        arrays = load_arrays(inputs)
+        self.threads = threads
+        start = time.perf_counter()
+        side = Side(threads)
+        relax: Any = side.relax
+        frontend: Any = importlib.import_module("tvm.relax.frontend.onnx")
+        shapes = {name: list(array.shape) for name, array in arrays.items()}
+        try:
+            module = frontend.from_onnx(onnx.load(path), shape_dict=shapes)
+            module = relax.transform.DecomposeOpsForInference()(module)
+            with side.target:
+                module = relax.get_pipeline("zero")(module)
+            order = [str(p.name) for p in module["main"].params]
+            built = self._tuned(side, module, trials) if trials else side.tvm.compile(
+                module, target=side.target
+            )
+        except Exception as error:
+            raise ToolchainError(f"TVM cannot compile it ({_line(error)})", path) from None
+        self.machine = relax.VirtualMachine(built, side.tvm.cpu())
+        self.arrays = [side.tensor(arrays[name]) for name in order]
+        self.load_s = time.perf_counter() - start
+        tuned = f"{trials} trials an operator" if trials else "untuned"
+        self.about = {"version": f"{side.version}, {tuned}"}
+
+    @staticmethod
+    def _tuned(side: Any, module: Any, trials: int) -> Any:
+        tuning = side.tuning()
+        with tempfile.TemporaryDirectory(prefix="qigen-tvm-") as folder:
+            tasks = len(tuning.relax_integration.extract_tasks(module, side.target))
+            found = tuning.relax_integration.tune_relax(
+                module, {}, side.target, folder, trials * tasks,
+                **side.options(tuning, trials),
+            )  # fmt: skip
+            return tuning.relax_integration.compile_relax(found, module, side.target, {})
+
+    def run(self) -> list[Array]:
+        """See :class:`Side`."""
+        found: Any = self.machine["main"](*self.arrays)
+        outputs = [found] if hasattr(found, "numpy") else list(found)
+        return [
+            output.numpy() if hasattr(output, "numpy") else np.array(list(output), np.int64)
+            for output in outputs  # a shape is none of TVM's tensors
+        ]
+
+
 def _line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines or [type(error).__name__])[0][:200]
@@ -227,6 +281,8 @@ SIDES: dict[str, Callable[..., Side]] = {
     "qigen": Qigen,
     "onnxruntime": OnnxRuntime,
     "openvino": OpenVino,
+    "tvm": Tvm,
+    "tvm-tuned": Tvm,
     "onnxruntime-int8": OnnxRuntimeInt8,
     "openvino-int8": OpenVinoInt8,
 }

@@ -65,11 +65,14 @@ def test_command(artifact_of: Any, tiny: Path, capsys: pytest.CaptureFixture[str
     assert "x 1x4, z 1x4" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("peer", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("peer", ["onnxruntime", "openvino", "tvm", "tvm-tuned"])
 def test_peers(
-    peer: str, artifact_of: Any, tiny: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    pytest.importorskip(peer)
+    peer: str, artifact_of: Any, tiny: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    if importlib.util.find_spec(peer.removesuffix("-tuned")) is None:
+        pytest.skip(f"{peer} is not installed")
+    monkeypatch.setattr(module, "TRIALS", 2)
     result = bench_graph(
         artifact_of(tiny), shapes={"x": (64, 4)}, threads=1, repeat=3, peers=[peer]
     )
@@ -99,6 +102,11 @@ def test_what_peers_need(
         bench_graph(artifact, peers=["openvino"], peer_model=tmp_path / "none.onnx")
     with pytest.raises(Unsupported, match="bf16"):
         bench_graph(artifact, peers=["onnxruntime"], peer_precision="bf16")
+    with pytest.raises(Unsupported, match="measured in f32"):
+        bench_graph(artifact, peers=["tvm"], peer_precision="int8")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(Unsupported, match=r"qigen\[tvm\]"):
+        bench_graph(artifact, peers=["tvm-tuned"])
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name != "nncf" else None)
     with pytest.raises(Unsupported, match=r"nncf is not installed.*qigen\[bench\]"):
         bench_graph(artifact, peers=["openvino"], peer_precision="int8")

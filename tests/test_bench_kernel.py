@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from qigen.bench_kernel_worker import serve
 from qigen.errors import ToolchainError, Unsupported, UsageError
 from qigen.formats.catalog import by_name
 from qigen.kernel_peers import PEERS, copies, shared_codes, weight
+from qigen.kernel_peers import tvm as tvm_peer
 from qigen.planner import Product
 from qigen.tuning.problem import random_rows, random_x
 
@@ -153,11 +155,12 @@ def test_how_many_weights_a_run_reads() -> None:
 
 @pytest.mark.parametrize("format", ["s4g128", "q4_0", "q8_0", "q4_k"])
 @pytest.mark.parametrize("peer", PEERS)
-def test_peers_are_right(peer: str, format: str) -> None:
+def test_peers_are_right(peer: str, format: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every setting of an installed peer, without a process of its own."""
     row = PEERS[peer]
     if importlib.util.find_spec(row.module) is None:
         pytest.skip(f"{peer} is not installed")
+    monkeypatch.setattr(tvm_peer, "TRIALS", 2)
     measured = 0
     for setting in row.settings:
         try:
@@ -174,7 +177,17 @@ def test_peers_are_right(peer: str, format: str) -> None:
         assert len(times) == 2 and min(times) > 0
         assert side.about["version"] and side.about["setting"]
         measured += 1
-    assert measured or (peer, format) not in {("llama.cpp", "q4_0"), ("onnxruntime", "q8_0")}
+    assert measured or (peer, format) not in {
+        ("llama.cpp", "q4_0"), ("onnxruntime", "q8_0"), ("tvm", "s4g128"), ("tvm-tuned", "q8_0")
+    }  # fmt: skip
+
+
+def test_a_tvm_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is installed, but broken, is a failed peer and no crash."""
+    for name in ("tvm", "tvm.relax"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ToolchainError, match="cannot be used"):
+        tvm_peer.Tvm(1)
 
 
 def test_a_wrong_peer_is_found() -> None:

@@ -50,7 +50,9 @@ _GRAPH_OPTIONS = ("inputs", "shapes", "peer_precision")
 )
 @input_shapes("Sizes of an input that the artifact leaves open.")
 @repeat_option(5)
-@peers_option("Take turns with: llama.cpp; for an ONNX model onnxruntime, openvino")
+@peers_option(
+    "Take turns with: llama.cpp; for an ONNX model onnxruntime, openvino, tvm, tvm-tuned"
+)
 @click.option(
     "--peer-model",
     "--source",

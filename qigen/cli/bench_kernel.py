@@ -31,7 +31,9 @@ from qigen.cli.output import (
 @click.option("--threads", metavar="T,T", help="Numbers of threads. [default: usable cores]")
 @repeat_option(7)
 @click.option("--cached", is_flag=True, help="The weights stay in the caches.")
-@peers_option("Take turns with llama.cpp, onnxruntime, openvino, torch.")
+@peers_option(
+    "Take turns with llama.cpp, onnxruntime, openvino, original-qigen, torch, tvm, tvm-tuned."
+)
 @click.option("--markdown", type=click.Path(path_type=Path), help="Also write the table here.")
 @click.option("--plots", type=click.Path(path_type=Path), help="Also draw plots in this folder.")
 def bench_kernel(

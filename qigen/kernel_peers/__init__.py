@@ -12,6 +12,7 @@ from qigen.kernel_peers.onnxruntime import OnnxRuntime
 from qigen.kernel_peers.openvino import OpenVino
 from qigen.kernel_peers.original import OriginalQigen
 from qigen.kernel_peers.torch import Torch
+from qigen.kernel_peers.tvm import TvmProduct
 
 __all__ = ["PEERS", "Peer", "PeerRow", "copies", "shared_codes", "weight"]
 
@@ -42,4 +43,8 @@ PEERS = {
     ),
     "original-qigen": PeerRow(OriginalQigen, "qigen", "qigen", ({},)),
     "torch": PeerRow(Torch, "torch", "torch", ({"precision": "bf16"}, {"precision": "f32"})),
+    "tvm": PeerRow(
+        TvmProduct, "tvm", "'qigen[tvm]'", ({"schedule": "none"}, {"schedule": "dlight"})
+    ),
+    "tvm-tuned": PeerRow(TvmProduct, "tvm", "'qigen[tvm]'", ({"schedule": "tuned"},)),
 }
