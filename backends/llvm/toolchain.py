@@ -29,7 +29,9 @@ from qigen.targets.features import host_architecture, host_system
 HOST_LIBRARY = "libqigen_host.so"
 """The runtime with a place for a model, as the installation builds it."""
 
-_SOURCES = ("compile", "tokens", "translate", "types")
+_APART = ("__init__", "attach", "toolchain", "worker")
+"""The modules that have no part in what an object file holds."""
+
 _RAISED: dict[str, type[Exception]] = {"Unsupported": Unsupported, "BadInput": BadInput}
 
 
@@ -153,8 +155,9 @@ def find_compiler(machine: Machine) -> LlvmCompiler:
 def _sources() -> str:
     """A hash of what turns sources into IR: objects of another version are not reused."""
     digest = hashlib.blake2b(digest_size=8)
-    for name in _SOURCES:
-        digest.update(Path(__file__).with_name(f"{name}.py").read_bytes())
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        if file.stem not in _APART:
+            digest.update(file.read_bytes())
     digest.update((resource_folder("templates") / "llvm" / "primitives.ll.j2").read_bytes())
     return digest.hexdigest()
 
