@@ -58,7 +58,7 @@ from qigen.codegen.lower import Lowering, Program, lower_program
 from qigen.codegen.render import render
 from qigen.cuda_compiler import GpuOptions, compile_gpu, gpu_targets
 from qigen.cuda_compiler import check_options as check_gpu_options
-from qigen.errors import QigenError, Unsupported, UsageError
+from qigen.errors import QigenError, ToolchainError, Unsupported, UsageError
 from qigen.formats import catalog
 from qigen.formats.kv import kv_format
 from qigen.frontends import build_graph, load_model
@@ -309,10 +309,12 @@ def compile(
     source = dataclasses.replace(source, metadata=about)
 
     measured: Measured | None = None
-    if tune == "model" and target == "native" and backend == "cpu":
+    kernels = compiler if backend == "llvm" else None
+    if tune == "model" and target == "native":
         measured, note = remembered(
-            products(graph), isa=row, machine=machine, threads=threads or machine.cores
-        )
+            products(graph), isa=row, machine=machine, threads=threads or machine.cores,
+            kernels=kernels,
+        )  # fmt: skip
         if note:
             about = dataclasses.replace(source.metadata, notes=(*source.metadata.notes, note))
             source = dataclasses.replace(source, metadata=about)
@@ -325,6 +327,7 @@ def compile(
             threads=threads or machine.cores,
             jobs=jobs,
             progress=progress,
+            kernels=kernels,
         )
 
     def build(threads: int | None, max_tokens: int | None) -> Plan:
@@ -366,14 +369,14 @@ def compile(
                    Path(keep_sources) if keep_sources else None, report)
         return variants[0].plan
 
-    kernels = build(threads, None)
+    first = build(threads, None)
     if tune == "measure":
         knobs = tune_model(out, progress=progress)
         block = max(knobs.block, max_batch)
-        if block < kernels.max_tokens or (
-            threads is None and knobs.threads != kernels.threads_hint
+        if block < first.max_tokens or (
+            threads is None and knobs.threads != first.threads_hint
         ):
-            build(threads or knobs.threads, min(block, kernels.max_tokens))
+            build(threads or knobs.threads, min(block, first.max_tokens))
             remember(out, knobs.threads, knobs.block)
     if weights == "auto":
         weight_plan.write_beside(out, Path(plan) if plan is not None else None)
@@ -469,7 +472,13 @@ def _check_llvm(emit: str, tune: str) -> None:
     if emit != "library":
         raise Unsupported(f"the llvm backend makes shared libraries, not --emit {emit}")
     if tune == "measure":
-        raise Unsupported("kernels of the llvm backend cannot be measured yet; leave --tune out")
+        try:
+            toolchain.find_compiler()
+        except ToolchainError as error:
+            raise ToolchainError(
+                "kernels of the llvm backend are measured by a program that a C++ compiler makes: "
+                f"leave --tune measure out, or install one ({error.message})"
+            ) from None
 
 
 def _tokenizer(source: LanguageModel) -> Tokenizer | None:

@@ -140,10 +140,16 @@ def _working_set(products: Iterable[Product]) -> int:
 
 
 def remembered(
-    products: Sequence[Product], *, isa: Isa, machine: Machine, threads: int
+    products: Sequence[Product],
+    *,
+    isa: Isa,
+    machine: Machine,
+    threads: int,
+    kernels: toolchain.Compiler | None = None,
 ) -> tuple[Measured, str]:
     """What was measured before of the products of a model on this machine, without measuring: from
-    the user's database, else from what came with the package.
+    the user's database, else from what came with the package. ``kernels`` is what compiles the
+    kernels, if that is not the C++ compiler.
 
     Returns what ``plan_model`` takes as ``measured``, and a sentence for the user if the database
     cannot be used (a model can do without).
@@ -155,7 +161,7 @@ def remembered(
             data, compiler, products, where, isa=isa, machine=machine, threads=threads
         )
 
-    return look_up(machine, find, {})
+    return look_up(machine, find, {}, kernels)
 
 
 def remembered_times(
@@ -181,7 +187,10 @@ def remembered_times(
 
 
 def look_up(
-    machine: Machine, find: Callable[[Database | None, str], Found], nothing: Found
+    machine: Machine,
+    find: Callable[[Database | None, str], Found],
+    nothing: Found,
+    kernels: toolchain.Compiler | None = None,
 ) -> tuple[Found, str]:
     """What ``find`` finds in the user's database (None if there is none) for a compiler's key, and
     a sentence for the user if the database cannot be used."""
@@ -196,8 +205,8 @@ def look_up(
         if data is None and not any(e.machine == key for e in database.shipped()):
             return nothing, note
         try:
-            compiler = database.compiler_key(toolchain.find_compiler().version)
-        except ToolchainError:  # sources or LLVM: what was shipped is for any compiler
+            compiler = database.compiler_key((kernels or toolchain.find_compiler()).version)
+        except ToolchainError:  # sources: what was shipped is for any compiler
             compiler = ""
         return find(data, compiler), note
     except BadInput as error:  # an entry that is none
@@ -396,12 +405,14 @@ def tune_products(
     jobs: int | None = None,
     data: Database | None = None,
     progress: Progress | None = None,
+    kernels: toolchain.Compiler | None = None,
 ) -> tuple[Measured, list[Row]]:
     """Measures the best ``top`` candidates of every product (all with ``exhaustive``).
 
     ``working_set``: bytes of weights from one call to the next with the same (default: those of
     the products by their uses). Where there are many candidates and the llvm backend is installed,
     it compiles them, and the best ``FINALISTS`` are measured again as the compiler makes them.
+    With ``kernels`` that compiler makes all of them.
     Returns what ``plan_model`` takes as ``measured``, and a row for every product and number of
     tokens.
     """
@@ -419,6 +430,9 @@ def tune_products(
         make = functools.partial(
             Tuner, isa, machine, threads, data=data, jobs=jobs, again=again, progress=progress
         )
+        if kernels is not None:
+            with make(jit=kernels) as tuner:
+                return tuner.tune(products, candidates, working_set, buckets, seconds)
         jit = fast_compiler(isa, machine)
         if jit is not None and max(map(len, candidates.values())) > 2 * FINALISTS:
             with make(jit=jit) as screen:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,16 +15,21 @@ import numpy as np
 import pytest
 
 import qigen
-from qigen import targets
+from qigen import compiler, targets, toolchain
 from qigen.backends.cpu.isa import ISAS
 from qigen.demo import demo_model
 from qigen.errors import ToolchainError, Unsupported
 from qigen.targets.features import host_architecture
+from qigen.tuning import database
+from qigen.tuning.database import Database
 from tests.conftest import ArtifactMaker
 from tests.e2e.harness import JOBS
 from tests.e2e.test_cross import embed, reference
 
 pytest.importorskip("llvmlite")
+
+from qigen.backends.llvm import find_compiler
+
 pytestmark = pytest.mark.skipif(host_architecture() != "x86_64", reason="needs an x86-64 machine")
 
 
@@ -86,6 +93,43 @@ def test_what_it_does_not_do(stories_gguf: Path, tmp_path: Path) -> None:
         qigen.compile(stories_gguf, tmp_path / "x", backend="llvm", emit="static")
     with pytest.raises(Unsupported, match="backend tpu does not exist"):
         qigen.compile(stories_gguf, tmp_path / "x", backend="tpu")
+
+
+def test_kernels_are_measured(
+    stories_gguf: Path, stories_reference: dict[str, Any], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """As LLVM makes them, and a later compilation with LLVM knows what was found."""
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++ for the program that measures")
+    monkeypatch.setenv("QIGEN_DATA", str(tmp_path / "data"))
+    short = functools.partial(compiler.tune_products, seconds=0.01, top=2, buckets=(1, 16))
+    monkeypatch.setattr(compiler, "tune_products", short)
+    measured = qigen.compile(stories_gguf, tmp_path / "m.qgn", backend="llvm", tune="measure",
+                             isa="scalar", threads=1, jobs=JOBS)  # fmt: skip
+    model = qigen.load(measured.path, threads=1)
+    tokens = list(model.generate_tokens(stories_reference["prompt_ids"], max_tokens=8))
+    assert tokens == stories_reference["greedy_ids"][:8]
+    with Database() as data:
+        found = list(data.entries())
+    assert found and {e.status for e in found} == {"ok"}
+    llvm = database.compiler_key(find_compiler(targets.native()).version)
+    assert {e.compiler for e in found} == {llvm}
+    again = qigen.compile(stories_gguf, tmp_path / "n.qgn", backend="llvm", isa="scalar",
+                          threads=1, jobs=JOBS)  # fmt: skip
+    assert [k["schedule"] for k in again.explain()] == [k["schedule"] for k in measured.explain()]
+    assert any("measured" in str(k) for k in again.explain())
+
+
+def test_measuring_needs_a_compiler(
+    stories_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "/nonexistent")
+    for name in ("CXX", "QIGEN_CXX"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(toolchain, "_find_zig", lambda architecture, system: None)
+    with pytest.raises(ToolchainError, match=r"measured by a program.*--tune measure.*apt-get"):
+        qigen.compile(stories_gguf, tmp_path / "x", backend="llvm", tune="measure")
 
 
 def test_llvm_is_missing(stories_gguf: Path, tmp_path: Path, monkeypatch: Any) -> None:
