@@ -197,6 +197,7 @@ def describe_tensors(
         }
         if tensor.form:
             entry["packed_by_backend"] = tensor.form.format.name
+            entry["packed_for"] = tensor.form.activations
         if tensor.spec:
             entry["layout"] = {"rows": tensor.spec.layout.rows, "blocks": tensor.spec.layout.blocks}
         entries.append(entry)
@@ -326,7 +327,8 @@ class Artifact:
             if name in names and "packed_by_backend" in tensor:
                 rows_, columns = tensor["parts"][0]["shape"]
                 data = self._map()[tensor["offset"] : tensor["offset"] + tensor["bytes"]]
-                form = GemmForm(by_name(tensor["packed_by_backend"]))
+                form = GemmForm(by_name(tensor["packed_by_backend"]),
+                                tensor.get("packed_for", "f16"))  # fmt: skip
                 return form.unpack((rows_, columns), data)
             if name in names and "layout" in tensor:
                 fmt, layout = by_name(tensor["format"]), Layout(**tensor["layout"])

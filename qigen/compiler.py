@@ -99,7 +99,7 @@ DEFAULT_MAX_SEQ = 4096
 
 DEFAULT_MAX_BATCH = 8
 
-ACTIVATIONS = ("f32", "bf16", "f16", "int8", "int8-token")
+ACTIVATIONS = ("f32", "bf16", "f16", "int8", "int8-token", "int4")
 TUNING = ("model", "measure", "off")
 
 
@@ -453,8 +453,9 @@ def _check_options(
 ) -> None:
     if activations is not None and activations not in ACTIVATIONS:
         raise UsageError(f"activations {activations}: choose one of {', '.join(ACTIVATIONS)}")
-    if activations == "f16" and not target.startswith("sm_"):
-        raise Unsupported("f16 activations have kernels for GPUs only; choose bf16 or f32")
+    if activations in ("f16", "int4") and not target.startswith("sm_"):
+        instead = "bf16 or f32" if activations == "f16" else "int8 or int8-token"
+        raise Unsupported(f"{activations} activations have kernels for GPUs only; choose {instead}")
     kv_format(kv)
     if kv == "int2" and target.startswith("sm_"):
         raise Unsupported("an int2 KV cache has no GPU kernels yet; choose f16, int8 or int4")

@@ -372,12 +372,19 @@ def _choices(program: GpuProgram, graph: Graph) -> list[dict[str, Any]]:
             "n": n,
             "k": k,
             "m_bucket": m,
-            "schedule": {"activations": "f16" if kernel.startswith("gemm") else "f32"},
+            "schedule": {"activations": _activations(kernel)},
             "bytes": sizes[format, n, k],
             "reason": "the only kernel for so many tokens; not measured on hardware",
         }
         for (format, n, k, m), kernel in program.kernels.items()
     ]
+
+
+def _activations(kernel: str) -> str:
+    """What a product multiplies weights with."""
+    if not kernel.startswith("gemm"):
+        return "f32"
+    return "int4" if "_s4_" in kernel else "f16"
 
 
 def _weights_read(graph: Graph, program: GpuProgram) -> int:

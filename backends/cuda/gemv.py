@@ -137,7 +137,7 @@ class HalvesSpec:
 def render_halves(spec: HalvesSpec) -> str:
     """CUDA text of ``spec.name(halves, packed weight, n, k, kblocks, first)``: the rows from
     ``first`` on, a multiple of 16, as the kernel of f16 weights takes them
-    (:func:`qigen.backends.cuda.gemm.pack_gemm`)."""
+    (:func:`qigen.backends.cuda.gemm_packing.pack_gemm`)."""
     return render("cuda/halves.cu.j2", name=spec.name, threads=spec.block[0], kblocks_a_block=8,
                   **decoding(spec.format))
 

@@ -324,7 +324,13 @@ def render_choose() -> str:
 
 QUANTIZE_THREADS = 256
 
-_FLAGS = 1024  # words of bits: K of at most 32768 with columns apart
+MAX_QUANTIZED = 32768
+"""K of a row with columns apart at most: a block has a bit for every column."""
+
+
+def quantize_name(bits: int, columns: int = 0) -> str:
+    """Name of the kernel of :func:`render_quantize` and of its module."""
+    return f"quantize_{bits}" + (f"_c{columns}" if columns else "")
 
 
 def render_quantize(bits: int, columns: int = 0) -> str:
@@ -332,9 +338,8 @@ def render_quantize(bits: int, columns: int = 0) -> str:
     columns])``: float rows as signed codes with a scale a row, codes two a byte if they
     have 4 bits; a block a row. ``columns`` of x, given as uint16 [columns], go to ``apart``
     f16 [rows, columns]."""
-    name = f"quantize_{bits}" + (f"_c{columns}" if columns else "")
-    return render("cuda/quantize.cu.j2", name=name, bits=bits, columns=columns, flags=_FLAGS,
-                  threads=QUANTIZE_THREADS)
+    return render("cuda/quantize.cu.j2", name=quantize_name(bits, columns), bits=bits,
+                  columns=columns, flags=MAX_QUANTIZED // 32, threads=QUANTIZE_THREADS)
 
 
 def render_argmax() -> str:

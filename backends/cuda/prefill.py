@@ -10,11 +10,9 @@ import numpy.typing as npt
 from qigen.backends.cuda.gemm import (
     GemmSpec,
     Schedule,
-    gemm_bytes,
-    pack_gemm,
-    unpack_gemm,
     usual_schedule,
 )
+from qigen.backends.cuda.gemm_packing import gemm_bytes, pack_gemm, unpack_gemm
 from qigen.formats.algebra import Format, QuantizedTensor
 from qigen.formats.catalog import by_name
 
@@ -22,13 +20,14 @@ PANEL_BYTES = 32 << 20
 """Halves that a weight without a tensor-core kernel of its own is turned into at a time."""
 
 
-def product_spec(format: Format, tokens: int) -> GemmSpec:
+def product_spec(format: Format, tokens: int, activations: str = "f16") -> GemmSpec:
     """The kernel for steps of so many tokens: few take small tiles with many warps along K, so that
     as many blocks as possible read the weights."""
     if tokens > 16:
-        return GemmSpec(format, schedule=usual_schedule(format, m_tiles=2))
-    few = replace(usual_schedule(format), warps_n=1, warps_k=4, stages=3)
-    return GemmSpec(format, schedule=few)
+        return GemmSpec(format, activations, schedule=usual_schedule(format, activations, 2))
+    usual = usual_schedule(format, activations)
+    few = replace(usual, warps_n=1, warps_k=4, stages=min(3, usual.stages))
+    return GemmSpec(format, activations, schedule=few)
 
 
 def panel_spec() -> GemmSpec:
@@ -43,19 +42,21 @@ def panel_rows(n: int, k: int) -> int:
 
 @dataclass(frozen=True)
 class GemmForm:
-    """A matrix in the order of the tensor cores."""
+    """A matrix in the order of the tensor cores, for activations of a kind ('f16' or 's4')."""
 
     format: Format
+    activations: str = "f16"
 
     @property
     def spec(self) -> GemmSpec:
         """A kernel that reads it: all lie alike."""
-        return product_spec(self.format, 1)
+        return product_spec(self.format, 1, self.activations)
 
     @property
     def name(self) -> str:
         """What the manifest calls it."""
-        return f"{self.format.name} for tensor cores"
+        of = "" if self.activations == "f16" else f" of {self.activations}"
+        return f"{self.format.name} for tensor cores{of}"
 
     def nbytes(self, shape: tuple[int, int]) -> int:
         """Bytes of a packed matrix [n, k]."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from qigen.backends.cuda import gemm, gemv, ops
+from qigen.backends.cuda.gemm_packing import columns_at
 from qigen.backends.cuda.gemv import LAYOUT, EmbeddingSpec, GemvSpec, HalvesSpec
 from qigen.backends.cuda.ops import AttentionSpec, KvSpec, NormSpec, RopeSpec
 from qigen.backends.cuda.prefill import GemmForm, panel_rows, panel_spec, product_spec
@@ -26,7 +27,7 @@ from qigen.ir.graph import Graph, Node, constant_shape
 from qigen.ir.ops.fused import attention_parts, group_parts
 from qigen.passes.memory import MemoryPlan
 
-BUCKETS = {"f32": (1, gemv.MAX_M), "f16": (1, gemv.MAX_M, 64)}
+BUCKETS = {"f32": (1, gemv.MAX_M), "f16": (1, gemv.MAX_M, 64), "int4": (1, gemv.MAX_M, 64)}
 """Tokens that sequences of launches are made for, by activations; a step takes the smallest that it
 fits into, and longer prompts are cut into several steps of the largest."""
 
@@ -48,10 +49,11 @@ class GpuPacking:
 @dataclass(frozen=True)
 class Argument:
     """``kind``: "arena" and "weights" are addresses by offset, "weight" one by the tensor's name
-    (until tensors have offsets), "i32", "i64" and "f32" numbers."""
+    (until tensors have offsets; ``offset`` bytes into it), "i32", "i64" and "f32" numbers."""
 
     kind: str
     value: int | float | str
+    offset: int = 0
 
 
 @dataclass(frozen=True)
@@ -121,8 +123,8 @@ def _arena(offset: int) -> Argument:
     return Argument("arena", offset)
 
 
-def _weight(name: str) -> Argument:
-    return Argument("weight", name)
+def _weight(name: str, offset: int = 0) -> Argument:
+    return Argument("weight", name, offset)
 
 
 def _i32(value: int) -> Argument:
@@ -140,7 +142,9 @@ class GpuLowering:
     graph: Graph
     memory: MemoryPlan  # of as many tokens and rows as the largest bucket has
     kv: str
-    activations: str  # "f16": many tokens at once go through tensor cores
+    # "f16": many tokens at once go through tensor cores; "int4": so do matrices of 4 bits with
+    # activations of 4 bits, at any number of tokens
+    activations: str
     max_seq: int
     max_batch: int
     tensors: dict[str, PackedTensor] = field(default_factory=dict)
@@ -172,9 +176,17 @@ class GpuLowering:
         partials = [self._attention_spec(n).partial_floats(MAX_SESSIONS, self.chunks)
                     for n in graph.nodes if n.op == "RopeAttention"]  # fmt: skip
         at += align(4 * max(partials, default=1))
-        if self.activations == "f16":
+        if self.activations != "f32":
             self.halves = at
             at += align(2 * m * align(max(widths, default=1), 8))
+            self.codes = at
+            at += align(m * align(max(widths, default=1), 32) // 2)
+            self.code_scales = at
+            at += align(4 * m)
+            self.apart = at
+            forms = [self.form(name) for node in graph.nodes if node.op == "MatMulGroup"
+                     for name in group_parts(node).weights]  # fmt: skip
+            at += align(2 * m * max((form.spec.columns for form in forms if form), default=1))
             self.product = at
             outputs = [whole(graph.values[n.output].shape[1]) for n in graph.nodes
                        if n.op == "MatMulGroup" and n.attrs["epilogue"] == "add"]  # fmt: skip
@@ -214,9 +226,11 @@ class GpuLowering:
         lies as GEMV takes it: it has no such kernel, or rows of it are looked up."""
         format = catalog.by_name(self.graph.values[name].dtype)
         looked_up = any(n.op == "Embedding" and name in n.inputs for n in self.graph.nodes)
-        if self.activations != "f16" or looked_up or not gemm.supports(format):
+        if self.activations == "f32" or looked_up:
             return None
-        return GemmForm(format)
+        if self.activations == "int4" and gemm.supports(format, "s4"):
+            return GemmForm(format, "s4")
+        return GemmForm(format) if gemm.supports(format) else None
 
     def _panels(self) -> list[tuple[int, int]]:
         """Shapes of the matrices that steps of many tokens turn into halves first."""
@@ -376,17 +390,23 @@ class _Step:
         if parts.norm is not None:
             self._norm(node, parts.norm, a["eps"], (_arena(model.normed), _i32(k)), x, k)
             x = _arena(model.normed), _i32(k)
-        many = model.activations == "f16" and self._count(node.outputs[0]) > gemv.MAX_M
-        if many or any(map(model.form, parts.weights)):
+        many = model.activations != "f32" and self._count(node.outputs[0]) > gemv.MAX_M
+        forms = [model.form(weight) for weight in parts.weights]
+        if any(many if form is None else form.activations == "f16" for form in forms):
             ldx = align(k, 8)
             self._elementwise(node, "half", "activations as halves", ldx, *x, _i32(k),
                               y=(_arena(model.halves), _i32(ldx)))  # fmt: skip
+        quantized = False  # without columns apart, codes of x are the same for all
         for i, (weight, bias) in enumerate(zip(parts.weights, parts.biases, strict=True)):
             output = node.outputs[i if a["epilogue"] == "store" else 0]
             n = constant_shape(model.graph.constants[weight])[0]
             y = (_arena(model.up), _i32(n)) if gated and i == 1 else self._place(output)
             residual = self._place(parts.residual) if parts.residual is not None else ()
-            form = model.form(weight)
+            form = forms[i]
+            if form is not None and form.activations == "s4":
+                if form.spec.columns or not quantized:
+                    self._quantize(node, form, weight, x)
+                quantized = not form.spec.columns
             if form is not None or many:
                 self._tensor_product(node, weight, form, y, bias, residual)
             else:
@@ -397,6 +417,24 @@ class _Step:
         if a["softcap"]:
             n = whole(model.graph.values[node.output].shape[1])
             self._elementwise(node, "softcap", "soft cap of the logits", n, _f32(a["softcap"]))
+
+    def _quantize(
+        self, node: Node, form: GemmForm, weight: str, x: tuple[Argument, Argument]
+    ) -> None:
+        """Activations as codes of 4 bits, the columns apart of a weight as halves."""
+        model, columns = self.model, form.spec.columns
+        n, k = constant_shape(model.graph.constants[weight])
+        if columns and k > ops.MAX_QUANTIZED:
+            raise Unsupported(f"columns apart of rows of {k} have no GPU kernel; at most "
+                              f"{ops.MAX_QUANTIZED}", node.name)  # fmt: skip
+        name = ops.quantize_name(4, columns)
+        kernel = model.use(name, name, lambda: ops.render_quantize(4, columns))
+        apart: tuple[Argument, ...] = ()
+        if columns:
+            apart = _arena(model.apart), _weight(weight, columns_at(form.spec, n, k))
+        self._add(node, kernel, "activations as int4", (self._count(node.outputs[0]), 1, 1),
+                  ops.QUANTIZE_THREADS, _arena(model.codes), _i32(align(k, 32)),
+                  _arena(model.code_scales), *x, _i32(k), *apart)  # fmt: skip
 
     def _product(
         self,
@@ -456,7 +494,8 @@ class _Step:
         target = (_arena(model.product), _i32(n)) if residual else y
         if form is not None:
             model.tensors.setdefault(weight, PackedTensor(weight, (weight,), None, form=form))
-            self._gemm(node, product_spec(form.format, m), weight, _weight(weight), target, n, k)
+            spec = product_spec(form.format, m, form.activations)
+            self._gemm(node, spec, weight, _weight(weight), target, n, k)
         else:
             format, packed = model.matrix(weight)
             halves = HalvesSpec(format)
@@ -493,6 +532,10 @@ class _Step:
         whole_n, whole_k = constant_shape(model.graph.constants[weight])
         model.products[own.name, whole_n, whole_k, m] = kernel
         unused = _arena(model.halves)  # no tile is shared by blocks
+        x, ldx = [_arena(model.halves)], align(k, 8)
+        if spec.activations == "s4":
+            x, ldx = [_arena(model.codes), _arena(model.code_scales)], align(k, 32)
+            x += [_arena(model.apart)] if spec.columns else []
         self._add(
             node,
             kernel,
@@ -500,14 +543,14 @@ class _Step:
             spec.grid(m, n, k),
             spec.block[0],
             y[0],
-            _arena(model.halves),
+            *x,
             w,
             unused,
             unused,
             _i32(m),
             _i32(n),
             _i32(k),
-            _i32(align(k, 8)),
+            _i32(ldx),
             y[1],
             shared=spec.shared_bytes,
         )
@@ -584,7 +627,7 @@ class _Step:
         def use(which: str) -> str:
             return model.use(name, f"{name}_{which}", lambda: ops.render_attention(attention))
 
-        if self.tokens > 1 and not self.sessions and model.activations == "f16":
+        if self.tokens > 1 and not self.sessions and model.activations != "f32":
             kernel = model.use(attention.mma_name, attention.mma_name,
                                lambda: ops.render_attention_mma(attention))  # fmt: skip
             self._add(node, kernel, f"attention on tensor cores: {text}",
@@ -631,7 +674,7 @@ def lower_launches(
     def placed(argument: Argument) -> Argument:
         if argument.kind != "weight":
             return argument
-        return Argument("weights", offsets[str(argument.value)])
+        return Argument("weights", offsets[str(argument.value)] + argument.offset)
 
     sequences = [
         replace(s, launches=tuple(

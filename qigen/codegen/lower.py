@@ -74,6 +74,9 @@ class PackedForm(Protocol):
     @property
     def format(self) -> Format: ...
 
+    @property
+    def activations(self) -> str: ...
+
     def pack(self, weight: QuantizedTensor) -> npt.NDArray[np.uint8]: ...
 
     def unpack(

@@ -29,9 +29,9 @@ from qigen.backends.cuda.gemm import (
     GemmSpec,
     Schedule,
     check_schedule,
-    gemm_bytes,
     render_gemm,
 )
+from qigen.backends.cuda.gemm_packing import gemm_bytes
 from qigen.errors import Unsupported, UsageError
 
 if sys.version_info >= (3, 11):

@@ -17,11 +17,11 @@ from qigen.backends.cuda.gemm import (
     Schedule,
     check_schedule,
     decoding,
-    pack_gemm,
     render_gemm,
     supports,
     usual_schedule,
 )
+from qigen.backends.cuda.gemm_packing import pack_gemm
 from qigen.backends.cuda.gemv import LAYOUT, HalvesSpec, render_halves
 from qigen.backends.cuda.prefill import GemmForm, panel_spec
 from qigen.costmodel import gpu
@@ -177,9 +177,11 @@ def test_weights_come_back_from_the_form_for_tensor_cores() -> None:
     """Its size is known before it is packed, and the codes are those that went in."""
     rows = [row for row in CATALOG.values() if supports(row)]
     assert len(rows) > 100
-    for row in rows:
+    forms = [GemmForm(row) for row in rows]
+    forms += [GemmForm(by_name(name), "s4") for name in ("s4g128", "s4gchannel_c32")]
+    for form in forms:
+        row = form.format
         weight = random_tensor(row, 80, 2 * row.block)
-        form = GemmForm(row)
         packed = form.pack(weight)
         assert packed.nbytes == form.nbytes((80, 2 * row.block))
         again = form.unpack(weight.shape, packed)

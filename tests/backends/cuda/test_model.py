@@ -21,6 +21,7 @@ import pytest
 
 import qigen
 from qigen.backends.cuda.emulator import driver_library
+from qigen.backends.cuda.gemm import supports
 from qigen.cli import main
 from qigen.compiler import compile
 from qigen.demo import demo_model
@@ -61,7 +62,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Compiled]:
             folder = tmp_path_factory.mktemp(wanted.family)
             path = write_source(folder, wanted)
             artifact = compile(
-                path, folder / "gpu.qgn", target="sm_80", kv=wanted.kv,
+                path, folder / "gpu.qgn", target="sm_80", kv=wanted.kv, weights=wanted.weights,
                 activations=wanted.activations, max_seq=wanted.max_seq, jobs=2,
             )  # fmt: skip
             made[key] = Compiled(wanted, path, load_model(path), artifact)
@@ -114,6 +115,7 @@ def test_prompts_on_tensor_cores(build: Callable[..., Compiled], family: str, qu
     model = build(family=family, quant=quant, activations="f16", overrides=tuple(F16.items()))
     names = [kernel["name"] for kernel in model.artifact.explain()]
     assert any(name.startswith("gemm_") for name in names)
+    assert b"attention_f16_4x2x64_mma" in (model.artifact.path / "model.so").read_bytes()
     tensors = model.artifact.tensors
     assert any("tensor cores" in t["format"] for t in tensors.values()) == (quant != "q4_k")
     matrices = [part["name"] for t in tensors.values() for part in t["parts"]
@@ -132,6 +134,63 @@ def test_prompts_on_tensor_cores(build: Callable[..., Compiled], family: str, qu
     session = model.session()
     session.eval(tokens[:-2])
     assert relative_error(session.eval(tokens[-2:], all=True), expected[-2:]) < 2e-2
+
+
+SMALL = {"d_model": 128, "n_layers": 2, "n_heads": 2, "n_kv_heads": 1, "head_dim": 64, "d_ff": 128}
+
+
+class Int4Activations(Interpreter):
+    """The interpreter with products of int4 activations where the weight has such a kernel and
+    is only multiplied: a scale a token, columns apart as halves (templates/cuda/quantize.cu.j2)."""
+
+    def matmul(self, x: np.ndarray[Any, Any], weight: str) -> np.ndarray[Any, Any]:
+        data = load_constant(self.graph.constants[weight])
+        looked_up = any(n.op == "Embedding" and weight in n.inputs for n in self.graph.nodes)
+        if looked_up or not isinstance(data, QuantizedTensor) or not supports(data.format, "s4"):
+            return super().matmul(x, weight)
+        dense = data.dequantize().astype(np.float64)
+        apart = np.zeros(x.shape[1], bool)
+        if data.format.has("qc"):
+            apart[data.fields["qc"].reshape(-1).astype(np.int64)] = True
+        inside = np.where(apart, 0, x).astype(np.float32)
+        scale = np.abs(inside).max(axis=1, keepdims=True) / np.float32(7)
+        codes = np.clip(np.rint(inside / np.maximum(scale, np.float32(1e-30))), -7, 7)
+        product = scale.astype(np.float64) * (codes @ np.where(apart, 0, dense).T)
+        halves = x[:, apart].astype(np.float16).astype(np.float64)
+        product += halves @ dense[:, apart].astype(np.float16).astype(np.float64).T
+        return product.astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("family", "weights", "window"),
+    [("mistral", "s4gchannel_c32", 1), pytest.param("qwen2", "s4g128", 0, marks=pytest.mark.slow)],
+)
+def test_int4_activations(
+    build: Callable[..., Compiled], family: str, weights: str, window: int
+) -> None:
+    """W4A4: every matrix that is only multiplied, at steps of any size. A number between two codes
+    that falls to the other side changes all that follows, so attention is to be exact: in prompts
+    it is with a window of one position."""
+    model = build(family=family, quant="q8_0", weights=weights, activations="int4",
+                  overrides=(*SMALL.items(), ("window", window)))  # fmt: skip
+    kernels = [k for k in model.artifact.explain() if k["schedule"]["activations"] == "int4"]
+    assert {k["m_bucket"] for k in kernels} == {1, 8, 64}
+    name = next(part["name"] for t in model.artifact.tensors.values() for part in t["parts"]
+                if "ffn_down" in part["name"])  # fmt: skip
+    source = load_constant(model.graph.constants[name])
+    assert isinstance(source, QuantizedTensor)
+    for field, values in model.artifact.unpack(name).fields.items():
+        np.testing.assert_array_equal(values, source.fields[field])
+    tokens = TOKENS[:18]
+    rows = np.arange(len(tokens), dtype=np.int32)
+    reference = Int4Activations(model.graph, kv="f16")
+    expected = reference.step({"input_ids": tokens, "rows": rows})["logits"]
+    found = decode(model, tokens[:4])
+    if window == 1:
+        found = np.concatenate([prefill(model, tokens), found])
+        expected = np.concatenate([expected, expected[:4]])
+    error = np.abs(found - expected[: len(found)]).max(axis=1) / expected.std()
+    assert (error < 2e-2).mean() > 0.8, error
 
 
 @pytest.mark.slow
@@ -346,6 +405,8 @@ def test_targets_that_cannot_be_compiled(tmp_path: Path) -> None:
             compile(STORIES, tmp_path / "x.qgn", target=target)
     with pytest.raises(Unsupported, match="activations int8 have no GPU kernels"):
         compile(STORIES, tmp_path / "x.qgn", target="sm_80", activations="int8")
+    with pytest.raises(Unsupported, match="int4 activations have kernels for GPUs only"):
+        compile(STORIES, tmp_path / "x.qgn", target="native", activations="int4")
     with pytest.raises(Unsupported, match="at most 8 sessions"):
         compile(STORIES, tmp_path / "x.qgn", target="sm_80", max_batch=9)
     assert list(tmp_path.iterdir()) == []
