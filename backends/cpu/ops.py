@@ -17,14 +17,14 @@ def attention_tiles(isa: Isa) -> tuple[int, int, int]:
     """
     if isa.registers >= 32:
         return 4, 4, 4
-    return 2, 2, 2
+    return 4, 1, 1
 
 
 def code_tiles(isa: Isa) -> tuple[int, int]:
     """(tiles of 16 keys, tiles of 16 channels of values) of the attention over codes.
 
-    Each tile has two accumulators for every row. A dozen of them hide the latency of the byte dot
-    product.
+    Each tile has an accumulator for every row (two where a row is two planes of bytes). Eight of
+    them hide the latency of the byte dot product.
     """
     if isa.registers >= 32:
         return 2, 2
@@ -39,12 +39,18 @@ def row_tiles(isa: Isa, groups: Sequence[int]) -> tuple[int, ...]:
     return tuple(sorted(whole | {g % most for g in groups if g % most}))
 
 
+def wide_factors(isa: Isa, kv: KvFormat) -> bool:
+    """Whether codes of 8 bits are multiplied by numbers of 16: the byte dot product would have to
+    widen after every step, twice for the 15 bits that a factor needs beside such codes."""
+    return kv.bits == 8 and isa.dot_limit is not None
+
+
 def flush_steps(isa: Isa, kv: KvFormat) -> int:
     """Vectors of codes that the byte dot product adds up before it must widen; 0: any number.
 
     A lane takes two products of a code and an activation of up to 127 a step.
     """
-    if not kv.integer or isa.dot_limit is None:
+    if not kv.integer or isa.dot_limit is None or wide_factors(isa, kv):
         return 0
     most = 127 if kv.bits == 8 else (1 << kv.bits) - 1
     steps = isa.dot_limit // (2 * most * 127) // (8 // kv.bits)
@@ -78,6 +84,8 @@ def render_ops(
         groups={d: kv.group(d) for d in head_dims},
         flush=flush_steps(isa, kv),
         signed_codes=kv.bits == 8 and isa.signed_dot,
+        wide=wide_factors(isa, kv),
+        planes=2 if kv.bits == 8 else 1,
     )
     heads = "_".join(str(d) for d in head_dims)
     shared = "_".join(str(g) for g in groups)

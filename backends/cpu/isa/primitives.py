@@ -35,6 +35,7 @@ KINDS: dict[str, tuple[str, int]] = {
     "uint16*": ("uint16", LANES),
     "int32*": ("int32", LANES),
     "x4": ("int8", 4),
+    "pairs*": ("int16", 4),
     "u4": ("uint8", 4),
     "x2": ("uint16", 2),
     "tile32*": ("int32", 256),
@@ -45,7 +46,8 @@ KINDS: dict[str, tuple[str, int]] = {
 }
 """Operand kinds: element type and count. 'vb' is a vi seen as 64 bytes, 'vx' as signed ones, 'vp'
 as 16 pairs of bf16 bits; 'half*' are f16 bits; 'x4', 'u4' and 'x2' the activations of a dot product
-of signed bytes, unsigned bytes or bf16; 'tile..' the 16 rows of a tile register."""
+of signed bytes, unsigned bytes or bf16, 'pairs*' those of 16 bits; 'tile..' the 16 rows of a tile
+register."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,8 @@ class Primitive:
     ``or_else`` is a second result that is also right. ``call`` is the C++ expression, ``{0}``,
     ``{1}``.. its arguments and ``{out}`` where it stores its result; it defaults to a plain call.
     ``ulps`` is how far a float may lie from the rounded meaning. ``narrow`` marks what only ISAs
-    whose ``signed_dot`` is set need, ``tiles`` what only those with tile registers do.
+    whose ``signed_dot`` is set need, ``limited`` what only those with a ``dot_limit`` do, ``tiles``
+    what only those with tile registers do.
     """
 
     name: str
@@ -76,6 +79,7 @@ class Primitive:
     or_else: Callable[..., Array] | None = None
     ulps: float = 0
     narrow: bool = False
+    limited: bool = False
     tiles: bool = False
 
     @property
@@ -355,6 +359,9 @@ PRIMITIVES: tuple[Primitive, ...] = (
     Primitive("vq_dot_signed", (_VI, _VB, Operand("x4", -127, 127)), "vi",
               lambda z, c, x: _dot(z, c.view(np.int8), x),
               "vq_finish(vq_flush(vq_dot_signed(vq_init({0}), {1}, {2})))", narrow=True),
+    Primitive("vi_dot_s8s16", (_VI, _VB, Operand("pairs*")), "vi",
+              lambda z, c, x: _dot(z, c.view(np.int8), x[:, [0, 2, 1, 3]].astype(np.int64)),
+              "vi_dot_s8s16({0}, {1}, reinterpret_cast<const int32_t*>({2}))", limited=True),
     # exact: a lane holds the sum of 4 products of unsigned x by signed weights, whatever they are
     Primitive("vi_dot_u8s8", (_VI, _VB, Operand("u4")), "vi",
               lambda z, w, x: _dot(z, w.view(np.int8), x.astype(np.int64))),
@@ -385,6 +392,8 @@ def _gelu_tanh(x: Array) -> Array:
 
 ELEMENTWISE: tuple[Primitive, ...] = (
     Primitive("vf_exp", (_VF,), "vf", lambda x: _f32(np.exp(_f64(x))), ulps=1),
+    Primitive("vf_exp_below", (Operand("vf", -86, 0),), "vf", lambda x: _f32(np.exp(_f64(x))),
+              ulps=5),
     Primitive("vf_tanh", (_VF,), "vf", lambda x: _f32(np.tanh(_f64(x))), ulps=2),
     Primitive("vf_silu", (Operand("vf", -80.0, 3e38),), "vf",
               lambda x: _f32(_f64(x) / (1 + np.exp(-_f64(x)))), ulps=2),
@@ -394,5 +403,5 @@ ELEMENTWISE: tuple[Primitive, ...] = (
 
 
 def names() -> frozenset[str]:
-    """The functions that a complete ISA header defines, but for those of narrow lanes and tiles."""
-    return frozenset(p.name for p in PRIMITIVES if not (p.narrow or p.tiles))
+    """The functions that every complete ISA header defines: all but those that some rows need."""
+    return frozenset(p.name for p in PRIMITIVES if not (p.narrow or p.limited or p.tiles))

@@ -39,7 +39,11 @@ ROWS = {**ISAS, EMULATED_TILES.name: EMULATED_TILES}
 
 
 def needed(p: Primitive, isa: Isa) -> bool:
-    return (not p.narrow or isa.signed_dot) and (not p.tiles or isa.tiles)
+    return (
+        (not p.narrow or isa.signed_dot)
+        and (not p.limited or isa.dot_limit is not None)
+        and (not p.tiles or isa.tiles)
+    )
 
 
 CASES = [(isa, index) for isa in ISAS.values() for index, p in enumerate(ALL) if needed(p, isa)]
@@ -165,8 +169,8 @@ def test_header_is_complete(isa: Any) -> None:
     """A header defines each primitive of the table and nothing else under their prefixes."""
     header = render(isa.template)
     found = set(re.findall(r"^ *QG_(?:INLINE|CALL) \w+ (v[fibqt]_\w+)\(", header, re.M))
-    narrow = {p.name for p in PRIMITIVES if p.narrow} if isa.signed_dot else set()
-    assert found == names() | narrow | (set(TILE_NAMES) if isa.tiles else set())
+    some = {p.name for p in PRIMITIVES if needed(p, isa) and not p.tiles}
+    assert found == names() | some | (set(TILE_NAMES) if isa.tiles else set())
 
 
 @pytest.mark.parametrize("isa", [i for i in ISAS.values()
@@ -177,5 +181,5 @@ def test_ir_is_complete(isa: Any) -> None:
     code generator has the shifts by constants itself."""
     text = render("llvm/primitives.ll.j2", isa=isa, features=list(isa.features))
     found = set(re.findall(r"^define internal .+? @(v[fibq]_?\w+)\(", text, re.M))
-    narrow = {p.name for p in PRIMITIVES if p.narrow} if isa.signed_dot else set()
-    assert (names() | narrow) - {"vi_srl", "vi_sll", "vi_sra"} <= found
+    some = {p.name for p in PRIMITIVES if needed(p, isa)}
+    assert (names() | some) - {"vi_srl", "vi_sll", "vi_sra"} <= found
