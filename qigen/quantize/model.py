@@ -185,6 +185,11 @@ class Store:
 
         self._writing(write)
 
+    def drop(self, name: str) -> None:
+        """Forget what is kept under a name."""
+        if self.folder is not None:
+            (self.folder / f"{name}.npz").unlink(missing_ok=True)
+
 
 def matrices(graph: Graph) -> list[str]:
     """The names of a graph's matrices, in the order of their use."""
@@ -251,6 +256,7 @@ def quantize_model(
         work.alone(name)
         advanced([name])
     rest = {name: fmt for name, fmt in formats.items() if name not in first}
+    reached = _restarted(walk, graph, rest, store, recipe) if walk is not None else 0
     for number, segment in enumerate(parts):
         assert walk is not None
         mine = [n for n in segment.products(graph) if n.inputs[1] in rest]
@@ -268,9 +274,39 @@ def quantize_model(
         work.exchange(found)
         rest = {name: fmt for name, fmt in rest.items() if name not in names}
         advanced(names)
-        if recipe.sequential and rest:
+        if recipe.sequential and rest and number >= reached:
             walk.run(segment)
+            if parts[number + 1].layer != segment.layer:
+                _keep_place(walk, number + 1, store)
+    store.drop(_PLACE)
     return graph, reports
+
+
+_PLACE = "walk"
+_MOST_KEPT = 1 << 30  # bytes
+
+
+def _keep_place(walk: Walk, number: int, store: Store) -> None:
+    """Put down what the segment ``number`` starts from, unless that is much."""
+    kept = walk.kept()
+    if sum(a.nbytes for a in kept.values()) <= _MOST_KEPT:
+        store.put(_PLACE, kept, {"segment": number})
+
+
+def _restarted(walk: Walk, graph: Graph, rest: Mapping[str, Format], store: Store, recipe: Recipe
+               ) -> int:
+    """Bring a walk to where a run that was killed had come with all results kept: the number of the
+    first segment that it has still to run."""
+    found = store.get(_PLACE) if recipe.sequential else None
+    if found is None:
+        return 0
+    arrays, place = found
+    for number, segment in enumerate(walk.segments[: place["segment"]]):
+        if any(n.inputs[1] in rest for n in segment.products(graph)) and (
+                store.get(f"{number:04}") is None):
+            return 0
+    walk.restart({name: a for name, a in arrays.items() if not isinstance(a, QuantizedTensor)})
+    return int(place["segment"])
 
 
 def prepared(graph: Graph, formats: Mapping[str, Format],

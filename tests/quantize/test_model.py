@@ -141,7 +141,8 @@ def test_mixed_formats_tables_and_matrices_with_tables_of_their_own():
     assert divergence(made, graph, texts) < 0.5
 
 
-def test_a_killed_run_goes_on(tmp_path):
+@pytest.mark.parametrize(("after", "kept"), [(7, set()), (8, {0})])
+def test_a_killed_run_goes_on(tmp_path, monkeypatch, after, kept):
     graph, texts = build(F32), sequences()
     formats = dict.fromkeys(layers_of(graph), by_name("u3g32"))
     whole, reports = quantize_model(graph, formats, texts, RECIPE)
@@ -150,16 +151,28 @@ def test_a_killed_run_goes_on(tmp_path):
         pass
 
     def stop_after_one(stage, done, total):
-        if done == len(formats) // 3:
+        if done >= after:
             raise Killed
 
     store = Store.of(tmp_path, "a run")
     with pytest.raises(Killed):
         quantize_model(graph, formats, texts, RECIPE, store=store, progress=stop_after_one)
-    files = sorted(store.folder.iterdir())
-    assert len(files) == 4  # of the first layer: q, k and v; o; gate and up; down
+    files = sorted(store.folder.glob("0*"))
+    # of the first layer q, k and v; o; gate and up; down
+    assert len(files) == (5 if kept else 4)
     before = files[0].stat().st_mtime_ns
-    again, same = quantize_model(graph, formats, texts, RECIPE, store=Store.of(tmp_path, "a run"))
+    layers = []
+    run = Walk.run
+
+    def watched(walk, segment, *arguments, **options):
+        layers.append(segment.layer)
+        run(walk, segment, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Walk, "run", watched)
+        again, same = quantize_model(graph, formats, texts, RECIPE,
+                                     store=Store.of(tmp_path, "a run"))
+    assert set(layers) == {0, 1, 2} - kept  # where it had come to is kept, too
     assert files[0].stat().st_mtime_ns == before and len(list(store.folder.iterdir())) == 12
     assert same == reports
     for name in formats:
@@ -194,7 +207,7 @@ def test_a_full_disk(tmp_path, monkeypatch):
             with pytest.raises(UsageError, match=r"the disk is full; .* goes on from here"):
                 quantize_model(graph, formats, texts, RECIPE, store=store)
         assert len(list(store.folder.iterdir())) == left  # whole files alone
-    before = {f: f.stat().st_mtime_ns for f in store.folder.iterdir()}
+    before = {f: f.stat().st_mtime_ns for f in store.folder.glob("0*")}
     made, _ = quantize_model(graph, formats, texts, RECIPE, store=store)
     assert all(f.stat().st_mtime_ns == old for f, old in before.items())
     whole, _ = quantize_model(graph, formats, texts, RECIPE)
