@@ -36,6 +36,7 @@ from qigen.mix.sensitivity import (
     fitted,
     matrix_errors,
     plain_errors,
+    with_choice,
 )
 from qigen.passes.tensor import before_products
 from qigen.quantize import methods
@@ -92,14 +93,14 @@ def choose_graph(
             cache, "graph mix", VERSION, ROWS, PROBES, sha256, methods.parse(wishes.method),
             sorted((n, sorted(row)) for n, row in priced.items()), _digest(few),
         )  # fmt: skip
-        trial = _Trial(graph, matrices, few, memory)
+        some = with_choice(matrices, priced)
+        trial = _Trial(graph, some, few, memory)
         known = store.get("errors")
         errors = known[1]["errors"] if known else {}
         if not errors:
             errors = trial.errors(priced, wishes.method, report)
             store.put("errors", {}, {"errors": errors})
-        sensitivity = fitted(matrices, errors, _groups(matrices), trial.measure, store, report,
-                             "error")
+        sensitivity = fitted(some, errors, _groups(some), trial.measure, store, report, "error")
     how = (f"{len(few)} samples, times of a run with {max(m.rows for m in matrices.values())} rows "
            f"predicted for {machine.name} ({isa.name}, {threads} threads)")
     return decided(Problem(matrices, priced, sensitivity), wishes, labels, model, sha256, how)

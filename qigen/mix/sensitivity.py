@@ -126,6 +126,7 @@ def calibrated_errors(
         raise BadInput(f"{sequences.size} tokens of calibration are too few to weigh formats "
                        f"against each other; give at least {LEAST_TOKENS}, better 4096",
                        "calibration")
+    matrices = with_choice(matrices, options)
     walk = Walk(graph, sequences, memory=memory, scratch=store.folder)
     errors: dict[str, dict[str, float]] = {}
     wanted = {c for row in options.values() for c in row if c != KEEP} | set(PROBES)
@@ -230,6 +231,12 @@ def rows_of(graph: Graph, name: str, most: int = ROWS) -> Float32Array:
     return np.ascontiguousarray(data[chosen], np.float32)
 
 
+def with_choice(matrices: Mapping[str, Matrix], options: Mapping[str, Mapping[str, Cost]]
+                ) -> dict[str, Matrix]:
+    """The matrices that do not merely stay as they are: of others nothing has to be known."""
+    return {name: m for name, m in matrices.items() if set(options[name]) != {KEEP}}
+
+
 Measure = Callable[[Sequence[str], Format], float]
 """What the model is off with the named matrices rounded to nearest."""
 
@@ -247,6 +254,8 @@ def fitted(
     first of the probes' formats, and all together to both. What a run before has measured is taken
     from ``store``; ``name`` is that of the measure.
     """
+    if not matrices:
+        return Sensitivity({}, {}, measured=True, measure=name)
     todo = [*((PROBES[0], group) for group in groups.values()),
             *((fmt, list(matrices)) for fmt in PROBES)]
     labels = [*groups, "all", "all"]

@@ -191,11 +191,15 @@ def test_no_budget_and_little_text():
         chosen("bits=4", keep=("nothing*",))
 
 
-def test_what_is_kept_costs_and_hurts_nothing():
+@pytest.mark.parametrize("sequences", [None, texts()], ids=("plain", "calibrated"))
+def test_what_is_kept_costs_and_hurts_nothing(sequences):
     names = list(matrices_of(build(TINY)))
-    choice = chosen("bits=12", keep=(names[1],))
+    choice = chosen("bits=20", sequences, keep=(names[1], "l2.*"))
     assert choice.plan.matrices[names[1]].format == KEEP
     assert choice.plan.matrices[names[1]].kl == 0 and choice.plan.matrices[names[1]].bits == 32
+    # and is not measured
+    assert all(p["matrices"] == sum(not n.startswith("l2.") and n != names[1] for n in names)
+               for p in choice.probes if p["group"] == "all")
 
 
 def test_the_sum_that_has_a_divergence():
