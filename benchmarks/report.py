@@ -2,12 +2,14 @@
 
     python benchmarks/report.py                     # docs/kernels.md, .json and docs/kernels/*.png
     python benchmarks/report.py --minutes 3 --output /tmp/kernels.md --vs onnxruntime
+    python benchmarks/report.py --compile           # only the kernels of the table of all rows
 
 Every row goes to OUTPUT.jsonl as soon as it is measured. Started again on the same machine the
 script skips what is there (--again: nothing), so that it can be killed at any time. It ends by
 itself after --minutes; what was not measured then is named on the page. Points come in the order of
-their weight: decoding beside the peers first. A machine that does other work gives a page that
-means nothing: the load average is on it.
+their weight: decoding beside the peers first, then every row of the format table (two shapes, 1 to
+128 tokens, all threads and one), then the rest. Kernels are compiled once, and kept. A machine that
+does other work gives a page that means nothing: the load average is on it.
 """
 
 from __future__ import annotations
@@ -21,6 +23,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import sweep
+
+from qigen import toolchain
 from qigen.backends.base import Isa
 from qigen.bench_kernel import (
     Point,
@@ -37,12 +42,14 @@ from qigen.planner import Product
 from qigen.targets import Machine
 from qigen.tune import native_machine, shapes_to_products
 from qigen.tuning.database import machine_key
+from qigen.tuning.measure import Bench
 
 SHARED = ("q4_0", "s4g128")  # formats that peers have
 BITS = ("tq2_0", "u2g128", "u3g128", "q4_k", "iq4_nl", "q5_k", "q6_k", "q8_0")
 CACHED = ("u2g128", "q4_0")
 TOKENS = (1, 4, 16, 128, 512)
 SHAPE = "4096x4096"
+SHAPES = ("4096x4096", "11008x4096")  # of the table of all rows
 OUTPUT = Path(__file__).parents[1] / "docs" / "kernels.md"
 
 SECTIONS = (
@@ -57,7 +64,7 @@ SECTIONS = (
 )  # fmt: skip
 PLOTS = {
     "roofline": "Roofline", "bits": "Time against bits", "bandwidth": "Share of bandwidth",
-    "predicted": "Predicted against measured",
+    "predicted": "Predicted against measured", "weights": "Bits a weight against time",
 }  # fmt: skip
 
 
@@ -110,7 +117,7 @@ def measured(
             missing.append(point)
         else:
             yield row
-    rows = bench_points(missing, isa=isa, machine=machine, repeat=repeat)
+    rows = bench_points(missing, isa=isa, machine=machine, repeat=repeat) if missing else iter(())
     for point, row in zip(missing, rows, strict=True):
         row |= {"point": identity(point), "machine": key}
         with file.open("a", encoding="utf-8") as lines:
@@ -120,8 +127,34 @@ def measured(
             return
 
 
+def every_row(
+    file: Path, isa: Isa, machine: Machine, shapes: Sequence[str], only: Sequence[str],
+    end: float, compile_only: bool = False,
+) -> Iterator[dict[str, Any]]:
+    """The rows of the table of all formats, those of the file first; until the time ``end``."""
+    key = machine_key(machine)
+    known = list(stored(file, key))
+    yield from known
+    sizes = [tuple(map(int, shape.split("x"))) for shape in shapes]
+    places = [sweep.Place(n, k, t) for t in sorted({1, machine.cores}, reverse=True)
+              for n, k in sizes]  # fmt: skip
+    with Bench(toolchain.find_compiler()) as bench:
+        specs = sweep.kernels(isa, machine, places[0].k)
+        specs = {name: spec for name, spec in specs.items() if not only or name in only}
+        bench.build(list(specs.values()))
+        if compile_only:
+            return
+        found = {sweep.identity(row) for row in known}
+        for row in sweep.sweep(bench, machine, specs, places, found, end):
+            row["machine"] = key
+            with file.open("a", encoding="utf-8") as lines:
+                lines.write(json.dumps(row) + "\n")
+            yield row
+
+
 def page(
-    rows: Sequence[dict[str, Any]], missing: Sequence[Point], machine: Machine, drawn: Sequence[str]
+    rows: Sequence[dict[str, Any]], missing: Sequence[Point], machine: Machine,
+    drawn: Sequence[str], table: Sequence[dict[str, Any]] = (),
 ) -> str:
     """The page, whose plots lie in a folder of its name beside it."""
     date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
@@ -144,6 +177,13 @@ def page(
         for row in some:
             missed = {name: {} for name in peers if name not in row["peers"]}
             lines.append(table_line({**row, "peers": {**row["peers"], **missed}}))
+    if table:
+        lines += [
+            "", "## Every row of the format table", "",
+            "Weights from memory; kernels have the tiles of one row's plan and are not tuned. Rows "
+            "of the same family differ in numbers only; `qigen formats` lists all of them.",
+            *sweep.tables(table),
+        ]  # fmt: skip
     settings = sorted({
         f"{name}: {peer['setting']} for M = {row['m']}, {row['weights']}"
         for row in rows for name, peer in row["peers"].items() if "setting" in peer
@@ -163,9 +203,10 @@ def page(
 def report(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Measures and writes everything; the rows."""
     machine, isa = native_machine(options.isa)
-    peers = options.vs.split(",") if options.vs else [
+    peers = options.vs.replace("none", "").split(",") if options.vs else [
         name for name, row in PEERS.items() if importlib.util.find_spec(row.module)
     ]  # fmt: skip
+    peers = [name for name in peers if name]
     check_peers(peers)
     output, lines = options.output, options.output.with_suffix(".jsonl")
     folder = output.parent / "kernels"
@@ -174,26 +215,52 @@ def report(options: argparse.Namespace) -> list[dict[str, Any]]:
         lines.unlink(missing_ok=True)
     wanted = points(options.shape, options.threads or machine.cores, peers, machine.l3_bytes)
     rows: list[dict[str, Any]] = []
-    try:
-        found = measured(wanted, lines, isa, machine, options.minutes, options.repeat)
-        for row in found:
+    table: list[dict[str, Any]] = []
+    swept = output.with_suffix(".rows.jsonl")
+    if options.again:
+        swept.unlink(missing_ok=True)
+    end = time.monotonic() + 60 * options.minutes
+    only = options.rows.split(",") if options.rows else []
+    shapes = options.shapes.split(",")
+    if options.compile:
+        list(every_row(swept, isa, machine, shapes, only, end, compile_only=True))
+        return []
+
+    def take(points: Sequence[Point]) -> None:
+        left = (end - time.monotonic()) / 60
+        for row in measured(points, lines, isa, machine, left, options.repeat):
             rows.append(row)
             if len(rows) == 1:
                 print("\n".join(table_head(peers)))
             print(table_line(row), flush=True)
+
+    try:
+        # decoding beside the peers, all rows, the rest
+        take([p for p in wanted if p.peers and p.m == 1 and p.threads > 1])
+        for row in every_row(swept, isa, machine, shapes, only, end):
+            table.append(row)
+            if row["m"] == 1:
+                where = f"{row['n']}x{row['k']} {row['threads']}T"
+                share = f"{row['us']:8.1f} us {row['fraction_of_stream']:5.0%}"
+                print(f"{row['weights']:18} {where} {share}", flush=True)
+        done = {json.dumps(row["point"]) for row in rows}
+        take([p for p in wanted if json.dumps(identity(p)) not in done])
     finally:  # Ctrl-C, too
-        if rows:
+        if rows or table:
             drawn = []
             if importlib.util.find_spec("matplotlib"):
-                drawn = [path.stem for path in plots(rows, folder, machine)]
+                one = [r for r in table if r["m"] == 1 and r["n"] == sweep.FIRST]
+                drawn = [path.stem for path in plots(rows + one, folder, machine)]
+                drawn += sweep.pictures(table, rows, folder)
             done = {json.dumps(row["point"]) for row in rows}
             missing = [p for p in wanted if json.dumps(identity(p)) not in done]
-            output.write_text(page(rows, missing, machine, drawn), encoding="utf-8")
-            summary = {"machine": machine_state(machine), "kernels": rows}
+            output.write_text(page(rows, missing, machine, drawn, table), encoding="utf-8")
+            summary = {"machine": machine_state(machine), "kernels": rows, "rows": table}
             output.with_suffix(".json").write_text(json.dumps(summary, indent=1) + "\n")
             print(f"{output}: {len(rows)} of {len(wanted)} points")
     if len(rows) == len(wanted):
         lines.unlink(missing_ok=True)  # all of it is in the .json
+        swept.unlink(missing_ok=True)
     return rows
 
 
@@ -202,10 +269,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, default=OUTPUT, help="the page [docs/kernels.md]")
     parser.add_argument("--minutes", type=float, default=6, help="stop after so long [6]")
-    parser.add_argument("--vs", default="", help="peers, comma-separated [all that are installed]")
+    parser.add_argument("--vs", default="", help="peers, comma-separated, or none [the installed]")
     parser.add_argument("--shape", default=SHAPE, help=f"NxK [{SHAPE}]")
     parser.add_argument("--threads", type=int, default=0, help="the most [usable cores]")
     parser.add_argument("--repeat", type=int, default=7, help="turns [7]")
+    parser.add_argument("--shapes", default=",".join(SHAPES),
+                        help=f"of the table of all rows [{','.join(SHAPES)}]")  # fmt: skip
+    parser.add_argument("--rows", default="", help="formats of that table [the representative]")
+    parser.add_argument("--compile", action="store_true", help="only compile its kernels")
     parser.add_argument("--isa", help="an instruction set [the best]")
     parser.add_argument("--again", action="store_true", help="measure everything anew")
     report(parser.parse_args())

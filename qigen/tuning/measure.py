@@ -56,6 +56,15 @@ class Running:
     stream: Callable[[int], list[float]]
 
 
+@dataclass(frozen=True)
+class Turns:
+    """Kernels that are loaded and right. ``run(R)``: microseconds of R calls of each, in turns;
+    ``stream(P)``: as in :class:`Running`, of the first one's weights."""
+
+    run: Callable[[int], list[list[float]]]
+    stream: Callable[[int], list[float]]
+
+
 @dataclass
 class Outcome(Generic[S]):
     """What became of a candidate: ``status`` is 'ok', 'wrong', 'crash' or 'timeout'.
@@ -264,25 +273,38 @@ class Bench:
         self, spec: MatmulSpec, n: int, k: int, m: int, threads: int, total_bytes: int
     ) -> Iterator[Running]:
         """A kernel that was found right; QigenError if it is wrong or crashes."""
-        library = self.build([spec])[spec]
-        outcome = Outcome(spec)
+        with self.turns([(spec, Problem(spec, n, k, m))], threads, total_bytes) as turns:
+            yield Running(lambda rounds: turns.run(rounds)[0], turns.stream)
+
+    @contextlib.contextmanager
+    def turns(
+        self, cases: Sequence[tuple[MatmulSpec, Case]], threads: int, total_bytes: int
+    ) -> Iterator[Turns]:
+        """Kernels that were found right, in one process; QigenError if one is wrong or crashes."""
+        libraries = self.build([spec for spec, _ in cases])
         with tempfile.TemporaryDirectory(dir=self.folder) as name:
-            case = _Loaded(library, Problem(spec, n, k, m), Path(name) / "0.case")
+            loaded = [
+                _Loaded(libraries[spec], case, Path(name) / f"{i}.case")
+                for i, (spec, case) in enumerate(cases)
+            ]
             total = min(total_bytes, available_memory() // 4)
             cpus = ",".join(map(str, sorted(allowed_cpus())))
-            program = str(self._driver.result())
-            arguments = [program, str(total), str(threads), cpus, *case.arguments]
+            arguments = [str(self._driver.result()), str(total), str(threads), cpus]
+            for one in loaded:
+                arguments += one.arguments
             try:
                 with _Process(arguments) as process:
-                    self._check(process, 0, case, outcome)
-                    if outcome.message:
-                        raise QigenError(outcome.message, spec.name)
-                    yield Running(
-                        lambda rounds: process.ask(f"rounds {rounds}")[0],
+                    for i, one in enumerate(loaded):
+                        outcome = Outcome(cases[i][0])
+                        self._check(process, i, one, outcome)
+                        if outcome.message:
+                            raise QigenError(outcome.message, cases[i][0].name)
+                    yield Turns(
+                        lambda rounds: process.ask(f"rounds {rounds}"),
                         lambda passes: process.ask(f"stream {passes}")[0],
                     )
             except _Died as died:
-                raise QigenError(str(died), spec.name) from None
+                raise QigenError(str(died), cases[died.at][0].name) from None
 
     def _check(
         self,

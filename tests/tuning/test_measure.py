@@ -251,6 +251,19 @@ def test_killed_while_measuring(tmp_path: Path) -> None:
         assert len(data.entries()) >= stored
 
 
+def test_kernels_take_turns() -> None:
+    """Several tokens of one row in a process: as many times for each as there are rounds."""
+    isa = ISAS["scalar"]
+    spec = MatmulSpec(by_name("q4_0"), Layout(), isa, "int8", (1,))
+    with (
+        Bench(toolchain.find_compiler()) as bench,
+        bench.turns([(spec, Problem(spec, 64, 128, m)) for m in (1, 3)], 1, 0) as turns,
+    ):
+        times = turns.run(4)
+        assert [len(runs) for runs in times] == [4, 4] and min(map(min, times)) > 0
+        assert len(turns.stream(2)) == 2
+
+
 def test_shapes() -> None:
     found = shapes_to_products(["64x128", "32X32"], ["q4_0", "u2g128"])
     assert [p.key for p in found] == [
