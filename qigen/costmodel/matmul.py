@@ -541,7 +541,8 @@ def space(
 
 def prefetch_distance(machine: Machine, streams: int = 1) -> int:
     """Bytes ahead of a stream that a prefetch must run: what arrives during one access to memory,
-    twice over, as accesses take longer when the memory is busy. Several streams share that, but
-    not in halves and quarters: their lines come in turn."""
-    ahead = 2 * machine.memory_ns * machine.read_gb_s[0] / math.sqrt(streams)
+    twice over, as accesses take longer when the memory is busy; several streams share that. No
+    farther: what is asked for behind a thread's last row is of no use, and small matrices end
+    soon."""
+    ahead = 2 * machine.memory_ns * machine.read_gb_s[0] / streams
     return next((d for d in PREFETCH if d >= ahead), PREFETCH[-1])
