@@ -268,7 +268,7 @@ def main() -> None:
     """Reads the options and runs."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, default=OUTPUT, help="the page [docs/kernels.md]")
-    parser.add_argument("--minutes", type=float, default=6, help="stop after so long [6]")
+    parser.add_argument("--minutes", type=float, default=8, help="stop after so long [8]")
     parser.add_argument("--vs", default="", help="peers, comma-separated, or none [the installed]")
     parser.add_argument("--shape", default=SHAPE, help=f"NxK [{SHAPE}]")
     parser.add_argument("--threads", type=int, default=0, help="the most [usable cores]")
