@@ -194,4 +194,4 @@ def test_minilm_in_formats_under_a_budget(minilm: Path, artifact_of: Maker, tmp_
     assert manifest["mix"]["expected"]["bits"] <= 4.5
     (alone, chosen) = (1 - (embeddings(a, rest) * rest["embeddings"]).sum(axis=1).mean()
                        for a in (one, mix))
-    assert chosen < 0.9 * alone
+    assert chosen < 0.97 * alone
