@@ -165,7 +165,10 @@ def targets(calibrate: bool, as_json: bool) -> None:
         from qigen.toolchain import find_compiler
 
         check_data_folder()
-        save(measure(described(), find_compiler().run))
+        found = measure(described(), find_compiler().run)
+        save(found)
+        if doubts := found.doubts(described()):
+            click.echo(f"note: {doubts}", err=True)
         targets.native.cache_clear()
     here = targets.native()
     machines = {"native": here, **targets.rows()}

@@ -36,6 +36,12 @@ _WIDTHS = (256, 512)
 _LATENCIES = ("dot", "fma", "logic", "convert")
 
 
+_ODD_READ = 0.4
+"""A machine that reads less than this part of what its row of the table says was busy ..."""
+_ODD_BARRIER_US = 20.0
+"""... and so was one whose threads wait for each other this long."""
+
+
 @dataclass(frozen=True)
 class Calibration:
     """What was measured, when, and on what. ``read_gb_s[t-1]`` is for ``t`` threads together.
@@ -58,6 +64,20 @@ class Calibration:
     rates: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
     latency: Mapping[str, float] = field(default_factory=dict)
     streams: int = 0
+
+    def doubts(self, machine: Machine) -> str:
+        """What the user should know if other programs seem to have run beside the measurement:
+        far from what the table's row says, which ``machine`` is; '' if nothing is odd."""
+        threads = min(self.cores, len(machine.read_gb_s), len(self.read_gb_s))
+        read, said = self.read_gb_s[threads - 1], machine.read_gb_s[threads - 1]
+        odd = []
+        if read < _ODD_READ * said:
+            odd.append(f"memory reads {read:.1f} GB/s, where machines of its kind read {said:.0f}")
+        if self.barrier_us > _ODD_BARRIER_US:
+            odd.append(f"a barrier takes {self.barrier_us:.0f} us")
+        if not odd:
+            return ""
+        return f"{' and '.join(odd)}: if other programs were running, calibrate again without them"
 
     def changes(self, machine: Machine) -> list[str]:
         """In words, how ``machine`` (this one now) differs from what was measured."""

@@ -71,6 +71,15 @@ def test_measurement() -> None:
         assert found.latency["fma"] > found.latency["logic"] > 0.1
 
 
+def test_a_busy_machine_is_told() -> None:
+    here = replace(detect.described(), read_gb_s=(10.0, 20.0))
+    assert made_up(cores=2).doubts(here) == ""
+    assert "a barrier takes 536 us" in made_up(cores=2, barrier_us=536.0).doubts(here)
+    slow = made_up(cores=2, read_gb_s=(5.0, 5.1)).doubts(here)
+    assert "reads 5.1 GB/s" in slow and "calibrate again" in slow and "barrier" not in slow
+    assert "reads 3.0 GB/s" in made_up(cores=1, read_gb_s=(3.0,)).doubts(here)
+
+
 def test_one_core() -> None:
     try:
         compiler = toolchain.find_compiler()
