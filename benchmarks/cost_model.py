@@ -82,7 +82,7 @@ def case(spec: MatmulSpec, n: int, k: int, m: int) -> bytes:
     else:
         zeros, sums = activation_needs(spec)
         length = -(-padded // 32) * 32
-        record = ActivationRecord(length, spec.activations == "int8-token", zeros, sums)
+        record = ActivationRecord(length, spec.token_scale, zeros, sums)
         codes = np.zeros(record.nbytes, np.uint8)
         codes[: record.scale_offset] = rng.integers(0, 256, record.scale_offset)
         codes[record.scale_offset :].view(np.float32)[:] = 0.01

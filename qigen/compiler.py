@@ -29,7 +29,7 @@ from qigen.backends import base
 from qigen.backends.base import Isa, KernelSource
 from qigen.backends.cpu.isa import ISAS
 from qigen.backends.cpu.isa import by_name as isa_by_name
-from qigen.backends.cpu.matmul import MatmulSpec, render_matmul
+from qigen.backends.cpu.matmul import INTEGER_ACTIVATIONS, MatmulSpec, render_matmul
 from qigen.backends.cpu.ops import render_ops
 from qigen.build import (
     FORMS,
@@ -99,7 +99,7 @@ DEFAULT_MAX_SEQ = 4096
 
 DEFAULT_MAX_BATCH = 8
 
-ACTIVATIONS = ("f32", "bf16", "f16", "int8", "int8-token", "int4")
+ACTIVATIONS = ("f32", "bf16", "f16", *INTEGER_ACTIVATIONS)
 TUNING = ("model", "measure", "off")
 
 
@@ -146,9 +146,10 @@ def compile(
     beside the artifact, as OUTPUT.plan.toml; ``plan``
     takes such a file, which may have been edited. ``curve`` also puts the best for other budgets
     into the manifest.
-    ``activations``: "f32", "int8" (a scale for 32 values), "int8-token"; None lets the planner
-    choose. ``kv`` is a row of :mod:`qigen.formats.kv`. ``max_seq`` bounds the positions of a
-    session (default: the model's own, up to 4096), ``max_batch`` the sessions of one batched step.
+    ``activations``: "f32", "int8" (a scale for 32 values), "int8-token", and "int4" and
+    "int4-token" alike; None lets the planner choose. ``kv`` is a row of
+    :mod:`qigen.formats.kv`. ``max_seq`` bounds the positions of a session (default: the model's
+    own, up to 4096), ``max_batch`` the sessions of one batched step.
     ``shape`` fixes dimensions of an ONNX model's inputs by name: numbers, "?" for one that stays
     open, "..64" for one that stays open up to 64.
 
@@ -212,6 +213,9 @@ def compile(
         ):
             if given:
                 raise UsageError(f"{option} is for language models; leave it out for an ONNX model")
+        if activations in INTEGER_ACTIVATIONS and activations != "int8":
+            raise UsageError(f"--activations {activations} is for language models; an ONNX model "
+                             "takes f32, bf16 or int8")
         artifact = compile_graph(
             Path(model),
             out,
@@ -453,9 +457,8 @@ def _check_options(
 ) -> None:
     if activations is not None and activations not in ACTIVATIONS:
         raise UsageError(f"activations {activations}: choose one of {', '.join(ACTIVATIONS)}")
-    if activations in ("f16", "int4") and not target.startswith("sm_"):
-        instead = "bf16 or f32" if activations == "f16" else "int8 or int8-token"
-        raise Unsupported(f"{activations} activations have kernels for GPUs only; choose {instead}")
+    if activations == "f16" and not target.startswith("sm_"):
+        raise Unsupported("f16 activations have kernels for GPUs only; choose bf16 or f32")
     kv_format(kv)
     if kv == "int2" and target.startswith("sm_"):
         raise Unsupported("an int2 KV cache has no GPU kernels yet; choose f16, int8 or int4")

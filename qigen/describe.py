@@ -15,6 +15,7 @@ import onnx
 from qigen import targets
 from qigen.artifact import Artifact
 from qigen.backends.cpu.isa import ISAS
+from qigen.backends.cpu.matmul import INTEGER_ACTIVATIONS
 from qigen.backends.cuda import gemm, gemv
 from qigen.errors import BadInput, Unsupported
 from qigen.formats.algebra import Format
@@ -67,7 +68,7 @@ def formats() -> list[dict[str, Any]]:
             "scale": row.scale_kind,
             "zero": row.zero_kind,
             "sparsity": row.sparsity,
-            "activations": ["f32", "bf16", *(("int8", "int8-token") if row.integer else ())],
+            "activations": ["f32", "bf16", *(INTEGER_ACTIVATIONS if row.integer else ())],
             "isas": list(ISAS),
             "gpu": _on_gpu(row),
             "rounding": _rounds(row),

@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 from qigen.backends.base import Isa
 from qigen.backends.cpu.isa import ISAS
 from qigen.backends.cpu.isa import by_name as isa_by_name
-from qigen.backends.cpu.matmul import MatmulSpec
+from qigen.backends.cpu.matmul import INTEGER_ACTIVATIONS, MatmulSpec
 from qigen.costmodel import Prediction, Situation, predict, resources, schedules, space
 from qigen.costmodel.matmul import (
     activation_bytes,
@@ -38,7 +38,7 @@ from qigen.targets import Machine
 BUCKETS = (1, 4, 16, 128)
 """Numbers of tokens that every matrix is planned for: decoding, small batches, prefill."""
 
-ACTIVATIONS = ("auto", "f32", "bf16", "int8", "int8-token")
+ACTIVATIONS = ("auto", "f32", "bf16", *INTEGER_ACTIVATIONS)
 
 Measured: TypeAlias = Mapping[tuple[MatmulSpec, int, int, int], float]
 """Microseconds of a call by (kernel, n, k, m), measured with the plan's number of threads; infinity
@@ -389,7 +389,7 @@ class _Search:
         groups: dict[str, list[Product]] = {}
         for p in self.products:
             arithmetic = self.arithmetic[p.key]
-            name = "int8" if arithmetic.startswith("int8") else p.format.name
+            name = "int8" if arithmetic in INTEGER_ACTIVATIONS else p.format.name
             groups.setdefault(name, []).append(p)
         return list(groups.values())
 

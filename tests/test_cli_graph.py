@@ -257,6 +257,7 @@ def test_run_writes_into_a_folder(run: Any, artifact: Path, tmp_path: Path) -> N
         (["compile", "TINY", "-o", "OUT", "--shape", "x=1x4", "--shape", "z=2x4"], 2, "elsewhere"),
         (["compile", "TINY", "-o", "OUT", "--max-seq", "5"], 2, "--max-seq"),
         (["compile", "TINY", "-o", "OUT", "--kv", "int8"], 2, "--kv"),
+        (["compile", "TINY", "-o", "OUT", "--activations", "int4"], 2, "takes f32, bf16 or int8"),
         (["compile", "STORIES", "-o", "OUT", "--shape", "x=1"], 2, "--shape"),
         (["compile", "STORIES", "-o", "OUT", "--calibration", "x"], 2, "--calibration"),
         (["compile", "none.onnx", "-o", "OUT"], 3, "none.onnx"),

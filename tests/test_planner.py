@@ -139,8 +139,8 @@ def test_activations() -> None:
     assert activations_for(q4, "auto") == "int8" and activations_for(f16, "auto") == "f32"
     assert activations_for(f16, "int8") == "f32" and activations_for(f16, "bf16") == "bf16"
     assert activations_for(q4, "int8-token") == "int8-token"
-    with pytest.raises(UsageError, match="int4"):
-        activations_for(q4, "int4")
+    with pytest.raises(UsageError, match="int3"):
+        activations_for(q4, "int3")
     floats = plan(model("f16", "f16"), activations="f32")
     assert {c.schedule["activations"] for c in floats.kernels} == {"f32"}
 

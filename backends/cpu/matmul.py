@@ -60,7 +60,18 @@ RANK_TOKENS = 128
 """Tokens at most whose products with the first factor of a low-rank residual are kept."""
 
 
-_ARITHMETIC = {"f32": "a32", "bf16": "a16", "int8": "a8", "int8-token": "a8t"}
+_ARITHMETIC = {"f32": "a32", "bf16": "a16", "int8": "a8", "int8-token": "a8t", "int4": "a4",
+               "int4-token": "a4t"}  # fmt: skip
+
+INTEGER_ACTIVATIONS = ("int8", "int8-token", "int4", "int4-token")
+"""Kinds of quantized activations: bytes with a scale for each 32 values, or for each token. Those
+of 4 bits are bytes from -7 to 7 but for the columns that a format keeps apart, which have 8 bits in
+the same scale (QUIK, Ashkboos et al. 2023, arXiv:2310.09259)."""
+
+
+def activation_top(activations: str) -> int:
+    """Largest magnitude of a quantized activation that is in no column apart."""
+    return 7 if activations.startswith("int4") else ACTIVATION_MAX
 
 
 @dataclass(frozen=True)
@@ -117,7 +128,7 @@ class MatmulSpec:
     format: Format
     layout: Layout
     isa: Isa
-    activations: str  # "f32", "bf16", "int8" (a scale for each 32 values) or "int8-token"
+    activations: str  # "f32", "bf16", or one of INTEGER_ACTIVATIONS
     tiles: tuple[int, ...]
     prefetch: int = DEFAULT_PREFETCH  # 0: none
     streams: int = 1  # row-blocks that a tile of one token reads side by side
@@ -141,7 +152,12 @@ class MatmulSpec:
     @property
     def integer(self) -> bool:
         """Whether the activations are quantized."""
-        return self.activations in ("int8", "int8-token")
+        return self.activations in INTEGER_ACTIVATIONS
+
+    @property
+    def token_scale(self) -> bool:
+        """Whether quantized activations have one scale for a whole token."""
+        return self.activations.endswith("-token")
 
     @property
     def panel(self) -> bool:
@@ -257,7 +273,7 @@ def render_matmul(
         zero=bound.zero,
         flush=bound.flush or 0,
         row_tile=spec.row_tile,
-        token_scale=spec.activations == "int8-token",
+        token_scale=spec.token_scale,
         prefetch=spec.prefetch,
         streams=spec.streams,
         panel=spec.panel,

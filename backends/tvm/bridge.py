@@ -257,7 +257,7 @@ def _parameters(
     if spec.integer:
         k_padded = -(-k // max(kblock, 32)) * max(kblock, 32)
         zeros, sums = activation_needs(spec)
-        token = spec.activations == "int8-token"
+        token = spec.token_scale
         rows = ActivationRecord(k_padded, token, zeros, sums)
         corrections = [(rows.offset("zero", length, zero), length, zero) for length, zero in zeros]
         corrections += [(rows.offset("sum", length), length, 0) for length in sums]

@@ -79,9 +79,8 @@ _BAR = 24  # characters of the longest bar
 )
 @activations_option(
     "f16",
-    "int4",
-    help="Arithmetic of the quantized matmuls; int8 has a scale a group, int8-token one a token; "
-    "both round tables of floats (nf4) to bytes; f16 and int4 are for GPUs.",
+    help="Arithmetic of the quantized matmuls; int8 has a scale a group, int8-token one a token, "
+    "int4 and int4-token alike; all round tables of floats (nf4) to bytes; f16 is for GPUs.",
 )
 @click.option(
     "--kv",

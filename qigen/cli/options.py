@@ -23,7 +23,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 Count = click.IntRange(min=1)
 Threads = click.IntRange(min=0)
-ARITHMETICS = ("f32", "bf16", "int8", "int8-token")
+ARITHMETICS = ("f32", "bf16", "int8", "int8-token", "int4", "int4-token")
 
 
 class Bytes(click.ParamType[int]):

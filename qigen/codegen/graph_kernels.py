@@ -303,7 +303,7 @@ class GraphKernels:
                 k,
                 record.padded,
                 record.scale,
-                spec.activations == "int8-token",
+                spec.token_scale,
                 *(corrections + [Ints((0, 0, 0))] * (2 - len(corrections))),
                 len(corrections),
             ),
@@ -459,7 +459,7 @@ def row_record(spec: MatmulSpec, k: int) -> RowRecord:
     if spec.integer:
         zeros, sums = activation_needs(spec)
         record = ActivationRecord(
-            align(k, max(block, 32)), spec.activations == "int8-token", zeros, sums
+            align(k, max(block, 32)), spec.token_scale, zeros, sums
         )
         corrections = tuple((record.offset("zero", n, z), n, z) for n, z in zeros) + tuple(
             (record.offset("sum", n), n, 0) for n in sums

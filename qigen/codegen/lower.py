@@ -14,11 +14,16 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from qigen.backends.cpu.matmul import ActivationRecord, MatmulSpec, activation_needs
+from qigen.backends.cpu.matmul import (
+    ActivationRecord,
+    MatmulSpec,
+    activation_needs,
+    activation_top,
+)
 from qigen.errors import Unsupported
 from qigen.formats.algebra import Format, QuantizedTensor
 from qigen.formats.kv import BLOCK, half_block_bytes, kv_format
-from qigen.formats.layout import Layout, packed_shape, row_block_bytes
+from qigen.formats.layout import Layout, packed_shape, row_block_bytes, shared_bytes
 from qigen.ir.dims import whole
 from qigen.ir.graph import Graph, Node, constant_shape
 from qigen.ir.ops.fused import attention_parts, group_parts
@@ -121,6 +126,8 @@ class Segment:
     n: int
     zero_offset: int
     sum_offset: int
+    columns: int  # kept apart
+    shared: int  # bytes that each of the matrices has once
     y: str
     y_stride: str
     bias: str
@@ -141,6 +148,8 @@ class MatmulStep:
     stride: int
     scale_offset: int
     token_scale: bool
+    top: int
+    apart: tuple[tuple[int, int], ...]  # (segment, offset of columns from its weight's start)
     corrections: tuple[dict[str, int], ...]
     segments: tuple[Segment, ...]
     kind: str = "matmul"
@@ -255,6 +264,28 @@ def rope_table(name: str, a: Mapping[str, Any], divisors: Any, offset: int) -> R
         float(a["attn_factor"]),
         offset,
     )
+
+
+MOST_LISTS = 4
+"""Lists of columns apart that rows of activations know (``RowsArgs::apart``)."""
+
+
+def _columns_apart(
+    node: Node, spec: MatmulSpec, segments: Sequence[Segment], matrices: int
+) -> tuple[tuple[int, int], ...]:
+    """Where the lists of columns lie that 4-bit activations keep in 8 bits: those of all
+    ``matrices`` of every segment, which read the same rows."""
+    if not spec.activations.startswith("int4"):
+        return ()
+    found = tuple((i, j * s.shared) for i, s in enumerate(segments) if s.columns
+                  for j in range(matrices))  # fmt: skip
+    if len(found) > MOST_LISTS:
+        raise Unsupported(
+            f"{len(found)} matrices with columns apart read the same activations; {MOST_LISTS} are "
+            "the most with int4 activations",
+            node.name,
+        )
+    return found
 
 
 class Lowering:
@@ -385,7 +416,7 @@ class Lowering:
         k = whole(graph.values[parts.x].shape[1])
         blocks = [specs[i].format.block * specs[i].layout.blocks for i in chosen]
         int8, bf16 = specs[chosen[0]].integer, specs[chosen[0]].activations == "bf16"
-        token_scale = specs[chosen[0]].activations == "int8-token"
+        token_scale = specs[chosen[0]].token_scale
         x = self.buffer(parts.x)
         if int8:
             needs = [activation_needs(specs[i]) for i in chosen]
@@ -447,6 +478,8 @@ class Lowering:
                     n=n,
                     zero_offset=record.offset("zero", *zeros[0]) if zeros else 0,
                     sum_offset=record.offset("sum", sums[0]) if sums else 0,
+                    columns=spec.format.field("qc").count if spec.format.has("qc") else 0,
+                    shared=shared_bytes(spec.format, k, spec.layout),
                     y=y,
                     y_stride=y_stride,
                     bias=self.vector(bias) if bias else "",
@@ -465,6 +498,8 @@ class Lowering:
             stride=stride,
             scale_offset=scale_offset,
             token_scale=token_scale,
+            top=activation_top(specs[chosen[0]].activations),
+            apart=_columns_apart(node, specs[chosen[0]], segments, 2 if gated else 1),
             corrections=corrections,
             segments=tuple(segments),
         )

@@ -25,6 +25,7 @@ from qigen.backends.base import Isa
 from qigen.backends.cpu.decode import ACTIVATION_GROUP, STEP, decode_plan
 from qigen.backends.cpu.matmul import (
     DEFAULT_PREFETCH,
+    INTEGER_ACTIVATIONS,
     MATRIX_TILE,
     PANEL,
     PANEL_TOKENS,
@@ -156,7 +157,7 @@ def roofline(spec: MatmulSpec, at: Situation) -> tuple[float, float]:
 
 _MULTIPLY = {
     "f32": ("vf_fma", 1), "bf16": ("vf_dot_bf16", 2), "int8": ("vq_dot", 4),
-    "int8-token": ("vq_dot", 4),
+    "int8-token": ("vq_dot", 4), "int4": ("vq_dot", 4), "int4-token": ("vq_dot", 4),
 }  # fmt: skip
 """The primitive that multiplies, and the weights of a row that it takes in each lane."""
 
@@ -326,7 +327,7 @@ def activation_bytes(spec: MatmulSpec, k: int) -> int:
     zeros, sums = activation_needs(spec)
     step = math.lcm(block, ACTIVATION_GROUP)
     return ActivationRecord(
-        -(-k // step) * step, spec.activations == "int8-token", zeros, sums
+        -(-k // step) * step, spec.token_scale, zeros, sums
     ).nbytes
 
 
@@ -500,7 +501,7 @@ def schedules(
     """The schedules of a weight of ``k`` columns that the model tells apart, the simplest first, or
     those with a given list of tiles; Unsupported if the codes overflow the ISA's accumulators."""
     lists = tile_lists(token_tiles(format, isa, activations)) if tiles is None else [tiles]
-    most = machine.streams if activations.startswith("int8") and isa.features else 1
+    most = machine.streams if activations in INTEGER_ACTIVATIONS and isa.features else 1
     prefetch = prefetch_distance(machine, most)
     return [
         MatmulSpec(
@@ -526,7 +527,7 @@ def space(
     :func:`schedules` is the part of it whose distance and streams are the model's choice: in the
     model no others are faster.
     """
-    if not activations.startswith("int8"):  # panels have a prefetch distance of their own
+    if activations not in INTEGER_ACTIVATIONS:  # panels have a prefetch distance of their own
         return schedules(format, k, isa, activations, machine)
     best = schedules(format, k, isa, activations, machine, (1,))[0].prefetch
     distances = (best, *(d for d in (0, *PREFETCH) if d != best))

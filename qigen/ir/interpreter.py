@@ -17,6 +17,7 @@ from qigen.formats.algebra import QuantizedTensor, select_rows
 from qigen.formats.kv import BLOCK, KV_FORMATS, kv_format, round_block
 from qigen.ir import schema
 from qigen.ir.graph import Array, Graph, State, constant_shape, load_constant
+from qigen.ir.ops.fused import group_parts
 
 ACTIVATION_GROUP = 32
 """Numbers along K that share one scale in the int8 mode."""
@@ -24,11 +25,13 @@ ACTIVATION_GROUP = 32
 _CHUNK_FLOATS = 1 << 22
 
 
-def round_to_int8(x: Array, group: int = ACTIVATION_GROUP) -> Array:
+def round_to_int8(x: Array, group: int = ACTIVATION_GROUP, top: int = 127,
+                  apart: Array | None = None) -> Array:  # fmt: skip
     """``x [M,K]`` rounded as the integer kernels round activations, in the type of ``x``.
 
-    Per row and ``group`` columns (the last group may be shorter): s = absmax/127 in float32,
-    q = rint(x/s), result s*q; a group of zeros stays zero.
+    Per row and ``group`` columns (the last group may be shorter): s = absmax/``top`` in float32,
+    q = rint(x/s), result s*q; a group of zeros stays zero. The columns ``apart`` count by
+    absmax/127 instead: with a ``top`` of 7 they keep 8 bits where the others have 4.
     """
     rows, k = x.shape
     groups = -(-k // group)
@@ -36,6 +39,12 @@ def round_to_int8(x: Array, group: int = ACTIVATION_GROUP) -> Array:
     padded[:, :k] = x
     parts = padded.reshape(rows, groups, group)
     scale = np.abs(parts).max(axis=-1, keepdims=True) / np.float32(127)
+    if top != 127:
+        kept = padded.copy()
+        if apart is not None:
+            kept[:, apart] = 0
+        others = np.abs(kept.reshape(parts.shape)).max(axis=-1, keepdims=True) / np.float32(top)
+        scale = np.maximum(scale, others)
     codes = np.rint(np.divide(parts, scale, out=np.zeros_like(parts), where=scale > 0))
     exact = scale.astype(x.dtype) * codes.astype(x.dtype)
     result: Array = exact.reshape(padded.shape)[:, :k]
@@ -122,9 +131,11 @@ class KvCache:
 class Interpreter:
     """Runs the steps of one sequence.
 
-    ``dtype``: float32, or float64 for an exact reference. ``activations``: ``f32``, or ``int8``,
-    which rounds the x of every product with a quantized weight (not with f32, f16 or bf16 ones)
-    as :func:`round_to_int8` does. ``kv``: see :class:`KvCache`. ``cache_bytes`` bounds the float32
+    ``dtype``: float32, or float64 for an exact reference. ``activations``: ``f32``, or ``int8``
+    (``int4``), which rounds the x of every product with a quantized weight (not with f32, f16 or
+    bf16 ones) as :func:`round_to_int8` does; with ``-token`` a row has one scale. Columns that a
+    weight keeps apart are so for all weights that read the same 4-bit x. ``kv``: see
+    :class:`KvCache`. ``cache_bytes`` bounds the float32
     matrices that are kept; others are dequantized in chunks of rows at every use.
     """
 
@@ -140,13 +151,18 @@ class Interpreter:
         self.dtype: np.dtype[Any] = np.dtype(dtype)
         if self.dtype.name not in ("float32", "float64"):
             raise UsageError(f"dtype must be float32 or float64, not {self.dtype.name}")
-        if activations not in ("f32", "int8"):
-            raise UsageError(f"activations must be f32 or int8, not {activations}")
+        if activations not in ("f32", "int8", "int8-token", "int4", "int4-token"):
+            raise UsageError("activations must be f32, int8, int8-token, int4 or int4-token, not "
+                             f"{activations}")  # fmt: skip
         if kv not in ("f32", *KV_FORMATS):
             raise UsageError(f"kv must be f32 or one of {', '.join(KV_FORMATS)}, not {kv}")
         self.graph = graph
         self.position = 0
-        self._int8 = activations == "int8"
+        self._integer = activations != "f32"
+        self._top = 7 if activations.startswith("int4") else 127
+        self._token_scale = activations.endswith("-token")
+        self._readers = _readers(graph)
+        self._apart: dict[tuple[str, ...], Array] = {}
         self._kv_kind = kv
         self._room = cache_bytes
         self._dense: dict[str, Array] = {}
@@ -215,6 +231,22 @@ class Interpreter:
         """The cache of ``state``."""
         return self._kv[state]
 
+    def _columns_apart(self, weight: str) -> Array | None:
+        """The columns of 4-bit activations that the weight, or one beside it, keeps apart."""
+        if self._top == 127:
+            return None
+        group = self._readers[weight]
+        if group not in self._apart:
+            lists = []
+            for name in group:
+                constant = self.graph.constants[name]
+                if not isinstance(constant, np.ndarray) and constant.format.has("qc"):
+                    data = load_constant(constant)
+                    assert isinstance(data, QuantizedTensor)
+                    lists.append(data.fields["qc"].reshape(-1))
+            self._apart[group] = np.concatenate([np.zeros(0, np.uint16), *lists]).astype(np.intp)
+        return self._apart[group]
+
     def _data(self, name: str) -> Array | QuantizedTensor:
         data = self._loaded.get(name)
         if data is None:
@@ -243,8 +275,9 @@ class Interpreter:
         """``x [M,K]`` times the transpose of the dequantized ``weight [N,K]``."""
         constant = self.graph.constants[weight]
         n, k = constant_shape(constant)
-        if self._int8 and not isinstance(constant, np.ndarray) and constant.format.integer:
-            x = round_to_int8(x)
+        if self._integer and not isinstance(constant, np.ndarray) and constant.format.integer:
+            group = k if self._token_scale else ACTIVATION_GROUP
+            x = round_to_int8(x, group, self._top, self._columns_apart(weight))
         data: Array | QuantizedTensor | None = self._dense.get(weight)
         if data is None:
             data = self._data(weight)
@@ -264,6 +297,17 @@ class Interpreter:
             )
             out[:, part] = x @ chunk.astype(self.dtype, copy=False).T
         return out
+
+
+def _readers(graph: Graph) -> dict[str, tuple[str, ...]]:
+    """For every weight of a product, the weights that are multiplied by the same activations."""
+    by_input: dict[str, list[str]] = {}
+    for node in graph.nodes:
+        if node.op == "MatMul":
+            by_input.setdefault(node.inputs[0], []).append(node.inputs[1])
+        elif node.op == "MatMulGroup":
+            by_input.setdefault(node.name, []).extend(group_parts(node).weights)
+    return {name: tuple(names) for names in by_input.values() for name in names}
 
 
 def _integers(name: str, x: npt.ArrayLike) -> Array:

@@ -61,11 +61,11 @@ class Relabelled:
 def with_byte_tables(graph: Graph, activations: str | None) -> tuple[Graph, tuple[str, ...]]:
     """The graph for the ``activations`` that were asked for by name, and what the user is told.
 
-    Where int8 was asked for, matrices with tables of floats get tables of bytes, which integer
-    kernels look up (:func:`qigen.formats.with_byte_table`); without an asking (None) they keep
-    their values and have float kernels.
+    Where int8 or int4 was asked for, matrices with tables of floats get tables of bytes, which
+    integer kernels look up (:func:`qigen.formats.with_byte_table`); without an asking (None) they
+    keep their values and have float kernels.
     """
-    if activations not in ("int8", "int8-token"):
+    if not (activations or "").startswith(("int8", "int4")):
         return graph, ()
     result, notes = graph.copy(), []
     for name, data in graph.constants.items():

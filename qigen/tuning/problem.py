@@ -19,6 +19,7 @@ from qigen.backends.cpu.matmul import (
     ActivationRecord,
     MatmulSpec,
     activation_needs,
+    activation_top,
     interleaved,
 )
 from qigen.costmodel.gemm import GemmShape
@@ -151,13 +152,13 @@ class Problem:
         """(activation rows as the kernel reads them, their values, offsets of scales, zeros and
         sums) of quantized activations."""
         spec, m = self.spec, self.m
-        token = spec.activations == "int8-token"
+        token, top = spec.token_scale, activation_top(spec.activations)
         zeros, sums = activation_needs(spec)
         k = -(-x.shape[1] // ACTIVATION_GROUP) * ACTIVATION_GROUP
         x = np.pad(x, ((0, 0), (0, k - x.shape[1])))
         record = ActivationRecord(k, token, zeros, sums)
         groups = x.reshape(m, 1 if token else k // ACTIVATION_GROUP, -1)
-        scale = np.abs(groups).max(axis=2, keepdims=True) / np.float32(127)
+        scale = np.abs(groups).max(axis=2, keepdims=True) / np.float32(top)
         safe = np.where(scale > 0, scale, np.float32(1))
         q = np.rint(groups / safe).astype(np.int8)
         data = np.zeros((m, record.nbytes), np.uint8)

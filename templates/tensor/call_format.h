@@ -40,6 +40,7 @@ inline void run_format_rows(const Context& c, FormatRowsKernel kernel, const Ten
   a.out_stride = y.shape[1];
   a.scale_offset = static_cast<int32_t>(scale);
   a.token_scale = token_scale;
+  a.top = 127.0f;
   a.n_corrections = static_cast<int32_t>(corrections);
   const Ints* given[] = {&first, &second};
   for (int i = 0; i < corrections; ++i) {

@@ -19,7 +19,7 @@ from qigen.formats import catalog
 from qigen.formats.algebra import QuantizedTensor
 from qigen.frontends import LanguageModel, build_graph, load_model
 from qigen.ir.graph import Graph, load_constant
-from qigen.ir.interpreter import Interpreter, round_to_int8
+from qigen.ir.interpreter import Interpreter
 from qigen.quantize.weights import requantized, with_byte_tables
 from tests.frontends.tiny import write_tiny_gguf, write_tiny_hf
 
@@ -30,16 +30,6 @@ KEYS = {"tokenizer.ggml.unknown_token_id": 0}
 
 # Compilers at a time; the processes of pytest-xdist have one each.
 JOBS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
-
-
-class TokenScaleInterpreter(Interpreter):
-    """The interpreter with one int8 scale for a whole row of activations."""
-
-    def matmul(self, x: NDArray[Any], weight: str) -> NDArray[Any]:
-        constant = self.graph.constants[weight]
-        if not isinstance(constant, np.ndarray) and not constant.format.float_kind:
-            x = round_to_int8(x, x.shape[1])
-        return super().matmul(x, weight)
 
 
 def nearest_bf16(x: NDArray[Any]) -> NDArray[np.float32]:
@@ -103,8 +93,6 @@ class Compiled:
     def interpreter(self) -> Interpreter:
         """The reference, with the roundings that the artifact makes."""
         activations, kv = self.options.activations, self.options.kv
-        if activations == "int8-token":
-            return TokenScaleInterpreter(self.graph, kv=kv)
         if activations == "bf16":
             return Bf16Interpreter(self.graph, kv=kv)
         return Interpreter(self.graph, activations=activations, kv=kv)

@@ -29,6 +29,8 @@ TOLERANCE = {
     ("int8", "f16"): 0.15,
     ("int8", "int8"): 0.15,
     ("int8-token", "f16"): 0.15,
+    ("int4", "f16"): 0.4,
+    ("int4-token", "f16"): 0.4,
     ("bf16", "f16"): 4e-2,
 }
 # Rounding as above moves few logits far, so all of them together stay near.

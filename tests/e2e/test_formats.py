@@ -148,6 +148,8 @@ TAILS = {"d_ff": 172, "vocab_size": 97, "n_layers": 2}
         pytest.param("s3g32", "int8", marks=pytest.mark.slow),
         pytest.param("s2g64", "int8", marks=pytest.mark.slow),
         ("s4g32_lr16", "int8"),
+        ("s4gchannel_c32", "int4-token"),
+        ("z4g32", "int4"),
         pytest.param("aqlm_1x8_lr16", "f32", marks=pytest.mark.slow),
         pytest.param("u5g64", "f32", marks=pytest.mark.slow),
         pytest.param("u6g128", "f32", marks=pytest.mark.slow),
@@ -217,7 +219,7 @@ def test_formats_that_cannot_be_rounded_to(
 
 
 @pytest.mark.parametrize("options", [
-    {"activations": "int4"}, {"kv": "int3"}, {"kv": "f8"},
+    {"activations": "int3"}, {"kv": "int3"}, {"kv": "f8"},
     {"max_batch": 0}, {"max_seq": 0}, {"max_seq": 65}, {"tune": "guess"}, {"isa": "mmx"},
     {"target": "z80"},
 ], ids=str)  # fmt: skip

@@ -31,6 +31,7 @@ from qigen.backends.cpu.matmul import (
     MatmulSpec,
     accumulator_bound,
     activation_needs,
+    activation_top,
     interleaved,
     render_matmul,
 )
@@ -228,11 +229,11 @@ class Activations:
 def quantize(x: Array, spec: MatmulSpec, q: Array | None = None) -> Activations:
     """Records of rows ``x`` float32 [M, k]; ``q`` int8 takes the place of the rounded values."""
     m, k = x.shape
-    token = spec.activations == "int8-token"
+    token = spec.token_scale
     zeros, sums = activation_needs(spec)
     record = ActivationRecord(k, token, zeros, sums)
     groups = x.reshape(m, 1 if token else k // ACTIVATION_GROUP, -1)
-    scale = np.abs(groups).max(axis=2, keepdims=True) / np.float32(127)
+    scale = np.abs(groups).max(axis=2, keepdims=True) / np.float32(activation_top(spec.activations))
     if q is None:
         safe = np.where(scale > 0, scale, np.float32(1))
         q = np.rint(groups / safe).astype(np.int8).reshape(m, k)
@@ -501,6 +502,7 @@ def default_specs() -> list[tuple[MatmulSpec, tuple[str, ...]]]:
                           ("store", "silu")))
     for name, kind in (("fp6_e2m3", "int8"), ("fp5_e2m2", "int8-token"), ("nf4g64_t8", "int8"),
                        ("qmoe12_512x36", "int8"), ("s4gchannel_c32_lr16", "int8-token"),
+                       ("s4gchannel_c32", "int4-token"),
                        ("aqlm_2x8_lr16", "f32"), ("s2g128_1of32v16", "int8"),
                        ("s3g128_3of8v32_o3", "bf16"), ("q4_k_lr48", "bf16")):
         specs += [(MatmulSpec(by_name(name), Layout(), isa, kind, (2, 1)), ("store",))

@@ -405,8 +405,8 @@ def test_targets_that_cannot_be_compiled(tmp_path: Path) -> None:
             compile(STORIES, tmp_path / "x.qgn", target=target)
     with pytest.raises(Unsupported, match="activations int8 have no GPU kernels"):
         compile(STORIES, tmp_path / "x.qgn", target="sm_80", activations="int8")
-    with pytest.raises(Unsupported, match="int4 activations have kernels for GPUs only"):
-        compile(STORIES, tmp_path / "x.qgn", target="native", activations="int4")
+    with pytest.raises(Unsupported, match="f16 activations have kernels for GPUs only"):
+        compile(STORIES, tmp_path / "x.qgn", target="native", activations="f16")
     with pytest.raises(Unsupported, match="at most 8 sessions"):
         compile(STORIES, tmp_path / "x.qgn", target="sm_80", max_batch=9)
     assert list(tmp_path.iterdir()) == []
