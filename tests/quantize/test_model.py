@@ -254,8 +254,9 @@ def test_sequences():
     assert found.shape == (4, 100) and found[:, 0].tolist() == [0, 300, 600, 900]
     assert sequences_of(ids, 128, 300).shape == (3, 300)
     assert sequences_of(ids[:20], 128, 512).shape == (1, 20)
-    with pytest.raises(BadInput, match="has 3 tokens; give at least 16, better 65536"):
-        sequences_of(ids[:3], 128, 512, "file")
+    for few in (0, 3):  # an empty text, and a tiny one
+        with pytest.raises(BadInput, match=f"has {few} tokens; give at least 16, better 65536"):
+            sequences_of(ids[:few], 128, 512, "file")
 
 
 def test_wrong_use():
