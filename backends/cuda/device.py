@@ -21,7 +21,7 @@ from qigen.errors import MachineMismatch, ToolchainError, UsageError
 
 Array = npt.NDArray[Any]
 
-_SHARED_WITHOUT_ASKING = 48 << 10
+_SHARED_WITHOUT_ASKING = 32 << 10  # 48 KiB with what kernels have of their own
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
 

@@ -22,7 +22,7 @@ struct Cache {
   int64_t capacity;
 };
 
-constexpr uint32_t kSharedWithoutAsking = 48 << 10;
+constexpr uint32_t kSharedWithoutAsking = 32 << 10;  // 48 KiB with what kernels have of their own
 constexpr int64_t kCapacityUnit = 4;  // positions: what kernels copy at a time is aligned
 
 class CudaDevice final : public runtime::Device {

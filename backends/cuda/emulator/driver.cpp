@@ -18,9 +18,10 @@
 namespace {
 
 constexpr int kSuccess = 0, kInvalidValue = 1, kOutOfMemory = 2, kNotInitialized = 3,
-              kNoDevice = 100, kInvalidDevice = 101, kNoBinary = 209, kInvalidPtx = 218,
-              kNotFound = 500, kLaunchFailed = 719;
-constexpr int kCapabilityMajor = 75, kCapabilityMinor = 76;
+              kNoDevice = 100, kInvalidDevice = 101, kInvalidContext = 201, kNoBinary = 209,
+              kInvalidPtx = 218, kNotFound = 500, kLaunchFailed = 719;
+constexpr int kCapabilityMajor = 75, kCapabilityMinor = 76, kMaxDynamicShared = 8;
+constexpr uint64_t kSharedWithoutAsking = 48 << 10;  // what a kernel has of its own included
 
 struct Settings {
   ptx::Schedule schedule;
@@ -69,6 +70,7 @@ struct Module {
 struct Function {
   ptx::Kernel kernel;
   std::vector<uint64_t> globals;
+  uint64_t mostShared = 0;  // dynamic, that was asked for
 };
 
 struct Stream {
@@ -92,6 +94,15 @@ Driver& driver() {
 }
 
 using Lock = std::lock_guard<std::recursive_mutex>;
+
+// The contexts of this thread, the current one last. There may be others than the device's own.
+std::vector<void*>& contexts() {
+  static thread_local std::vector<void*> stack;
+  return stack;
+}
+
+// Whether what belongs to the device's own context may be used now.
+bool own() { return !contexts().empty() && contexts().back() == &driver(); }
 
 int allocate(uint64_t bytes, uint64_t* address) {
   Driver& d = driver();
@@ -201,9 +212,15 @@ int cuDevicePrimaryCtxRetain(void** context, int) {
   return kSuccess;
 }
 int cuDevicePrimaryCtxRelease_v2(int) { return kSuccess; }
-int cuCtxPushCurrent_v2(void* context) { return context == &driver() ? kSuccess : kInvalidValue; }
+int cuCtxPushCurrent_v2(void* context) {
+  if (!context) return kInvalidValue;
+  contexts().push_back(context);
+  return kSuccess;
+}
 int cuCtxPopCurrent_v2(void** context) {
-  *context = &driver();
+  if (contexts().empty()) return kInvalidContext;
+  *context = contexts().back();
+  contexts().pop_back();
   return kSuccess;
 }
 
@@ -215,6 +232,7 @@ int cuMemGetInfo_v2(size_t* left, size_t* total) {
 }
 
 int cuMemAlloc_v2(unsigned long long* address, size_t bytes) {
+  if (!own()) return kInvalidContext;
   const Lock lock(driver().mutex);
   uint64_t made = 0;
   const int error = allocate(bytes, &made);
@@ -223,6 +241,7 @@ int cuMemAlloc_v2(unsigned long long* address, size_t bytes) {
 }
 
 int cuMemFree_v2(unsigned long long address) {
+  if (!own()) return kInvalidContext;
   const Lock lock(driver().mutex);
   const ptx::Allocation* a = driver().memory.find(address, 1);
   if (!a || a->base != address) return kInvalidValue;
@@ -232,6 +251,7 @@ int cuMemFree_v2(unsigned long long address) {
 }
 
 int cuMemcpyHtoD_v2(unsigned long long to, const void* from, size_t bytes) {
+  if (!own()) return kInvalidContext;
   const Lock lock(driver().mutex);
   ptx::Allocation* a = driver().memory.find(to, bytes);
   if (!a) return kInvalidValue;
@@ -241,6 +261,7 @@ int cuMemcpyHtoD_v2(unsigned long long to, const void* from, size_t bytes) {
 }
 
 int cuMemcpyDtoH_v2(void* to, unsigned long long from, size_t bytes) {
+  if (!own()) return kInvalidContext;
   const Lock lock(driver().mutex);
   ptx::Allocation* a = driver().memory.find(from, bytes);
   if (!a) return kInvalidValue;
@@ -261,6 +282,7 @@ int cuMemcpyDtoHAsync_v2(void* to, unsigned long long from, size_t bytes, void* 
 }
 
 int cuModuleLoadData(void** module, const void* image) {
+  if (!own()) return kInvalidContext;
   const auto* text = static_cast<const char*>(image);
   if (std::memcmp(text, "\177ELF", 4) == 0) return kNoBinary;  // machine code
   *module = new Module{text};
@@ -273,6 +295,7 @@ int cuModuleUnload(void* module) {
 }
 
 int cuModuleGetFunction(void** function, void* module, const char* name) {
+  if (!own()) return kInvalidContext;
   const Lock lock(driver().mutex);
   const std::string& text = static_cast<Module*>(module)->text;
   if (text.find(std::string(".entry ") + name + "(") == std::string::npos) return kNotFound;
@@ -295,9 +318,14 @@ int cuModuleGetFunction(void** function, void* module, const char* name) {
   }
 }
 
-int cuFuncSetAttribute(void*, int, int) { return kSuccess; }
+int cuFuncSetAttribute(void* function, int attribute, int value) {
+  if (attribute != kMaxDynamicShared || value < 0) return kInvalidValue;
+  static_cast<Function*>(function)->mostShared = uint64_t(value);
+  return kSuccess;
+}
 
 int cuStreamCreate(void** stream, unsigned) {
+  if (!own()) return kInvalidContext;
   *stream = new Stream;
   return kSuccess;
 }
@@ -305,16 +333,21 @@ int cuStreamDestroy_v2(void* stream) {
   delete static_cast<Stream*>(stream);
   return kSuccess;
 }
-int cuStreamSynchronize(void*) { return kSuccess; }
+int cuStreamSynchronize(void*) { return own() ? kSuccess : kInvalidContext; }
 
 int cuLaunchKernel(void* handle, unsigned grid_x, unsigned grid_y, unsigned grid_z,
                    unsigned block_x, unsigned block_y, unsigned block_z, unsigned shared,
                    void* stream, void** arguments, void**) {
+  if (!own()) return kInvalidContext;
   const Lock lock(driver().mutex);
   const auto* function = static_cast<const Function*>(handle);
   const uint64_t threads = uint64_t(block_x) * block_y * block_z;
   if (threads == 0 || threads > 1024 || !grid_x || !grid_y || !grid_z || grid_y > 65535 ||
       grid_z > 65535) {
+    return kInvalidValue;
+  }
+  if (shared + function->kernel.sharedBytes > kSharedWithoutAsking &&
+      shared > function->mostShared) {
     return kInvalidValue;
   }
   // taken now, as the driver does: the caller may change its arguments
@@ -359,6 +392,7 @@ int cuGraphExecDestroy(void* executable) {
   return kSuccess;
 }
 int cuGraphLaunch(void* executable, void*) {
+  if (!own()) return kInvalidContext;
   const Lock lock(driver().mutex);
   for (const auto& run : *static_cast<Graph*>(executable)) {
     const int error = run();

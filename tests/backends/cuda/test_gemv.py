@@ -68,6 +68,27 @@ def test_gemv_under_other_schedules(policy: str) -> None:
     check("q4_0", 1, 80, policy)
 
 
+@pytest.mark.parametrize("name", ["q4_0", "nf4g64", "f16", "s4g128_2of4"])
+def test_nan_passes_through_and_is_not_invented(name: str) -> None:
+    """Of a weight into its column of y, of x into its row."""
+    spec = GemvSpec(by_name(name), 2)
+    n, k = 20, 2 * max(by_name(name).block, 64)
+    weight = random_tensor(spec.format, n, k)
+    field = "d" if spec.format.has("d") else "codes"
+    weight.fields[field].view(np.float16)[5] = np.nan
+    x = np.random.default_rng(4).standard_normal((2, k)).astype(np.float32)
+    x[1] = np.nan  # a mask reads some columns only
+    device = make_device(Schedule("random"))
+    kernel = device.load(spec.name, render_gemv(spec))[spec.name]
+    y, kblocks = device.allocate(8 * n), packed_shape(spec.format, (n, k), LAYOUT)[1]
+    device.launch(kernel, spec.grid(n), spec.block, [
+        y, np.int32(n), device.upload(x), np.int32(k), device.upload(weight.pack(LAYOUT)),
+        *(np.int32(v) for v in (n, k, kblocks))])  # fmt: skip
+    got = device.read(y, (2, n), np.float32)
+    assert np.isnan(got[1]).all()
+    assert np.isnan(got[0]).tolist() == [i == 5 for i in range(n)]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("m", [1, 7, 8])
 @pytest.mark.parametrize("name", [name for name, row in CATALOG.items() if supports(row)])

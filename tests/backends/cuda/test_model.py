@@ -257,10 +257,17 @@ def test_stories_logits_equal_the_interpreter(stories: Path) -> None:
     assert session.position == len(tokens)
 
 
-def test_stories_greedy_tokens_equal_the_cpu(stories: Path, tmp_path: Path) -> None:
-    compile(STORIES, tmp_path / "cpu.qgn", activations="f32", max_seq=96, jobs=2)
+@pytest.fixture(scope="module")
+def stories_cpu(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model for this processor."""
+    out = tmp_path_factory.mktemp("stories") / "cpu.qgn"
+    compile(STORIES, out, activations="f32", max_seq=96, jobs=2)
+    return out
+
+
+def test_stories_greedy_tokens_equal_the_cpu(stories: Path, stories_cpu: Path) -> None:
     texts = [qigen.load(path).generate("Once upon a time", max_tokens=24, temperature=0.0)
-             for path in (stories, tmp_path / "cpu.qgn")]  # fmt: skip
+             for path in (stories, stories_cpu)]  # fmt: skip
     assert texts[0] == texts[1]
     assert len(texts[0]) > 40
 
@@ -379,6 +386,47 @@ def load_elsewhere(path: Path, gpu: str, sessions: int = 0, **environment: str) 
 )
 def test_gpus_that_do_not_fit(stories: Path, gpu: str, sessions: int, says: str) -> None:
     assert re.search(says, load_elsewhere(stories, gpu, sessions))
+
+
+_INSTEAD = """
+import sys, qigen
+try:
+    qigen.load(sys.argv[1])
+except MemoryError as error:
+    print(error)
+print(qigen.load(sys.argv[2]).generate("Once upon a time", max_tokens=8))
+"""
+
+
+@pytest.mark.skipif(ON_GPU, reason="about another device than the one here")
+def test_without_memory_the_model_runs_on_the_processor(stories: Path, stories_cpu: Path) -> None:
+    """In the same process, behind the error that says so."""
+    done = subprocess.run(
+        [sys.executable, "-c", _INSTEAD, str(stories), str(stories_cpu)], capture_output=True,
+        text=True, env={**os.environ, "QIGEN_EMULATED_GPU": "memory=100000"})  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "for the processor with --target native" in done.stdout
+    assert len(done.stdout.splitlines()[-1]) > 8
+
+
+@pytest.mark.skipif(ON_GPU, reason="the other context is none of a device")
+def test_another_context_of_the_caller_stays_current(stories: Path) -> None:
+    """What the model does is in its own context and on its own stream; the caller's is back after
+    every call, be it one that fails."""
+    library, foreign = ctypes.CDLL(str(driver_library())), ctypes.c_void_p(0x1230)
+    assert library.cuCtxPushCurrent_v2(foreign) == 0
+    model = qigen.load(stories)
+    session = model.session(32)
+    logits = session.eval([1, 403])
+    with pytest.raises(BadInput, match="don't fit"):
+        session.eval([1] * 40)
+    alone = model.session(32).eval([1, 403])
+    del session
+    popped = ctypes.c_void_p()
+    assert library.cuMemAlloc_v2(ctypes.byref(popped), ctypes.c_size_t(16)) == 201
+    assert library.cuCtxPopCurrent_v2(ctypes.byref(popped)) == 0
+    assert popped.value == foreign.value
+    np.testing.assert_array_equal(logits, alone)
 
 
 def test_no_driver(stories: Path) -> None:
