@@ -150,6 +150,8 @@ def roofline(spec: MatmulSpec, at: Situation) -> tuple[float, float]:
     primitive, steps = _MULTIPLY[spec.activations]
     each = primitives(spec.isa)[primitive]
     cycles = max(each.get(kind, 0.0) / rates.per_cycle[kind] for kind in ("dot", "fma"))
+    if spec.matrix and at.m >= MATRIX_TILE:  # 16 rows by 16 tokens by 64 bytes along K in 16 cycles
+        steps, cycles = 64, 1.0
     busy = min(at.threads, w.row_blocks)
     us = w.row_blocks * at.m * (at.k / steps) * cycles * 1e-3 / rates.ghz / busy
     return w.nbytes / at.home[1], us

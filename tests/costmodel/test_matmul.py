@@ -186,6 +186,18 @@ def test_nothing_beats_the_roofline() -> None:
     assert slow > 4 * compute
 
 
+def test_tile_registers_have_a_roofline_of_their_own() -> None:
+    """16 tokens at a time take less than byte dot products could; fewer tokens use those."""
+    machine = machine_by_name("sapphirerapids")
+    amx = kernel(isa=ISAS["amx"], tiles=(16, 4, 1))
+    vnni = replace(amx, isa=ISAS["avx512bf16"])
+    assert amx.matrix
+    for m in (8, 512):
+        at = Situation(4096, 4096, m, 32, machine)
+        assert predict(amx, at).roofline_us <= predict(amx, at).us
+        assert (roofline(amx, at)[1] < roofline(vnni, at)[1]) == (m == 512)
+
+
 def test_bytes_by_level() -> None:
     p = predict(kernel(), Situation(4096, 4096, 1, 2, ICELAKE))
     weights = 4096 * 4096 * 18 // 32
