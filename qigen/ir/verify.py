@@ -70,11 +70,10 @@ def _check_constants(graph: Graph) -> None:
         blocks = -(-shape[1] // data.format.block)
         for field in data.format.fields:
             array = data.fields.get(field.name)
-            if array is None or array.shape != (shape[0], blocks, field.count):
+            wanted = field.shape(shape[0], blocks)
+            if array is None or array.shape != wanted:
                 raise BadInput(
-                    f"field '{field.name}' of {value} must have the shape "
-                    f"{[shape[0], blocks, field.count]}",
-                    name,
+                    f"field '{field.name}' of {value} must have the shape {list(wanted)}", name
                 )
 
 

@@ -14,6 +14,7 @@ from qigen.formats.algebra import QuantizedTensor
 from qigen.formats.catalog import by_name
 from qigen.ir.graph import load_constant
 from qigen.ir.interpreter import Interpreter
+from qigen.ir.verify import verify
 from qigen.quantize.methods import parse
 from qigen.quantize.model import Recipe, Store, matrices, quantize_model, sequences_of
 from qigen.quantize.walk import Walk, segments
@@ -214,6 +215,15 @@ def test_a_full_disk(tmp_path, monkeypatch):
     for name in formats:
         np.testing.assert_array_equal(made.constants[name].dequantize(),
                                       whole.constants[name].dequantize())
+
+
+def test_scales_and_tables_of_rows_and_weights_pass_the_verifier():
+    graph = build(F32)
+    names = layers_of(graph)
+    for name, kind in zip(names, ("s4gchannel", "lut3_channel", "lut3_tensor_g64", "s3g64"),
+                          strict=False):
+        graph, _ = quantize_model(graph, {name: by_name(kind)}, None, Recipe("clip"))
+    verify(graph)
 
 
 def test_text_that_says_nothing():
