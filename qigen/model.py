@@ -49,6 +49,17 @@ class Session:
         """
         return self._raw.eval(tokens, all)
 
+    def next(
+        self, tokens: ArrayLike, sampler: _runtime.Sampler, history: ArrayLike = ()
+    ) -> int:
+        """Appends ``tokens``, integers ``[n]``, and returns the next one.
+
+        The sampler (:meth:`Model.sampler`) chooses it from the logits of the last token, which are
+        not copied from a GPU; ``history``, the tokens so far, is for its repetition penalty. Raises
+        as :meth:`eval`, and BadInput if no logit is a finite maximum.
+        """
+        return self._raw.next(tokens, sampler, history)
+
     def rewind(self, position: int) -> None:
         """Forgets all tokens from ``position`` on."""
         self._raw.rewind(position)
@@ -206,18 +217,18 @@ class Model:
     def _generate(
         self, session: Session, prompt: Sequence[int], max_tokens: int, sampler: _runtime.Sampler
     ) -> Iterator[int]:
-        history = np.empty(len(prompt) + max_tokens, np.int32)
-        logits = session.eval(prompt)
+        history = np.empty(len(prompt) + max_tokens, np.int64)
         history[: len(prompt)] = prompt
+        done = 0
         for end in range(len(prompt), len(history)):
-            token = sampler.sample(logits, history[:end])
+            token = session.next(history[done:end], sampler, history[:end])
             if self._raw.is_eos(token):
                 return
             history[end] = token
             yield token
             if session.position == session.max_seq:
                 return
-            logits = session.eval([token])
+            done = end
 
     @overload
     def generate(

@@ -99,6 +99,24 @@ def test_generate(model: qigen.Model, stories_reference: dict[str, Any]) -> None
     assert "," + "".join(pieces) == whole
 
 
+def test_next_is_eval_and_sample(model: qigen.Model) -> None:
+    """For prompts of many steps too, and a penalty for what there was before."""
+    prompt = [1, *np.random.default_rng(2).integers(259, 512, 150).tolist()]
+    options = {"temperature": 0.9, "top_p": 0.9, "repetition_penalty": 1.3, "seed": 5}
+    one, two = model.sampler(**options), model.sampler(**options)
+    session, reference = model.session(), model.session()
+    history, fed = list(prompt), prompt
+    for _ in range(6):
+        token = session.next(fed, one, history)
+        assert token == two.sample(reference.eval(fed), history)
+        assert session.position == reference.position
+        history.append(token)
+        fed = [token]
+    with pytest.raises(qigen.BadInput, match="-1"):
+        session.next([5, -1], one)
+    assert session.position == reference.position
+
+
 def test_sampling_repeats_with_its_seed(model: qigen.Model) -> None:
     def text(**options: Any) -> str:
         return model.generate(PROMPT, 40, temperature=1.0, **options)

@@ -272,6 +272,23 @@ def test_stories_greedy_tokens_equal_the_cpu(stories: Path, stories_cpu: Path) -
     assert len(texts[0]) > 40
 
 
+def test_generation_copies_no_logits(
+    stories: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tokens are chosen on the device, the same as from logits that are copied."""
+    model = qigen.load(stories)
+    for options in ({}, {"temperature": 1.2, "top_k": 50, "top_p": 0.9, "seed": 3}):
+        sampler, session = model.sampler(**options), model.session()
+        want, logits = [], session.eval(PROMPT)
+        for _ in range(12):
+            want.append(sampler.sample(logits))
+            logits = session.eval(want[-1:])
+        with monkeypatch.context() as patch:
+            patch.setattr(qigen.model.Session, "eval", lambda *_, **__: pytest.fail("logits"))
+            made = model.generate_tokens(PROMPT, max_tokens=12, sampler=model.sampler(**options))
+            assert list(made) == want
+
+
 def test_sessions_of_a_batch_equal_sessions_alone(stories: Path) -> None:
     model = qigen.load(stories)
     prompts = [PROMPT, [1, 30], PROMPT[:3]]
