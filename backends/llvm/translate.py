@@ -359,8 +359,12 @@ class Unit:
             return self.values[name]
         emitter.at += self.text[emitter.at] == "="
         if not kind.aggregate and not exported:
-            self.values[name] = emitter.convert(emitter.assignment(), kind)
-            return self.values[name]
+            value = emitter.convert(emitter.assignment(), kind)
+            if value.const is None and not value.ref.startswith("@") and value.ref != "null":
+                # its instructions would be in no function
+                raise emitter.error(f"{name} is no constant; write out what it is computed of")
+            self.values[name] = value
+            return value
         linkage = "hidden" if exported else "internal"
         kind = self.data(symbol, linkage, kind, emitter)
         self.values[name] = Value(kind, f"@{symbol}", True)

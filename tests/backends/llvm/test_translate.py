@@ -123,6 +123,8 @@ def test_what_it_translates(tmp_path: Path) -> None:
         ("int f(int x) { 3 = x; return x; }", "an assignment to what has no place"),
         ("struct A { int x; A(int y) : z(y) {} }; int f(int x) { A a(x); return a.x; }",
          "an initialiser of z, which is no field"),
+        ("constexpr float kHalf = 0.5f * 3;\nfloat f(float x) { return x * kHalf; }",
+         "kHalf is no constant"),
         ("#define TWICE(x) (2 * x)\nint f(int x) { return TWICE(x); }", "macros with arguments"),
     ],
 )
