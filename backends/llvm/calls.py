@@ -71,8 +71,12 @@ class Calls(Expressions):
             return self.constant_value(math.inf, F32)
         if name in _SHIFTS:
             return self.shift(name)
-        if name in self.unit.primitives and name not in self.unit.functions:
-            return self.primitive(name)
+        if name not in self.unit.functions:
+            if f"{name}_1" in self.unit.primitives:  # one for every value of its parameter
+                (number,) = self.template_arguments()
+                return self.primitive(f"{name}_{number.const}")
+            if name in self.unit.primitives:
+                return self.primitive(name)
         if name in self.unit.functions:
             return self.call_named(name, self.unit.functions[name], None)
         return self.builtin(name)
