@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -19,12 +20,14 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
-def module() -> ModuleType:
+def module() -> Iterator[ModuleType]:
     spec = importlib.util.spec_from_file_location("report", ROOT / "benchmarks" / "report.py")
     assert spec and spec.loader
     loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    return loaded
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "benchmarks")  # as for a script
+        spec.loader.exec_module(loaded)
+        yield loaded
 
 
 def row(point: Any) -> dict[str, Any]:
@@ -42,7 +45,8 @@ def row(point: Any) -> dict[str, Any]:
 
 def options(output: Path, **more: object) -> argparse.Namespace:
     known = {"output": output, "minutes": 1, "vs": "", "shape": "64x128", "threads": 2,
-             "repeat": 1, "isa": "scalar", "again": False, **more}  # fmt: skip
+             "repeat": 1, "isa": "scalar", "again": False, "shapes": "64x128",
+             "rows": "q4_0,f16", "compile": False, **more}  # fmt: skip
     return argparse.Namespace(**known)
 
 
@@ -60,25 +64,28 @@ def test_points_are_those_of_the_issue(module: ModuleType) -> None:
 def test_a_report_that_is_killed_goes_on(
     module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    output, asked = tmp_path / "kernels.md", []
+    output, asked, left = tmp_path / "kernels.md", [], [3]
     monkeypatch.setattr(module, "check_peers", lambda names: None)
 
     def some(points: Any, **_: object) -> Iterator[dict[str, Any]]:
-        asked.append(len(points))
-        for i, point in enumerate(points):
-            if len(asked) == 1 and i == 3:
+        for point in points:
+            if not left[0]:
                 raise KeyboardInterrupt
+            left[0] -= 1
+            asked.append(json.dumps(module.identity(point)))
             yield row(point)
 
     monkeypatch.setattr(module, "bench_points", some)
+    monkeypatch.setattr(module, "every_row", lambda *_: [])
     with pytest.raises(KeyboardInterrupt):
         module.report(options(output, vs="openvino"))
     assert "Not measured" in output.read_text() and output.read_text().count("| q4_0 |") == 2
     lines = output.with_suffix(".jsonl")
     with lines.open("a") as file:
         file.write('{"point": ["cut sh')
+    left[0] = 100
     rows = module.report(options(output, vs="openvino"))
-    assert asked == [len(rows), len(rows) - 3]
+    assert len(asked) == len(set(asked)) == len(rows) > 3
     text = output.read_text()
     assert "Not measured" not in text and "4.0 (2.00)" in text and "openvino 1.2.3" in text
     assert [line for line in text.splitlines() if line.startswith("## ")][:3] == [
@@ -96,6 +103,7 @@ def test_a_report_that_is_killed_goes_on(
 def test_the_time_is_up(module: ModuleType, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(module, "bench_points", lambda points, **_: map(row, points))
     monkeypatch.setattr(module, "PEERS", {})
+    monkeypatch.setattr(module, "every_row", lambda *_: [])
     rows = module.report(options(tmp_path / "kernels.md", minutes=0))
     assert len(rows) == 1 and "Not measured" in (tmp_path / "kernels.md").read_text()
 
@@ -111,3 +119,25 @@ def test_measured(module: ModuleType, tmp_path: Path, monkeypatch: pytest.Monkey
     rows = module.report(options(tmp_path / "kernels.md", minutes=0))
     assert rows[0]["us"] > 0 and rows[0]["weights"] == "q4_0"
     assert (tmp_path / "kernels.md").exists()
+
+
+def test_every_row(module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table of formats, for real; what is in the file is not measured again."""
+    try:
+        toolchain.find_compiler()
+    except ToolchainError:
+        pytest.skip("no C++ compiler")
+    monkeypatch.setattr(module.sweep, "names", lambda: ["q4_0", "f16"])
+    machine, isa = module.native_machine("scalar")
+    file, end = tmp_path / "rows.jsonl", time.monotonic() + 600
+    first = list(module.every_row(file, isa, machine, ["64x128"], ["q4_0"], end))
+    assert {row["weights"] for row in first} == {"q4_0"}
+    assert {row["m"] for row in first} == {1, 4, 16, 128}
+    assert {row["threads"] for row in first} == {1, machine.cores}
+    assert all(row["us"] > 0 and row["gb_s"] > 0 and row["predicted_us"] > 0 for row in first)
+    rows = list(module.every_row(file, isa, machine, ["64x128"], [], end))
+    assert rows[: len(first)] == first and {row["weights"] for row in rows} == {"q4_0", "f16"}
+    text = module.page([], [], machine, [], rows)
+    assert "### 64x128, 1 thread" in text and text.count("| q4_0 |") == len(first) // 4
+    table = [line for line in text.splitlines() if line.startswith("|")]
+    assert len({line.count("|") for line in table}) == 1

@@ -73,6 +73,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Non
             column.removeprefix(">"),
             justify="right" if right else "left",
             no_wrap=i == 0,  # names are never cut
+            overflow="fold",  # nor is anything else left out
         )
     for row in rows:
         table.add_row(*(Text(str(cell)) for cell in row))  # Text: nothing in it is markup

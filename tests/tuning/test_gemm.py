@@ -234,10 +234,12 @@ def product(tmp_path: Path) -> Path:
 
 
 def test_compile_and_tune(
-    bench: Bench, two_tilings: None, run: Any, product: Path, tmp_path: Path
+    bench: Bench, two_tilings: None, run: Any, product: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Measured times are in the manifest and remembered: by a later compilation, by `tune` of the
     file and of the artifact; they come along with an export."""
+    monkeypatch.setenv("COLUMNS", "160")
     out = tmp_path / "p.qgn"
     sized = ("--shape", "x=..9x32", "--isa", "scalar")
     code, _, err = run("compile", product, "-o", out, *sized, "--tune", "measure")

@@ -674,7 +674,7 @@ ENCODINGS = (
 def test_catalog_is_covered() -> None:
     for isa in ISAS.values():
         covered = {spec.format.name for spec, _ in DEFAULT if spec.isa is isa}
-        assert covered == set(REPRESENTATIVE) or foreign(isa) or thinned(isa)
+        assert covered >= set(REPRESENTATIVE) or foreign(isa) or thinned(isa)
         assert {spec.format.name for spec, _ in SLOW if spec.isa is isa} == set(CATALOG)
     if any(map(foreign, ISAS.values())):
         assert {spec.format.name for spec, _ in DEFAULT if foreign(spec.isa)} == set(
