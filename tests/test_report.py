@@ -96,7 +96,7 @@ def test_a_report_that_is_killed_goes_on(
     assert len(json.loads(output.with_suffix(".json").read_text())["kernels"]) == len(rows)
     assert not lines.exists()
     if importlib.util.find_spec("matplotlib"):
-        for name in module.PLOTS:
+        for name in set(module.PLOTS) - {"weights"}:  # the picture of every row
             assert (tmp_path / "kernels" / f"{name}.png").exists() and f"{name}.png" in text
 
 
