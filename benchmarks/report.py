@@ -200,6 +200,16 @@ def page(
     return "\n".join(lines).rstrip() + "\n"
 
 
+def lined(summary: dict[str, Any]) -> str:
+    """JSON with a line for each row."""
+    def value(one: Any) -> str:
+        if isinstance(one, list):
+            return "[\n" + ",\n".join(map(json.dumps, one)) + "\n]"
+        return json.dumps(one)
+
+    return "{" + ",\n".join(f"{json.dumps(k)}: {value(v)}" for k, v in summary.items()) + "}\n"
+
+
 def report(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Measures and writes everything; the rows."""
     machine, isa = native_machine(options.isa)
@@ -256,7 +266,7 @@ def report(options: argparse.Namespace) -> list[dict[str, Any]]:
             missing = [p for p in wanted if json.dumps(identity(p)) not in done]
             output.write_text(page(rows, missing, machine, drawn, table), encoding="utf-8")
             summary = {"machine": machine_state(machine), "kernels": rows, "rows": table}
-            output.with_suffix(".json").write_text(json.dumps(summary, indent=1) + "\n")
+            output.with_suffix(".json").write_text(lined(summary), encoding="utf-8")
             print(f"{output}: {len(rows)} of {len(wanted)} points")
     if len(rows) == len(wanted):
         lines.unlink(missing_ok=True)  # all of it is in the .json
