@@ -39,7 +39,7 @@ from qigen.targets.calibrate import thread_counts
 from qigen.tuned import write_tuned
 from qigen.tuning import database
 from qigen.tuning.database import Database, Entry, spec_from_json, spec_to_json
-from qigen.tuning.measure import Bench, Spec, kernel_text
+from qigen.tuning.measure import Bench, Outcome, Spec, kernel_text
 
 TOP = 8
 """Candidates of a product that are measured, by default."""
@@ -58,6 +58,7 @@ BYTES_AT_MOST = 1 << 30
 Progress = Callable[[str, int, int], None]
 
 Found = TypeVar("Found")
+Candidate = TypeVar("Candidate")
 
 
 @dataclass(frozen=True)
@@ -331,24 +332,34 @@ class Tuner:
     ) -> None:
         outcomes = self.bench.measure(libraries, p.n, p.k, m, self.threads, total, seconds)
         self.data.add(
-            Entry(
-                machine=self.key,
-                compiler=database.compiler_key(self.compiler.version),
-                kernel=self.kernel(o.spec),
-                n=p.n,
-                k=p.k,
-                m=m,
-                threads=self.threads,
-                home=where,
+            self.entry(
+                o, kernel=self.kernel(o.spec), n=p.n, k=p.k, m=m, home=where,
                 spec=spec_to_json(o.spec),
-                status=o.status,
-                us=o.us if o.status == "ok" else 0.0,
-                spread=o.spread,
-                runs=o.runs,
-                date=database.now(),
-                about=o.message or self.machine.description,
             )
             for o in outcomes
+        )  # fmt: skip
+
+    def entry(
+        self, o: Outcome[Any], *, kernel: str, n: int, k: int, m: int, home: str,
+        spec: dict[str, Any],
+    ) -> Entry:  # fmt: skip
+        """What the database keeps of a measurement."""
+        return Entry(
+            machine=self.key,
+            compiler=database.compiler_key(self.compiler.version),
+            kernel=kernel,
+            n=n,
+            k=k,
+            m=m,
+            threads=self.threads,
+            home=home,
+            spec=spec,
+            status=o.status,
+            us=o.us if o.status == "ok" else 0.0,
+            spread=o.spread,
+            runs=o.runs,
+            date=database.now(),
+            about=o.message or self.machine.description,
         )
 
     def _row(
@@ -360,18 +371,8 @@ class Tuner:
         measured: int,
         working_set: int,
     ) -> Row:
-        good = [s for s in specs if known[s].status == "ok"]
-        failures = tuple(
-            f"{s.name}: {known[s].status}, {known[s].about}" for s in specs if s not in good
-        )
-        if not good:
-            raise QigenError(
-                f"no kernel for {p.format.name} {p.n}x{p.k} works: {'; '.join(failures)}"
-            )
-        best = min(good, key=lambda s: known[s].us)
-        first = known[specs[0]]
+        best, times = best_of(specs, known, lambda s: s.name, f"{p.format.name} {p.n}x{p.k}")
         at = Situation(p.n, p.k, m, self.threads, self.machine, working_set)
-        predicted = predict(best, at)
         return Row(
             format=p.format.name,
             n=p.n,
@@ -379,14 +380,34 @@ class Tuner:
             m=m,
             kernel=best.name,
             spec=spec_to_json(best),
-            best_us=known[best].us,
-            first_us=first.us,
-            predicted_us=predicted.us,
-            spread=known[best].spread,
-            candidates=len(specs),
+            predicted_us=predict(best, at).us,
             measured=measured,
-            failures=failures,
+            **times,
         )
+
+
+def best_of(
+    candidates: Sequence[Candidate],
+    known: Mapping[Candidate, Entry],
+    name: Callable[[Candidate], str],
+    what: str,
+) -> tuple[Candidate, dict[str, Any]]:
+    """The fastest candidate that works, and what a :class:`Row` says of it and of the others, the
+    model's first before them; QigenError if none works."""
+    good = [c for c in candidates if known[c].status == "ok"]
+    failures = tuple(
+        f"{name(c)}: {known[c].status}, {known[c].about}" for c in candidates if c not in good
+    )
+    if not good:
+        raise QigenError(f"no kernel for {what} works: {'; '.join(failures)}")
+    best = min(good, key=lambda c: known[c].us)
+    return best, {
+        "best_us": known[best].us,
+        "first_us": known[candidates[0]].us,
+        "spread": known[best].spread,
+        "candidates": len(candidates),
+        "failures": failures,
+    }
 
 
 def tune_products(

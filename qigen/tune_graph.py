@@ -17,7 +17,7 @@ from qigen.artifact import Artifact
 from qigen.backends.base import Isa
 from qigen.backends.cpu.gemm import GemmSpec, Tiles
 from qigen.costmodel.gemm import GemmShape, MeasuredTiles, predict_gemm, ranked_tiles
-from qigen.errors import BadInput, QigenError
+from qigen.errors import BadInput
 from qigen.graph_tiles import GemmCalls, GraphCalls, GraphMeasured, artifact_calls, graph_calls
 from qigen.targets import Machine
 from qigen.targets.calibrate import thread_counts
@@ -30,6 +30,7 @@ from qigen.tune import (
     Progress,
     Row,
     Tuner,
+    best_of,
     home,
     least,
     look_up,
@@ -221,25 +222,12 @@ def _measure(
     problems = {spec: GemmProblem(spec, shape) for spec in libraries}
     outcomes = tuner.bench.compete(libraries, problems, tuner.threads, total, seconds)
     tuner.data.add(
-        Entry(
-            machine=tuner.key,
-            compiler=database.compiler_key(tuner.compiler.version),
-            kernel=gemm_key(tuner.kernel(o.spec), shape),
-            n=shape.n,
-            k=shape.taps * shape.k,
-            m=shape.pixels,
-            threads=tuner.threads,
-            home=where,
-            spec=gemm_to_json(o.spec, shape),
-            status=o.status,
-            us=o.us if o.status == "ok" else 0.0,
-            spread=o.spread,
-            runs=o.runs,
-            date=database.now(),
-            about=o.message or tuner.machine.description,
+        tuner.entry(
+            o, kernel=gemm_key(tuner.kernel(o.spec), shape), n=shape.n, k=shape.taps * shape.k,
+            m=shape.pixels, home=where, spec=gemm_to_json(o.spec, shape),
         )
         for o in outcomes
-    )
+    )  # fmt: skip
 
 
 def _row(
@@ -247,19 +235,10 @@ def _row(
     measured: int, where: str,
 ) -> Row:  # fmt: skip
     arithmetic, shape = call
-    good = [t for t in candidates if known[t].status == "ok"]
-    failures = tuple(
-        f"{gemm_spec(tuner.isa, arithmetic, t).name}: {known[t].status}, {known[t].about}"
-        for t in candidates
-        if t not in good
-    )
-    if not good:
-        raise QigenError(
-            f"no kernel for {arithmetic} {shape.n}x{shape.k} with {shape.taps} taps works: "
-            + "; ".join(failures)
-        )
-    best = min(good, key=lambda t: known[t].us)
-    first = known[candidates[0]]
+    best, times = best_of(
+        candidates, known, lambda t: gemm_spec(tuner.isa, arithmetic, t).name,
+        f"{arithmetic} {shape.n}x{shape.k} with {shape.taps} taps",
+    )  # fmt: skip
     spec = gemm_spec(tuner.isa, arithmetic, best)
     predicted = predict_gemm(
         best, arithmetic, shape, tuner.isa, tuner.threads, tuner.machine, where == "cache"
@@ -271,13 +250,9 @@ def _row(
         m=shape.pixels,
         kernel=spec.name,
         spec=gemm_to_json(spec, shape),
-        best_us=known[best].us,
-        first_us=first.us,
         predicted_us=predicted.us,
-        spread=known[best].spread,
-        candidates=len(candidates),
         measured=measured,
-        failures=failures,
+        **times,
     )
 
 

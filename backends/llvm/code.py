@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from qigen.backends.llvm.translate import Unit
 
 
-class Code:
+class Code(ABC):
     """Tokens from ``at`` on, and the lines, labels and stack places of one function."""
 
     def __init__(self, unit: Unit, env: Mapping[str, Any], owner: Struct | None) -> None:
@@ -94,42 +95,42 @@ class Code:
 
     # ---- what the layers above read: expressions, calls and statements contain each other ----
 
+    @abstractmethod
     def expression(self) -> Value:
         """An expression with its commas."""
-        raise NotImplementedError
 
+    @abstractmethod
     def assignment(self) -> Value:
         """An expression without commas."""
-        raise NotImplementedError
 
+    @abstractmethod
     def conditional(self) -> Value:
         """An expression without assignments."""
-        raise NotImplementedError
 
+    @abstractmethod
     def arguments(self) -> list[Value]:
         """The arguments at an opening bracket."""
-        raise NotImplementedError
 
+    @abstractmethod
     def identifier(self) -> Value:
         """What a name stands for, called if it is called."""
-        raise NotImplementedError
 
+    @abstractmethod
     def call_named(self, name: str, decls: list[FunctionDecl], this: Value | None) -> Value:
         """A call of one of the functions of a name."""
-        raise NotImplementedError
 
+    @abstractmethod
     def call_pointer(self, value: Value) -> Value:
         """A call of what a pointer points at."""
-        raise NotImplementedError
 
+    @abstractmethod
     def initialise(self, target: Value, kind: Type) -> None:
         """Store what is written here (a list in braces or an expression)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def construct(self, target: Value, kind: Struct) -> None:
         """``T x;``, or ``T(..)`` at the opening bracket."""
-        raise NotImplementedError
 
+    @abstractmethod
     def statement(self) -> None:
         """A statement."""
-        raise NotImplementedError

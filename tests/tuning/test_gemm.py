@@ -34,7 +34,7 @@ from qigen.tuning.database import (
 )
 from qigen.tuning.problem import GemmProblem
 from tests.frontends.tiny_onnx import model
-from tests.tuning.test_measure import CRASHES, WRONG
+from tests.tuning.test_measure import CRASHES, WRONG, sabotaged
 
 PRODUCT = GemmShape(40, 24, 1, 19, 1, 1, 96)
 
@@ -145,7 +145,8 @@ def test_failures_are_remembered_and_never_chosen(
     def bad(self: Bench, specs: Any, done: Any = None) -> Any:
         found = build(self, specs, done)
         for spec in [s for s in found if s.tiles == OTHER]:
-            found[spec] = sabotaged_gemm(found[spec], tmp_path, head, statement)
+            found[spec] = sabotaged(
+                found[spec], tmp_path, (head, statement), "gemm.h", "GemmArgs")
         return found
 
     monkeypatch.setattr(Bench, "build", bad)
@@ -155,27 +156,6 @@ def test_failures_are_remembered_and_never_chosen(
         assert found.tiles["f32", OTHER, PRODUCT] == math.inf
         choice = choose_tiles("f32", [PRODUCT], SCALAR, 1, MACHINE, True, found.tiles)
         assert choice.tiles == OWN and choice.measured
-
-
-def sabotaged_gemm(library: Path, folder: Path, head: str, statement: str) -> Path:
-    """A library that calls another one's kernel and does something bad after it."""
-    from qigen.codegen.render import render
-
-    (folder / "gemm.h").write_text(render("cpu/gemm.h.j2"))
-    source = folder / "bad.cpp"
-    source.write_text(
-        f'#include "gemm.h"\n#include <dlfcn.h>\n{head}'
-        'extern "C" void qigen_kernel(const qg::GemmArgs& a, int thread, int threads) {\n'
-        f'  void* l = dlopen("{library}", RTLD_NOW | RTLD_LOCAL);\n'
-        '  reinterpret_cast<void (*)(const qg::GemmArgs&, int, int)>'
-        '(dlsym(l, "qigen_kernel"))(a, thread, threads);\n'
-        f"  {statement}\n}}\n"
-    )
-    out = folder / "bad.so"
-    toolchain.find_compiler().run(
-        ["-shared", "-fPIC", f"-I{folder}", str(source), "-o", str(out), "-ldl"], "bad"
-    )
-    return out
 
 
 def test_measured_times_choose() -> None:

@@ -47,16 +47,17 @@ def spec(tiles: tuple[int, ...] = (1,), isa: str = "scalar", **more: object) -> 
     return MatmulSpec(isa=ISAS[isa], tiles=tiles, **known)  # type: ignore[arg-type]
 
 
-def sabotaged(library: Path, folder: Path, change: tuple[str, str]) -> Path:
+def sabotaged(library: Path, folder: Path, change: tuple[str, str],
+              header: str = "kernels.h", args: str = "MatmulArgs") -> Path:  # fmt: skip
     """A library that calls another one's kernel and does something bad after it."""
     head, statement = change
-    (folder / "kernels.h").write_text(measure.render("cpu/kernels.h.j2"))
+    (folder / header).write_text(measure.render(f"cpu/{header}.j2"))
     source = folder / "bad.cpp"
     source.write_text(
-        f'#include "kernels.h"\n#include <dlfcn.h>\n{head}'
-        'extern "C" void qigen_kernel(const qg::MatmulArgs& a, int b0, int b1) {\n'
+        f'#include "{header}"\n#include <dlfcn.h>\n{head}'
+        f'extern "C" void qigen_kernel(const qg::{args}& a, int b0, int b1) {{\n'
         f'  void* l = dlopen("{library}", RTLD_NOW | RTLD_LOCAL);\n'
-        '  reinterpret_cast<void (*)(const qg::MatmulArgs&, int, int)>'
+        f'  reinterpret_cast<void (*)(const qg::{args}&, int, int)>'
         '(dlsym(l, "qigen_kernel"))(a, b0, b1);\n'
         f"  {statement}\n}}\n"
     )
