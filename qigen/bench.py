@@ -18,7 +18,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -264,7 +264,9 @@ class Worker:
 
     module = "qigen.bench_worker"
 
-    def __init__(self, side: str, **options: Any) -> None:
+    def __init__(
+        self, side: str, environment: Mapping[str, str] | None = None, /, **options: Any
+    ) -> None:
         self.side = side
         # What libraries print is wanted only if the process fails.
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115, closed in __exit__
@@ -276,7 +278,9 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=self._stderr,
             encoding="utf-8",
+            env={**os.environ, **(environment or {})},
         )
+        self.pid = self._process.pid
         try:
             self.loaded = self.ask(side=side, **options)
         except BaseException:

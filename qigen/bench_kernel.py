@@ -24,17 +24,17 @@ from qigen.backends.cpu.matmul import MatmulSpec
 from qigen.bench import Worker, stream_read_gb_s
 from qigen.costmodel import Prediction, Situation, predict, schedules
 from qigen.errors import QigenError, Unsupported, UsageError
-from qigen.kernel_peers import PEERS
+from qigen.kernel_peers import PEERS, copies
 from qigen.planner import Product, activations_for, packed_bytes
 from qigen.targets import Machine
 from qigen.tune import Tuner, home
 from qigen.tuning import Database
-from qigen.tuning.measure import Bench
+from qigen.tuning.measure import HUGE_PAGES, PAGES, SMALL_PAGES, Bench, huge_pages
 
 Progress = Callable[[str, int, int], None]
 
 ROUNDS = 5
-"""Calls of a side in a turn ..."""
+"""How often a side goes through all copies of the weight in a turn ..."""
 SECONDS = 0.1
 """... and for so long at most, if one call is done."""
 
@@ -45,10 +45,18 @@ _PASSES = 3  # over all weights, to measure the read bandwidth in a turn
 _ACCURATE = 0.02  # of the sum of |w x|: a peer may round activations to 8 bits
 
 
+# What makes malloc of glibc ask for huge pages, or leaves it as it is.
+_MALLOC = {SMALL_PAGES: {}, HUGE_PAGES: {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}}
+
+
 class KernelWorker(Worker):
-    """A peer in its own process."""
+    """A peer in its own process, whose memory lies on ``pages``."""
 
     module = "qigen.bench_kernel_worker"
+
+    def __init__(self, side: str, pages: str, **options: Any) -> None:
+        small = pages == SMALL_PAGES
+        super().__init__(side, _MALLOC[pages], small_pages=small, **options)
 
 
 def bench_kernel(
@@ -61,6 +69,7 @@ def bench_kernel(
     activations: str = "auto",
     peers: Sequence[str] = (),
     cached: bool = False,
+    pages: str = SMALL_PAGES,
     repeat: int = 7,
     jobs: int | None = None,
     progress: Progress | None = None,
@@ -69,7 +78,8 @@ def bench_kernel(
     as soon as it is measured.
 
     The kernel is the tuned one if the database has one, else the model's choice. Weights rotate
-    over :func:`rotation` bytes, or stay in the caches with ``cached``. The keys of a row are those
+    over :func:`rotation` bytes, or stay in the caches with ``cached``; they lie on ``pages``, the
+    peers' too ('huge_pages' is the share of a side's memory that does). The keys of a row are those
     of ``qigen bench-kernel --json``; times are medians of ``repeat`` turns. Our time does not
     include the rounding of activations, which is another kernel; the peers' does.
 
@@ -80,8 +90,8 @@ def bench_kernel(
     ]
     check_peers(peers)
     return bench_points(
-        points, isa=isa, machine=machine, activations=activations, repeat=repeat, jobs=jobs,
-        progress=progress,
+        points, isa=isa, machine=machine, activations=activations, pages=pages, repeat=repeat,
+        jobs=jobs, progress=progress,
     )  # fmt: skip
 
 
@@ -103,6 +113,7 @@ def bench_points(
     isa: Isa,
     machine: Machine,
     activations: str = "auto",
+    pages: str = SMALL_PAGES,
     repeat: int = 7,
     jobs: int | None = None,
     progress: Progress | None = None,
@@ -110,6 +121,8 @@ def bench_points(
     """The rows of :func:`bench_kernel` for any points, each as soon as it is measured."""
     if repeat < 1:
         raise UsageError("a benchmark needs at least one repeat")
+    if pages not in PAGES:
+        raise UsageError(f"there are no {pages} pages; choose {' or '.join(PAGES)}")
     check_peers(dict.fromkeys(name for point in points for name in point.peers))
     report = progress or (lambda stage, done, total: None)
 
@@ -117,7 +130,7 @@ def bench_points(
         with Bench(toolchain.find_compiler(), jobs) as bench, Database() as data:
             for done, p in enumerate(points):
                 report("measure", done, len(points))
-                run = _Run(p.product, p.m, p.threads, isa, machine, p.cached, repeat)
+                run = _Run(p.product, p.m, p.threads, isa, machine, p.cached, pages, repeat)
                 arithmetic = activations_for(p.product.format, activations)
                 yield run.measure(bench, data, arithmetic, p.peers)
             report("measure", len(points), len(points))
@@ -166,10 +179,11 @@ class _Run:
         isa: Isa,
         machine: Machine,
         cached: bool,
+        pages: str,
         repeat: int,
     ) -> None:
         self.p, self.m, self.threads = p, m, threads
-        self.isa, self.machine, self.repeat = isa, machine, repeat
+        self.isa, self.machine, self.pages, self.repeat = isa, machine, pages, repeat
         size = packed_bytes(p)
         self.total = 0 if cached else rotation(machine)
         self.working_set = size if cached else max(self.total, machine.l3_bytes)
@@ -206,10 +220,12 @@ class _Run:
         before = psutil.cpu_times()
         with contextlib.ExitStack() as stack:
             side = stack.enter_context(
-                bench.running(spec, p.n, p.k, m, self.threads, self.total)
+                bench.running(spec, p.n, p.k, m, self.threads, self.total, self.pages)
             )
             (first,) = side.run(1)
-            rounds = max(1, min(ROUNDS, int(1e6 * SECONDS / first)))
+            # as long as the peers: after some milliseconds a processor is faster than at first
+            calls = ROUNDS * copies(packed_bytes(p), self.total, m)
+            calls = max(1, min(calls, int(1e6 * SECONDS / first)))
             workers: dict[str, KernelWorker] = {}
             for name in peers:
                 try:
@@ -218,7 +234,7 @@ class _Run:
                 except Unsupported as error:
                     abouts[name] = {"unsupported": error.message}
             for _ in range(self.repeat):
-                ours.append(statistics.median(side.run(rounds)))
+                ours.append(statistics.median(side.run(calls)))
                 for name, worker in workers.items():
                     times = worker.ask(do="run", rounds=ROUNDS, seconds=SECONDS)["us"]
                     theirs[name].append(statistics.median(times))
@@ -226,6 +242,9 @@ class _Run:
                     streams.append(statistics.median(side.stream(_PASSES)))
             if not self.total:  # what is in the caches says nothing about the memory
                 streams.append(stream_read_gb_s(self.threads))
+            for name, worker in workers.items():
+                abouts[name]["huge_pages"] = huge_pages(worker.pid)
+            huge = side.huge()
         after = psutil.cpu_times()
         us, stream = statistics.median(ours), statistics.median(streams)
         prediction = self.predict(spec)
@@ -245,6 +264,8 @@ class _Run:
             "tiles": list(spec.tiles),
             "chosen_by": source,
             "cached": self.total == 0,
+            "pages": self.pages,
+            "huge_pages": huge,
             "us": us,
             "spread": (max(ours) - min(ours)) / us,
             "runs": ours,
@@ -289,7 +310,9 @@ class _Run:
             for setting in PEERS[name].settings:
                 try:
                     with contextlib.ExitStack() as trial:
-                        worker = trial.enter_context(KernelWorker(name, **options, **setting))
+                        worker = trial.enter_context(
+                            KernelWorker(name, self.pages, **options, **setting)
+                        )
                         error = worker.ask(
                             do="check", **{k: options[k] for k in ("format", "n", "k", "m")}
                         )["largest"]
@@ -342,6 +365,7 @@ def table_line(row: dict[str, Any]) -> str:
 
 def about(rows: Sequence[dict[str, Any]], state: dict[str, Any]) -> str:
     """The machine and what it does besides, and the versions of the peers, in a line."""
+    pages = " and ".join(dict.fromkeys(row.get("pages", SMALL_PAGES) for row in rows))
     told = {
         name: peer["version"]
         for row in rows
@@ -350,7 +374,7 @@ def about(rows: Sequence[dict[str, Any]], state: dict[str, Any]) -> str:
     }
     return (
         f"{state['processor']}; {state['cores']} cores; {state['system']}; load average "
-        f"{state['load_average'][0]:.1f}; "
+        f"{state['load_average'][0]:.1f}; weights on {pages} pages; "
         + ("; ".join(f"{name} {version}" for name, version in told.items()) or "no peers")
     )
 

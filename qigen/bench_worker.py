@@ -24,7 +24,7 @@ from qigen.errors import QigenError, ToolchainError
 
 Ids = NDArray[np.int32]
 
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_PR_SET_PDEATHSIG, _PR_SET_THP_DISABLE = 1, 41  # linux/prctl.h
 
 
 class Side(Protocol):
@@ -191,7 +191,8 @@ def main(
     sides: Mapping[str, Callable[..., Any]] = SIDES,
     serve: Callable[[Any, dict[str, Any]], dict[str, Any]] = serve,
 ) -> None:
-    """Loads a side and serves requests until standard input ends."""
+    """Loads a side and serves requests until standard input ends. With ``small_pages`` in the first
+    line the process gets no huge pages, even if the system gives them to all."""
     # It stands still between requests, and so would not notice that nobody is there any more.
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -205,6 +206,8 @@ def main(
 
     try:
         options = json.loads(sys.stdin.readline())
+        if options.pop("small_pages", False) and sys.platform == "linux":
+            ctypes.CDLL(None).prctl(_PR_SET_THP_DISABLE, 1, 0, 0, 0)
         side = sides[options.pop("side")](**options)
         about = getattr(side, "about", {})
         answer({"load_s": side.load_s, "threads": side.threads, **about})

@@ -64,6 +64,20 @@ def test_weights_from_memory(rows: Any, monkeypatch: pytest.MonkeyPatch) -> None
     assert row["fraction_of_stream"] == pytest.approx(row["gb_s"] / row["stream_read_gb_s"])
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux says which pages are huge")
+def test_pages(rows: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights lie on the pages that were asked for, if the system has such."""
+    monkeypatch.setattr(benchmark, "rotation", lambda machine: 64 << 20)
+    switch = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    has = switch.exists() and "[never]" not in switch.read_text()
+    (small,) = rows("q4_0", tokens=(1,), cached=False)
+    (huge,) = rows("q4_0", tokens=(1,), cached=False, pages="huge")
+    assert (small["pages"], small["huge_pages"]) == ("small", 0)
+    assert huge["pages"] == "huge" and (huge["huge_pages"] > 0.5) == has
+    with pytest.raises(UsageError, match="small or huge"):
+        rows("q4_0", pages="large")
+
+
 def test_weights_rotate_beyond_the_last_cache() -> None:
     machine, mib = targets.native(), 1 << 20
     for l3, total in ((0, 0), (32, 128), (64, 256), (96, 256), (272, 408)):

@@ -31,6 +31,13 @@ from qigen.cli.output import (
 @click.option("--threads", metavar="T,T", help="Numbers of threads. [default: usable cores]")
 @repeat_option(7)
 @click.option("--cached", is_flag=True, help="The weights stay in the caches.")
+@click.option(
+    "--pages",
+    type=click.Choice(["small", "huge"]),
+    default="small",
+    show_default=True,
+    help="Pages that the weights lie on, the peers' too: of 4 KiB, or of 2 MiB.",
+)
 @peers_option(
     "Take turns with llama.cpp, onnxruntime, openvino, original-qigen, torch, tvm, tvm-tuned."
 )

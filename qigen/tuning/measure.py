@@ -13,6 +13,7 @@ import selectors
 import shutil
 import signal
 import statistics
+import struct
 import subprocess
 import tempfile
 import time
@@ -41,6 +42,9 @@ S = TypeVar("S", MatmulSpec, GemmSpec)
 ROUNDS = 5
 """Turns whose median counts; the time of a kernel is the least of such medians."""
 
+PAGES = SMALL_PAGES, HUGE_PAGES = "small", "huge"
+"""Pages of the memory that weights lie on: those of 4 KiB, or of 2 MiB as far as the system has."""
+
 _AT_LEAST = 3  # medians
 _AT_MOST = 40
 _CLEAR = 0.01  # differences below are not worth more turns
@@ -50,19 +54,22 @@ _SILENCE = 60.0  # seconds without a word: it hangs
 @dataclass(frozen=True)
 class Running:
     """A kernel that is loaded and right. ``run(R)``: microseconds of R calls, each on the next copy
-    of the weight; ``stream(P)``: GB/s of reading all copies P times, one stream a thread."""
+    of the weight; ``stream(P)``: GB/s of reading all copies P times, one stream a thread;
+    ``huge``: share of the process's memory that lies on huge pages."""
 
     run: Callable[[int], list[float]]
     stream: Callable[[int], list[float]]
+    huge: Callable[[], float]
 
 
 @dataclass(frozen=True)
 class Turns:
     """Kernels that are loaded and right. ``run(R)``: microseconds of R calls of each, in turns;
-    ``stream(P)``: as in :class:`Running`, of the first one's weights."""
+    ``stream(P)``: as in :class:`Running`, of the first one's weights; ``huge``: as there."""
 
     run: Callable[[int], list[list[float]]]
     stream: Callable[[int], list[float]]
+    huge: Callable[[], float]
 
 
 @dataclass
@@ -249,11 +256,8 @@ class Bench:
             alive = list(range(len(outcomes)))
             checked: set[int] = set()
             while alive:
-                cpus = ",".join(map(str, sorted(allowed_cpus())))
-                arguments = [str(self._driver.result()), str(total), str(threads), cpus]
-                for i in alive:
-                    arguments += cases[i].arguments
-                with _Process(arguments) as process:
+                arguments = [argument for i in alive for argument in cases[i].arguments]
+                with self._process(total, threads, SMALL_PAGES, arguments) as process:
                     try:
                         for place, i in enumerate(alive):
                             if i not in checked:
@@ -270,17 +274,30 @@ class Bench:
 
     @contextlib.contextmanager
     def running(
-        self, spec: MatmulSpec, n: int, k: int, m: int, threads: int, total_bytes: int
+        self,
+        spec: MatmulSpec,
+        n: int,
+        k: int,
+        m: int,
+        threads: int,
+        total_bytes: int,
+        pages: str = SMALL_PAGES,
     ) -> Iterator[Running]:
         """A kernel that was found right; QigenError if it is wrong or crashes."""
-        with self.turns([(spec, Problem(spec, n, k, m))], threads, total_bytes) as turns:
-            yield Running(lambda rounds: turns.run(rounds)[0], turns.stream)
+        cases = [(spec, Problem(spec, n, k, m))]
+        with self.turns(cases, threads, total_bytes, pages) as turns:
+            yield Running(lambda rounds: turns.run(rounds)[0], turns.stream, turns.huge)
 
     @contextlib.contextmanager
     def turns(
-        self, cases: Sequence[tuple[MatmulSpec, Case]], threads: int, total_bytes: int
+        self,
+        cases: Sequence[tuple[MatmulSpec, Case]],
+        threads: int,
+        total_bytes: int,
+        pages: str = SMALL_PAGES,
     ) -> Iterator[Turns]:
-        """Kernels that were found right, in one process; QigenError if one is wrong or crashes."""
+        """Kernels that were found right, in one process, with weights on ``pages`` of
+        :data:`PAGES`; QigenError if one is wrong or crashes."""
         libraries = self.build([spec for spec, _ in cases])
         with tempfile.TemporaryDirectory(dir=self.folder) as name:
             loaded = [
@@ -288,12 +305,9 @@ class Bench:
                 for i, (spec, case) in enumerate(cases)
             ]
             total = min(total_bytes, available_memory() // 4)
-            cpus = ",".join(map(str, sorted(allowed_cpus())))
-            arguments = [str(self._driver.result()), str(total), str(threads), cpus]
-            for one in loaded:
-                arguments += one.arguments
+            arguments = [argument for one in loaded for argument in one.arguments]
             try:
-                with _Process(arguments) as process:
+                with self._process(total, threads, pages, arguments) as process:
                     for i, one in enumerate(loaded):
                         outcome = Outcome(cases[i][0])
                         self._check(process, i, one, outcome)
@@ -302,9 +316,17 @@ class Bench:
                     yield Turns(
                         lambda rounds: process.ask(f"rounds {rounds}"),
                         lambda passes: process.ask(f"stream {passes}")[0],
+                        lambda: huge_pages(process.pid),
                     )
             except _Died as died:
                 raise QigenError(str(died), cases[died.at][0].name) from None
+
+    def _process(
+        self, total: int, threads: int, pages: str, cases: Sequence[str]
+    ) -> _Process:
+        cpus = ",".join(map(str, sorted(allowed_cpus())))
+        program = str(self._driver.result())
+        return _Process([program, str(total), str(threads), cpus, pages], cases)
 
     def _check(
         self,
@@ -383,13 +405,26 @@ class _Died(Exception):
         self.status = status
 
 
-class _Process:
-    """A running ``time_kernels``."""
+def huge_pages(pid: int) -> float:
+    """The share of a process's own memory that lies on huge pages; 0 if the system does not say."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0.0
+    kib = {name: int(rest.split()[0]) for name, _, rest in (x.partition(":") for x in lines[1:])}
+    return kib.get("AnonHugePages", 0) / max(1, kib.get("Anonymous", 0))
 
-    def __init__(self, arguments: Sequence[str]) -> None:
+
+class _Process:
+    """A running ``time_kernels``: it is silent while kernels run, and says in a file which one."""
+
+    def __init__(self, arguments: Sequence[str], cases: Sequence[str]) -> None:
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115, closed in __exit__
+        self._status = tempfile.NamedTemporaryFile(prefix="qigen-")  # noqa: SIM115
+        self._status.write(struct.pack("2q", -1, 0))
+        self._status.flush()
         self._process = subprocess.Popen(
-            arguments,
+            [*arguments, self._status.name, *cases],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -399,7 +434,7 @@ class _Process:
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._process.stdout, selectors.EVENT_READ)
         self._pending = b""
-        self._at: int | None = None
+        self.pid = self._process.pid
 
     def __enter__(self) -> _Process:
         if self._line() != "ready":
@@ -414,10 +449,12 @@ class _Process:
         self._process.communicate()
         self._selector.close()
         self._errors.close()
+        self._status.close()
 
     def ask(self, command: str) -> list[list[float]]:
         """The microseconds of each kernel that a command makes run, in the order of the kernels."""
         times: dict[int, list[float]] = {}
+        at = 0
         try:
             assert self._process.stdin is not None
             self._process.stdin.write(command.encode() + b"\n")
@@ -428,16 +465,26 @@ class _Process:
             if line is None:
                 raise self._death()
             if line.startswith("at "):
-                self._at = int(line[3:])
-                times.setdefault(self._at, [])
-            elif self._at is not None:
-                times[self._at].append(float(line))
+                at = int(line[3:])
+                times[at] = []
+            else:
+                times[at].append(float(line))
         return [times[i] for i in sorted(times)]
 
+    def _progress(self) -> tuple[int, int]:
+        """(the kernel that runs, -1 before the first; calls that began)."""
+        self._status.seek(0)
+        at, calls = struct.unpack("2q", self._status.read(16))
+        return at, calls
+
     def _line(self) -> str | None:
-        """The next line; None if the process ended or says nothing."""
+        """The next line; None if the process ended or does nothing any more."""
+        _, calls = self._progress()
         while b"\n" not in self._pending:
             if not self._selector.select(_SILENCE):
+                before, (_, calls) = calls, self._progress()
+                if calls > before:
+                    continue
                 return None
             assert self._process.stdout is not None
             more = os.read(self._process.stdout.fileno(), 1 << 16)
@@ -448,11 +495,12 @@ class _Process:
         return line.decode()
 
     def _death(self) -> Exception:
-        if self._at is None:
+        at, _ = self._progress()
+        if at < 0:
             return QigenError("the program that measures kernels ended before it ran one")
         try:
             code = self._process.wait(1)
         except subprocess.TimeoutExpired:
-            return _Died(self._at, "timeout", f"it says nothing for {_SILENCE:.0f} s")
+            return _Died(at, "timeout", f"it does nothing for {_SILENCE:.0f} s")
         name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        return _Died(self._at, "crash", f"it ended with {name}")
+        return _Died(at, "crash", f"it ended with {name}")

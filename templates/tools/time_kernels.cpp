@@ -1,21 +1,28 @@
 // Runs and times generated kernels side by side, in a process that may crash: matmul kernels, which
 // take row-blocks, and those of the gemm family, which share the work themselves.
-// usage: time_kernels TOTAL_BYTES THREADS CPU,CPU,.. (LIBRARY CASE)..
+// usage: time_kernels TOTAL_BYTES THREADS CPU,CPU,.. small|huge STATUS (LIBRARY CASE)..
+// The word says which pages the weights lie on. STATUS is a file of 16 bytes that is kept up to date:
+// int64 number of the kernel that runs, int64 calls begun. So nothing is printed while kernels run:
+// whoever reads it would wake up, on a core that a thread needs.
 // A case holds the header below, what its family needs, what a packed weight begins with
 // (codebooks; most have nothing), one row-block of it and the activations. The row-block is
 // repeated for all rows, and the weight copied until the weights of all kernels
 // together take TOTAL_BYTES (0: one copy each, which stay in the caches); every call reads the
 // next copy. Commands come on standard input, answers go to standard output, a line each:
-//   check I FILE   runs kernel I and writes y, float32 or int32 [m][n]       -> "at I", "done"
-//   rounds R       R rounds, each of which runs every kernel once            -> "at I", then its
-//                  microseconds from barrier to barrier, for each; "done"
+//   check I FILE   runs kernel I and writes y, float32 or int32 [m][n]       -> "done"
+//   rounds R       R rounds, each of which runs every kernel once            -> for each "at I",
+//                  then its microseconds from barrier to barrier; "done"
 //   stream P       reads all weights of kernel 0 P times, one sequential stream a thread
 //                                                  -> "at 0", then GB/s of each time; "done"
 #include <dlfcn.h>
+#include <fcntl.h>
 #include <pthread.h>
 #include <sched.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
@@ -142,10 +149,30 @@ double now() {
   std::exit(3);
 }
 
-uint8_t* allocate(size_t n) {
-  void* p = std::aligned_alloc(4096, (n + 16383) / 4096 * 4096);  // and pages to prefetch from
+constexpr size_t kHugePage = size_t{2} << 20;
+
+uint8_t* allocate(size_t n, bool huge = false) {
+  const size_t page = huge ? kHugePage : 4096;
+  const size_t bytes = (n + 12288 + page - 1) / page * page;  // and pages to prefetch from
+  void* p = std::aligned_alloc(page, bytes);
   if (!p) fail("there is not enough memory");
+  // a system that always gives huge pages is told not to, or nobody would know what was measured
+  madvise(p, bytes, huge ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
   return static_cast<uint8_t*>(p);
+}
+
+// What the program does, for whoever started it.
+struct Status {
+  std::atomic<int64_t> kernel, calls;
+};
+
+Status& open_status(const char* path) {
+  const int file = open(path, O_RDWR | O_CLOEXEC);
+  void* p = file < 0 ? MAP_FAILED
+                     : mmap(nullptr, sizeof(Status), PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+  if (p == MAP_FAILED) fail("the status file cannot be opened");
+  close(file);
+  return *static_cast<Status*>(p);
 }
 
 template <class T>
@@ -153,7 +180,7 @@ void read(std::FILE* f, T* to, size_t count = 1) {
   if (std::fread(to, sizeof(T), count, f) != count) fail("a case is cut short");
 }
 
-std::unique_ptr<Side> load(const char* library, const char* file, size_t total) {
+std::unique_ptr<Side> load(const char* library, const char* file, size_t total, bool huge) {
   void* opened = dlopen(library, RTLD_NOW | RTLD_LOCAL);
   if (!opened) fail(dlerror());
   void* kernel = dlsym(opened, "qigen_kernel");
@@ -183,7 +210,7 @@ std::unique_ptr<Side> load(const char* library, const char* file, size_t total) 
   s->weight = shared + block * blocks;
   s->copies = std::max<size_t>(1, total / s->weight);
   s->next = 0;
-  s->w = allocate(s->copies * s->weight);
+  s->w = allocate(s->copies * s->weight, huge);
   s->x = allocate(static_cast<size_t>(h.x_bytes));
   read(f, s->w, shared + block);
   read(f, s->x, static_cast<size_t>(h.x_bytes));
@@ -196,15 +223,17 @@ std::unique_ptr<Side> load(const char* library, const char* file, size_t total) 
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc < 6 || argc % 2) return 2;
+  if (argc < 8 || argc % 2) return 2;
   const int threads = std::atoi(argv[2]);
   std::vector<int> cpus;
   for (char *at = argv[3], *next = nullptr; *at; at = *next ? next + 1 : next)
     cpus.push_back(static_cast<int>(std::strtol(at, &next, 10)));
   const size_t total =
-      static_cast<size_t>(std::atoll(argv[1])) / static_cast<size_t>((argc - 4) / 2);
+      static_cast<size_t>(std::atoll(argv[1])) / static_cast<size_t>((argc - 6) / 2);
+  const bool huge = std::strcmp(argv[4], "huge") == 0;
+  Status& status = open_status(argv[5]);
   std::vector<std::unique_ptr<Side>> sides;
-  for (int i = 4; i < argc; i += 2) sides.push_back(load(argv[i], argv[i + 1], total));
+  for (int i = 6; i < argc; i += 2) sides.push_back(load(argv[i], argv[i + 1], total, huge));
   int64_t elements = 0;
   for (const auto& s : sides) elements = std::max(elements, s->y_stride() * s->h.m);
   const size_t y_bytes = sizeof(float) * static_cast<size_t>(elements);
@@ -227,8 +256,13 @@ int main(int argc, char** argv) {
     for (std::thread& t : pool) t.join();
   };
   // one call of a kernel; microseconds on thread 0
-  const auto call = [&](Side& s, int t, qigen::Barrier& barrier) {
+  const auto call = [&](size_t i, int t, qigen::Barrier& barrier) {
+    Side& s = *sides[i];
     const uint8_t* w = s.w + s.next * s.weight;
+    if (t == 0) {
+      status.kernel = static_cast<int64_t>(i);
+      ++status.calls;
+    }
     barrier.wait(t);
     const double start = now();
     s.run(w, y, t, threads);
@@ -261,11 +295,9 @@ int main(int argc, char** argv) {
   std::fflush(stdout);
   while (std::fgets(line, sizeof line, stdin)) {
     if (std::sscanf(line, "check %zu %3999[^\n]", &which, path) == 2 && which < sides.size()) {
-      std::printf("at %zu\n", which);
-      std::fflush(stdout);
-      Side& s = *sides[which];
+      const Side& s = *sides[which];
       std::memset(y, 0xff, y_bytes);  // NaN
-      on_all([&](int t, qigen::Barrier& barrier) { call(s, t, barrier); });
+      on_all([&](int t, qigen::Barrier& barrier) { call(which, t, barrier); });
       std::FILE* f = std::fopen(path, "wb");
       if (!f) fail("a result cannot be written");
       const int64_t row = s.y_stride() * static_cast<int64_t>(sizeof(float));
@@ -273,20 +305,20 @@ int main(int argc, char** argv) {
         std::fwrite(y + i * row, sizeof(float), static_cast<size_t>(s.h.n), f);
       if (std::fclose(f)) fail("a result cannot be written");
     } else if (std::sscanf(line, "rounds %d", &rounds) == 1) {
+      std::vector<std::vector<double>> times(sides.size());
       on_all([&](int t, qigen::Barrier& barrier) {
         for (int r = 0; r < rounds; ++r)
           for (size_t i = 0; i < sides.size(); ++i) {
-            if (t == 0) {
-              std::printf("at %zu\n", i);
-              std::fflush(stdout);
-            }
-            const double us = call(*sides[i], t, barrier);
-            if (t == 0) std::printf("%.3f\n", us);
+            const double us = call(i, t, barrier);
+            if (t == 0) times[i].push_back(us);
           }
       });
+      for (size_t i = 0; i < sides.size(); ++i) {
+        std::printf("at %zu\n", i);
+        for (const double us : times[i]) std::printf("%.3f\n", us);
+      }
     } else if (std::sscanf(line, "stream %d", &rounds) == 1) {
       std::printf("at 0\n");
-      std::fflush(stdout);
       const Side& s = *sides[0];
       on_all([&](int t, qigen::Barrier& barrier) {
         for (int r = 0; r < rounds; ++r) {
