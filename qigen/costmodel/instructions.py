@@ -335,7 +335,7 @@ def _expand(count: Count, spec: MatmulSpec, caller: str, text: str, times: int =
 def _looped(text: str, isa: Isa, times: float) -> Count:
     """The counts of ``times`` runs of a loop's inside."""
     once = count_text(text, isa)
-    once["instructions"] += LOOP
+    once["instructions"] += LOOP * (1 + text.count("for ("))
     return counted({kind: n * times for kind, n in once.items()})
 
 
