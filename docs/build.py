@@ -109,6 +109,8 @@ def families() -> str:
             "qk_norm": "norms of q and k",
             "post_norms": "norms behind both parts of a layer",
             "embedding_scaled": "embedding times √d",
+            "sinks": "attention sinks",
+            "mixture": "a mixture of experts",
         }
         found = [text for flag, text in named.items() if getattr(row, flag)]
         return ", ".join(found) or "–"

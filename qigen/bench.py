@@ -354,13 +354,21 @@ def _peer_model(artifact: Artifact, given: str | os.PathLike[str] | None) -> Pat
 def gguf_bytes_read_per_token(path: str | os.PathLike[str]) -> int:
     """Bytes of a GGUF file's tensors that a decode step streams.
 
-    All but the embedding, of which a step reads one row, unless it is the output matrix too.
+    All but the embedding, of which a step reads one row, unless it is the output matrix too; of
+    experts those of as many as are chosen.
     """
     from qigen.frontends.gguf import read_gguf
 
-    tensors = read_gguf(Path(path)).tensors
-    looked_up = {"token_embd.weight"} if "output.weight" in tensors else set()
-    return sum(len(t.data) for name, t in tensors.items() if name not in looked_up)
+    file = read_gguf(Path(path))
+    looked_up = {"token_embd.weight"} if "output.weight" in file.tensors else set()
+    architecture = file.fields.get("general.architecture")
+    experts = int(file.fields.get(f"{architecture}.expert_count", 0))
+    used = int(file.fields.get(f"{architecture}.expert_used_count", 0))
+    return sum(
+        len(t.data) * used // experts if experts and "_exps." in name else len(t.data)
+        for name, t in file.tensors.items()
+        if name not in looked_up
+    )
 
 
 def machine(before: Any, after: Any) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from qigen.backends.base import Isa, KernelSource
 from qigen.backends.cpu.isa import ISAS
 from qigen.backends.cpu.isa import by_name as isa_by_name
 from qigen.backends.cpu.matmul import INTEGER_ACTIVATIONS, MatmulSpec, render_matmul
-from qigen.backends.cpu.ops import render_ops
+from qigen.backends.cpu.ops import render_experts, render_ops
 from qigen.build import (
     FORMS,
     Progress,
@@ -74,6 +75,7 @@ from qigen.graph_compiler import (
 )
 from qigen.graph_tiles import GraphCalls, GraphMeasured
 from qigen.ir.graph import Graph, constant_shape
+from qigen.ir.ops.experts import expert_parts
 from qigen.ir.plan import Plan
 from qigen.mix import Budget, Choice, WeightPlan, Wishes, choose
 from qigen.mix.candidates import KEEP, matrices_of
@@ -543,6 +545,8 @@ def _variant_units(
         "epilogue.h": render("cpu/epilogue.h.j2"),
         "ops.h": render("cpu/ops.h.j2", head_dims=program.head_dims, kv=kv_format(program.kv)),
     }
+    if program.experts_bytes:
+        headers["experts.h"] = render("cpu/experts.h.j2")
     include = (resource_folder("runtime") / "include",)
     flags = (*toolchain.KERNEL_FLAGS, *isa.flags, *(() if alone else (f"-Dqg=qg_{isa.name}",)))
     units = [
@@ -553,6 +557,10 @@ def _variant_units(
         isa, program.head_dims, kv_format(program.kv), program.token_tiles, program.head_groups
     )
     units.append(toolchain.Unit(ops.name, ops.text, flags, headers, include))
+    if program.experts_bytes:
+        between = render_experts(isa)
+        needed = included(between.text, headers)
+        units.append(toolchain.Unit(between.name, between.text, flags, needed))
     return headers, units, flags
 
 
@@ -573,6 +581,8 @@ def _model_unit(
         ),
         "support.h": render("model/support.h.j2"),
     }
+    if program.experts_bytes:
+        model_headers["experts_step.h"] = render("model/experts.h.j2")
     banner = _banner(program, variant.plan, variant.memory)
     text = render("model/model.cpp.j2", model=program, banner=banner)
     include = (resource_folder("runtime") / "include",)
@@ -678,15 +688,23 @@ def _build(
 
 
 def weights_read_per_token(graph: Graph, program: Program) -> int:
-    """Bytes of packed matrices that a decode step streams: all but tables only looked up in."""
-    streamed = {name for node in graph.nodes if node.op == "MatMulGroup" for name in node.inputs}
-    return sum(
-        graph.constant_bytes(part)
+    """Bytes of packed matrices that a decode step streams: all but tables only looked up in, and of
+    experts those of as many as are chosen."""
+    streamed: dict[str, Fraction] = {}
+    for node in graph.nodes:
+        if node.op == "MatMulGroup":
+            streamed |= dict.fromkeys(node.inputs, Fraction(1))
+        elif node.op == "RoutedExperts":
+            share = Fraction(node.attrs["k"], node.attrs["n_experts"])
+            for names in expert_parts(node).weights.values():
+                streamed |= dict.fromkeys(names, share)
+    return int(sum(
+        streamed[part] * graph.constant_bytes(part)
         for tensor in program.tensors
         if tensor.spec is not None
         for part in tensor.parts
         if part in streamed
-    )
+    ))
 
 
 def _kernels(program: Program, plan: Plan) -> list[KernelSource]:

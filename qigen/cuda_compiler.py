@@ -131,10 +131,11 @@ def compile_gpu(
     machine = targets.native()
     if machine.system != "linux":
         raise Unsupported(f"artifacts for GPUs are made on and for Linux, not {machine.system}")
-    compiler = build.find_compiler(machine, options.form)
-    nvrtc = cuda.find_nvrtc()
+    # what has no kernel is said before anybody has to install something
     memory = plan_memory(graph, BUCKETS[options.activations][-1])
     program = _lower(graph, source, memory, options)
+    compiler = build.find_compiler(machine, options.form)
+    nvrtc = cuda.find_nvrtc()
     with build.staging_folder(out) as staging, build.open_cache(
         options.form, compiler, options.jobs
     ) as cache:

@@ -31,6 +31,7 @@ from qigen.formats.catalog import by_name
 from qigen.formats.layout import Layout
 from qigen.formats.layout import packed_bytes as weight_bytes
 from qigen.ir.graph import Graph, constant_shape
+from qigen.ir.ops.experts import expert_parts
 from qigen.ir.ops.fused import group_parts
 from qigen.ir.plan import Alternative, KernelChoice, Plan, ScheduleValue
 from qigen.targets import Machine
@@ -54,7 +55,8 @@ _EQUAL = 5e-4  # shown as 0.0%
 
 @dataclass(frozen=True)
 class Product:
-    """A kind of matrix of a model: ``uses`` matrices of this format and shape are multiplied."""
+    """A kind of matrix of a model: ``uses`` matrices of this format and shape are multiplied by a
+    token (of a mixture of experts, those of as many as are chosen)."""
 
     format: Format
     n: int
@@ -78,16 +80,20 @@ def products(graph: Graph) -> list[Product]:
     """
     uses: dict[tuple[str, int, int], int] = {}
     for node in graph.nodes:
+        each = 1
         if node.op == "MatMulGroup":
             names: Sequence[str] = group_parts(node).weights
+        elif node.op == "RoutedExperts":  # a token is multiplied by the chosen experts alone
+            names = [some[0] for some in expert_parts(node).weights.values()]
+            each = node.attrs["k"]
         elif node.op == "Embedding":
-            names = node.inputs[1:2]
+            names, each = node.inputs[1:2], 0
         else:
             continue
         for name in names:
             n, k = constant_shape(graph.constants[name])
             key = graph.values[name].dtype, n, k
-            uses[key] = uses.get(key, 0) + (node.op == "MatMulGroup")
+            uses[key] = uses.get(key, 0) + each
     return [Product(by_name(name), n, k, count) for (name, n, k), count in uses.items()]
 
 

@@ -90,3 +90,9 @@ def render_ops(
     heads = "_".join(str(d) for d in head_dims)
     shared = "_".join(str(g) for g in groups)
     return KernelSource(f"ops_{kv.name}_h{heads}_g{shared}__{isa.name}", text, isa.name, ())
+
+
+def render_experts(isa: Isa) -> KernelSource:
+    """The translation unit ``experts``: what mixtures of experts do between their products."""
+    name = f"experts__{isa.name}"
+    return KernelSource(name, render("cpu/experts.cpp.j2", isa=isa), isa.name, ())

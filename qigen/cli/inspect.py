@@ -45,6 +45,8 @@ def inspect(file: Path, tensors: bool, as_json: bool) -> None:
         for key, value in (about["config"] or {}).items()
         if isinstance(value, (str, int, float)) and value not in (0, "", False)
     ]
+    if experts := (about["config"] or {}).get("experts"):
+        rows.append(("experts", f"{experts['used']} of {experts['count']}, {experts['d_ff']} wide"))
     if about["kind"] == "artifact":
         manifest = about["manifest"]
         is_graph = manifest.get("kind") == "graph"

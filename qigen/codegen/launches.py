@@ -272,6 +272,10 @@ class GpuLowering:
 
     def _attention_spec(self, node: Node) -> AttentionSpec:
         a = node.attrs
+        if a["sinks"]:
+            raise Unsupported(
+                "attention sinks have no GPU kernels yet; take a processor as the target", node.name
+            )
         cache = KvSpec(self.kv, a["n_kv_heads"], a["head_dim"])
         return AttentionSpec(cache, a["n_heads"], bool(a["softcap"]))
 
@@ -592,6 +596,11 @@ class _Step:
         kind = node.attrs["kind"]
         comment = f"{kind}(gate) * up"
         self._elementwise(node, kind, comment, n, *self._place(gate), *self._place(up))
+
+    def _experts(self, node: Node) -> None:
+        raise Unsupported(
+            "mixtures of experts have no GPU kernels yet; take a processor as the target", node.name
+        )
 
     def _attention(self, node: Node) -> None:
         model, a, parts = self.model, node.attrs, attention_parts(node)

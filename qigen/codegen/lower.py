@@ -26,6 +26,7 @@ from qigen.formats.kv import BLOCK, half_block_bytes, kv_format
 from qigen.formats.layout import Layout, packed_shape, row_block_bytes, shared_bytes
 from qigen.ir.dims import whole
 from qigen.ir.graph import Graph, Node, constant_shape
+from qigen.ir.ops.experts import expert_parts
 from qigen.ir.ops.fused import attention_parts, group_parts
 from qigen.passes.memory import MemoryPlan
 
@@ -35,7 +36,10 @@ MAX_CHUNKS = 64
 MIN_CHUNK = 256
 """Positions of a partial result at least."""
 
-_ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
+_ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "clamped_swiglu": 2}
+
+TILE_FLOATS = 1 << 14
+"""Results of an expert's product that a thread makes before it goes on with them: 64 KiB."""
 
 
 LOWERED = {
@@ -46,6 +50,7 @@ LOWERED = {
     "RopeAttention": "_attention",
     "NormAdd": "_norm_add",
     "GatedAct": "_gated",
+    "RoutedExperts": "_experts",
 }
 """The operators that a step is made of, and the method that lowers each, for CPUs and GPUs."""
 
@@ -134,23 +139,80 @@ class Segment:
 
 
 @dataclass(frozen=True)
-class MatmulStep:
-    """Matrices that read the same activation rows."""
+class RowsForm:
+    """What is done to rows of ``k`` activations before products read them: the arguments of a
+    ``kernel`` of ops.cpp; '': they are read as they are."""
 
-    comment: str
-    rows: str
     x: Buffer
     k: int
     k_padded: int
     norm: str
     eps: float
-    rows_kernel: str
+    kernel: str
     stride: int
     scale_offset: int
     token_scale: bool
     top: int
-    apart: tuple[tuple[int, int], ...]  # (segment, offset of columns from its weight's start)
-    corrections: tuple[dict[str, int], ...]
+    corrections: tuple[dict[str, int], ...] = ()
+    record: ActivationRecord | None = None
+    apart: tuple[tuple[int, int], ...] = ()
+
+    def offsets(self, spec: MatmulSpec) -> tuple[int, int]:
+        """Where a kernel finds the corrections of its zero and its sums in a row."""
+        if self.record is None:
+            return 0, 0
+        zeros, sums = activation_needs(spec)
+        return (self.record.offset("zero", *zeros[0]) if zeros else 0,
+                self.record.offset("sum", sums[0]) if sums else 0)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ExpertMatrix:
+    """The matrices of one role, one an expert; ``weights`` and ``biases`` are constants, then the
+    name of the table that has their places."""
+
+    role: str
+    kernel: str
+    weights: tuple[str, ...] | str
+    biases: tuple[str, ...] | str
+    row_block: int
+    kblocks: int
+    blocks: int
+    n: int
+    zero_offset: int
+    sum_offset: int
+
+
+@dataclass(frozen=True)
+class ExpertsStep:
+    """Rows go to some of many experts. ``places`` are (field, type, offset) in the memory that
+    experts share, ``own_places`` in that of a thread."""
+
+    comment: str
+    rows: str
+    chosen: int
+    n_experts: int
+    softmax_all: bool
+    logits: Buffer
+    x_rows: RowsForm
+    h_rows: RowsForm
+    matrices: tuple[ExpertMatrix, ...]
+    act: int
+    alpha: float
+    limit: float
+    places: tuple[tuple[str, str, int], ...]
+    own_places: tuple[tuple[str, str, int], ...]
+    tile_floats: int
+    kind: str = "experts"
+
+
+@dataclass(frozen=True)
+class MatmulStep:
+    """Matrices that read the same activation rows."""
+
+    comment: str
+    rows: str
+    form: RowsForm
     segments: tuple[Segment, ...]
     kind: str = "matmul"
 
@@ -181,7 +243,7 @@ class Part:
     layered: bool
     fields: tuple[str, ...]
     steps: tuple[Any, ...]
-    rows: list[tuple[int, ...]] = field(default_factory=list)
+    rows: list[tuple[int | tuple[int, ...], ...]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -221,6 +283,8 @@ class Program:
     chunks: int
     halves: int
     step_blocks: int
+    experts: int
+    experts_bytes: int
     head_dims: tuple[int, ...]
     head_groups: tuple[int, ...]
     rope_tables: tuple[RopeTable, ...]
@@ -310,6 +374,7 @@ class Lowering:
         self.rope: dict[tuple[Any, ...], RopeTable] = {}
         self.rows_bytes = 0
         self.single_rows_bytes = 64
+        self.experts_bytes = 0
         self.chunk, self.chunks = attention_chunk(max_seq)
         self.partial_floats = 0
         self.barriers = 0
@@ -414,41 +479,10 @@ class Lowering:
         """Segments of a group that read the same form of the activations."""
         graph, a = self.graph, node.attrs
         k = whole(graph.values[parts.x].shape[1])
-        blocks = [specs[i].format.block * specs[i].layout.blocks for i in chosen]
-        int8, bf16 = specs[chosen[0]].integer, specs[chosen[0]].activations == "bf16"
-        token_scale = specs[chosen[0]].token_scale
-        x = self.buffer(parts.x)
-        if int8:
-            needs = [activation_needs(specs[i]) for i in chosen]
-            record = ActivationRecord(
-                max(align(k, max(b, 32)) for b in blocks),
-                token_scale,
-                tuple(sorted({z for zeros, _ in needs for z in zeros})),
-                tuple(sorted({n for _, sums in needs for n in sums})),
-            )
-            stride, k_padded, scale_offset = record.nbytes, record.k, record.scale_offset
-            corrections = tuple(
-                {"offset": record.offset("zero", n, z), "segment": n, "zero": z}
-                for n, z in record.zeros
-            ) + tuple(
-                {"offset": record.offset("sum", n), "segment": n, "zero": 0} for n in record.sums
-            )
-            rows_kernel = "rows_int8"
-        elif bf16:
-            k_padded = max(align(k, max(b, 16)) for b in blocks)
-            scale_offset, corrections, rows_kernel = 0, (), "rows_bf16"
-            stride = 2 * k_padded + 64 * (k_padded % 512 == 0)
-        else:
-            k_padded = max(align(k, b) for b in blocks)
-            scale_offset, corrections = 0, ()
-            if parts.norm is None and k_padded == k:
-                stride, rows_kernel = 4 * x.stride, ""
-            else:
-                k_padded = align(k_padded, 16)
-                stride, rows_kernel = 4 * k_padded + 64 * (k_padded % 256 == 0), "rows_f32"
-        if rows_kernel:
-            self.rows_bytes = max(self.rows_bytes, stride * self.memory.max_tokens)
-            self.single_rows_bytes = max(self.single_rows_bytes, stride)
+        form = self._form([specs[i] for i in chosen], k, self.buffer(parts.x), parts.norm, a["eps"])
+        if form.kernel:
+            self.rows_bytes = max(self.rows_bytes, form.stride * self.memory.max_tokens)
+            self.single_rows_bytes = max(self.single_rows_bytes, form.stride)
         segments = []
         groups = [tuple(chosen)] if gated else [(i,) for i in chosen]
         for group in groups:
@@ -459,7 +493,7 @@ class Lowering:
             row_blocks, kblocks, _ = packed_shape(spec.format, (n, k), spec.layout)
             row_block = row_block_bytes(spec.format, k, spec.layout)
             self.use(spec, epilogue)
-            zeros, sums = activation_needs(spec) if int8 else ((), ())
+            zero_offset, sum_offset = form.offsets(spec)
             output = node.outputs[i if a["epilogue"] == "store" else 0]
             bias = parts.biases[i]
             if output in graph.outputs:
@@ -476,8 +510,8 @@ class Lowering:
                     row_block=row_block,
                     kblocks=kblocks,
                     n=n,
-                    zero_offset=record.offset("zero", *zeros[0]) if zeros else 0,
-                    sum_offset=record.offset("sum", sums[0]) if sums else 0,
+                    zero_offset=zero_offset,
+                    sum_offset=sum_offset,
                     columns=spec.format.field("qc").count if spec.format.has("qc") else 0,
                     shared=shared_bytes(spec.format, k, spec.layout),
                     y=y,
@@ -489,20 +523,108 @@ class Lowering:
         return MatmulStep(
             comment=self._describe(node, parts, [parts.weights[i] for i in chosen]),
             rows=self.rows(node.outputs[0]),
-            x=x,
-            k=k,
-            k_padded=k_padded,
-            norm=self.vector(parts.norm) if parts.norm else "",
-            eps=float(a["eps"]),
-            rows_kernel=rows_kernel,
-            stride=stride,
-            scale_offset=scale_offset,
-            token_scale=token_scale,
-            top=activation_top(specs[chosen[0]].activations),
-            apart=_columns_apart(node, specs[chosen[0]], segments, 2 if gated else 1),
-            corrections=corrections,
+            form=replace(
+                form, apart=_columns_apart(node, specs[chosen[0]], segments, 2 if gated else 1)
+            ),
             segments=tuple(segments),
         )
+
+    def _form(
+        self, specs: Sequence[MatmulSpec], k: int, x: Buffer, norm: str | None, eps: float
+    ) -> RowsForm:
+        """The form of rows of ``k`` activations at ``x`` that kernels with the same arithmetic
+        read; the one for integers has what all of them need."""
+        blocks = [spec.format.block * spec.layout.blocks for spec in specs]
+        kind = specs[0].activations
+        record: ActivationRecord | None = None
+        corrections: tuple[dict[str, int], ...] = ()
+        if specs[0].integer:
+            needs = [activation_needs(spec) for spec in specs]
+            record = ActivationRecord(
+                max(align(k, max(b, 32)) for b in blocks),
+                specs[0].token_scale,
+                tuple(sorted({z for zeros, _ in needs for z in zeros})),
+                tuple(sorted({n for _, sums in needs for n in sums})),
+            )
+            kernel, stride, k_padded = "rows_int8", record.nbytes, record.k
+            corrections = tuple(
+                {"offset": record.offset("zero", n, z), "segment": n, "zero": z}
+                for n, z in record.zeros
+            ) + tuple(
+                {"offset": record.offset("sum", n), "segment": n, "zero": 0} for n in record.sums
+            )
+        elif kind == "bf16":
+            k_padded = max(align(k, max(b, 16)) for b in blocks)
+            kernel, stride = "rows_bf16", 2 * k_padded + 64 * (k_padded % 512 == 0)
+        else:
+            k_padded = max(align(k, b) for b in blocks)
+            if norm is None and k_padded == k:
+                kernel, stride = "", 4 * x.stride
+            else:
+                k_padded = align(k_padded, 16)
+                kernel, stride = "rows_f32", 4 * k_padded + 64 * (k_padded % 256 == 0)
+        return RowsForm(
+            x, k, k_padded, self.vector(norm) if norm else "", float(eps), kernel, stride,
+            record.scale_offset if record else 0, specs[0].token_scale, activation_top(kind),
+            corrections, record,
+        )  # fmt: skip
+
+    def _experts(self, node: Node) -> list[Any]:
+        graph, a, parts = self.graph, node.attrs, expert_parts(node)
+        x, logits, norm = node.inputs[:3]
+        assert self.memory.offsets[x] == self.memory.offsets[node.output], "experts are in place"
+        specs = {role: self.spec_of(names[0], "matmul") for role, names in parts.weights.items()}
+        for role, spec in specs.items():
+            if spec.activations.startswith("int4") and spec.format.has("qc"):
+                raise Unsupported("experts with columns apart have no kernel for int4 activations; "
+                                  "take int8", parts.weights[role][0])  # fmt: skip
+        if specs["gate"].activations != specs["up"].activations:
+            raise Unsupported(
+                f"gate matrices in {specs['gate'].format.name} and up matrices in "
+                f"{specs['up'].format.name} read different activations; bring them to one format "
+                "with --weights, or give --activations f32", node.name,
+            )  # fmt: skip
+        d = whole(graph.values[x].shape[1])
+        hidden = constant_shape(graph.constants[parts.weights["gate"][0]])[0]
+        pairs = self.memory.max_tokens * a["k"]
+        places, all_bytes = _laid_out((
+            ("ids", "int32_t", pairs), ("weights", "float", pairs), ("tokens", "int32_t", pairs),
+            ("gains", "float", pairs), ("h", "float", pairs * align(hidden, 16)),
+        ))  # fmt: skip
+        self.experts_bytes = max(self.experts_bytes, all_bytes)
+        x_rows = self._form([specs["gate"], specs["up"]], d, self.buffer(x), norm, a["eps"])
+        h = Buffer({name: at for name, _, at in places}["h"], align(hidden, 16))
+        h_rows = self._form([specs["down"]], hidden, h, None, 0.0)
+        strides = [form.stride for form in (x_rows, h_rows) if form.kernel]
+        self.rows_bytes = max(self.rows_bytes, max(strides) * pairs)
+        tile = max(TILE_FLOATS, 32 * self.memory.max_tokens)
+        own_places, own_bytes = _laid_out((
+            ("own_records", "uint8_t", max(strides) * a["k"]), ("own_ids", "int32_t", a["k"]),
+            ("own_weights", "float", a["k"]), ("start", "int32_t", a["n_experts"] + 1),
+            ("next", "int32_t", a["n_experts"]), ("tile", "float", tile),
+        ))  # fmt: skip
+        self.single_rows_bytes = max(self.single_rows_bytes, own_bytes)
+        matrices = []
+        for role, names in parts.weights.items():
+            spec, form = specs[role], h_rows if role == "down" else x_rows
+            n, k = constant_shape(graph.constants[names[0]])
+            blocks, kblocks, _ = packed_shape(spec.format, (n, k), spec.layout)
+            self.use(spec, "store")
+            matrices.append(ExpertMatrix(
+                role, spec.entry("store"), tuple(self.matrix((name,), spec) for name in names),
+                tuple(self.vector(name) for name in parts.biases[role]),
+                row_block_bytes(spec.format, k, spec.layout), kblocks, blocks, n,
+                *form.offsets(spec),
+            ))  # fmt: skip
+        self.barriers += 2
+        formats = " ".join(dict.fromkeys(spec.format.name for spec in specs.values()))
+        return [ExpertsStep(
+            f"{_stem(norm)}, then {a['k']} of {a['n_experts']} experts of {hidden} in {formats}; "
+            "added to the residual",
+            self.rows(node.output), a["k"], a["n_experts"], a["softmax"] == "all",
+            self.buffer(logits), x_rows, h_rows, tuple(matrices), _ACTIVATIONS[a["act"]],
+            float(a["alpha"]), float(a["limit"]), places, own_places, tile,
+        )]  # fmt: skip
 
     def _describe(self, node: Node, parts: Any, weights: list[str]) -> str:
         """E.g. ``rmsnorm, then attn_q [576, 576] q4_1 + attn_k ...; added to the residual``."""
@@ -536,6 +658,7 @@ class Lowering:
             "interleaved": a["style"] == "interleaved",
             "q_norm": self.vector(parts.q_norm) if parts.q_norm else "",
             "k_norm": self.vector(parts.k_norm) if parts.k_norm else "",
+            "sinks": self.vector(parts.sinks) if parts.sinks else "",
             "eps": float(a["eps"]),
             "scale": float(a["scale"]),
             "softcap": float(a["softcap"]),
@@ -638,7 +761,7 @@ def lower_program(
     parts: dict[Any, Part] = {}
     calls: list[Call] = []
     for layer, steps in runs:
-        names: dict[str, str] = {}
+        names: dict[str | tuple[str, ...], str] = {}
         renamed = tuple(_rename(step, names) for step in steps)
         key = (layer is not None, repr(renamed))
         if key not in parts:
@@ -654,7 +777,8 @@ def lower_program(
             parts[key] = Part(title, stem, table, function, layer is not None,
                               tuple(names.values()), renamed)
         part = parts[key]
-        row = tuple(offsets[name] for name in names)
+        row = tuple(offsets[name] if isinstance(name, str) else tuple(offsets[n] for n in name)
+                    for name in names)
         part.rows.append(((layer_state[layer],) if layer is not None else ()) + row)
         last = calls[-1] if calls else None
         if last is not None and last.function == part.function:
@@ -671,10 +795,11 @@ def lower_program(
     cache = kv_format(about["kv"])
     step_blocks = cache.step_blocks(about["max_tokens"])
     halves = max((a["n_kv_heads"] * half_block_bytes(a["head_dim"]) for a in heads), default=0)
+    experts = shared + scratch + step_blocks * align(halves)
     return Program(
         max_seq=lowering.max_seq,
         max_batch=lowering.max_batch,
-        arena_bytes=shared + scratch + step_blocks * align(halves),
+        arena_bytes=experts + lowering.experts_bytes,
         thread_bytes=align(lowering.single_rows_bytes),
         kv_bytes=sum(a["n_kv_heads"] * cache.block_bytes(a["head_dim"]) for a in heads) // BLOCK,
         kv_session_bytes=sum(a["n_kv_heads"] * cache.window_bytes(a["head_dim"]) for a in heads),
@@ -684,6 +809,8 @@ def lower_program(
         chunks=lowering.chunks,
         halves=shared + scratch,
         step_blocks=step_blocks,
+        experts=experts,
+        experts_bytes=lowering.experts_bytes,
         head_dims=tuple(sorted({a["head_dim"] for a in heads})),
         head_groups=tuple(sorted({a["n_heads"] // a["n_kv_heads"] for a in heads})),
         rope_tables=tuple(lowering.rope.values()),
@@ -703,12 +830,18 @@ def _matrices(
 ) -> tuple[tuple[int, int, int], ...]:
     """(offset, bytes, number of the step) of every matrix, in the order in which rows are dealt
     out to threads."""
-    products = [step for step in steps if isinstance(step, MatmulStep)]
-    return tuple(
-        (offsets[s.weight], s.blocks * s.cost, number)
-        for number, step in enumerate(products)
-        for s in step.segments
-    )
+    found: list[tuple[int, int, int]] = []
+    number = 0
+    for step in steps:
+        if isinstance(step, MatmulStep):
+            found += [(offsets[s.weight], s.blocks * s.cost, number) for s in step.segments]
+            number += 1
+        elif isinstance(step, ExpertsStep):  # every matrix is dealt out by itself
+            for m in step.matrices:
+                for name in m.weights:
+                    found.append((offsets[name], m.blocks * m.row_block, number))
+                    number += 1
+    return tuple(found)
 
 
 def _token_tiles(specs: Iterable[MatmulSpec]) -> tuple[int, ...]:
@@ -718,19 +851,49 @@ def _token_tiles(specs: Iterable[MatmulSpec]) -> tuple[int, ...]:
     return tiles.pop() if tiles else (1,)
 
 
-_WEIGHT_FIELDS = ("weight", "norm", "bias", "q_norm", "k_norm", "columns")
+_WEIGHT_FIELDS = ("weight", "norm", "bias", "q_norm", "k_norm", "columns", "sinks")
 
 
-def _rename(step: Any, names: dict[str, str]) -> Any:
+def _laid_out(
+    arrays: Sequence[tuple[str, str, int]],
+) -> tuple[tuple[tuple[str, str, int], ...], int]:
+    """(name, type, byte offset) of arrays (name, type, elements) one behind the other, each on a
+    line of its own, and the bytes of all."""
+    at, places = 0, []
+    for name, kind, count in arrays:
+        places.append((name, kind, at))
+        at += align(count * (1 if kind == "uint8_t" else 4))
+    return tuple(places), at
+
+
+def _rename(step: Any, names: dict[str | tuple[str, ...], str]) -> Any:
     """The step with constants replaced by field names, which ``names`` collects."""
 
     def field_of(constant: str) -> str:
         return names.setdefault(constant, _field(constant)) if constant else ""
 
+    def table_of(constants: tuple[str, ...] | str) -> str:
+        """Of the constants of all experts: ``blk.0.ffn_up_exps.0.bias`` and those after it."""
+        assert not isinstance(constants, str)
+        if not constants:
+            return ""
+        name = re.sub(r"\W+", "_", re.sub(r"\.0\b", "", _stem(constants[0])))
+        names.setdefault(constants, f"{name}[{len(constants)}]")
+        return name
+
+    if isinstance(step, ExpertsStep):
+        return replace(
+            step,
+            x_rows=replace(step.x_rows, norm=field_of(step.x_rows.norm)),
+            matrices=tuple(
+                replace(m, weights=table_of(m.weights), biases=table_of(m.biases))
+                for m in step.matrices
+            ),
+        )
     if isinstance(step, MatmulStep):
         return replace(
             step,
-            norm=field_of(step.norm),
+            form=replace(step.form, norm=field_of(step.form.norm)),
             segments=tuple(
                 replace(s, weight=field_of(s.weight), bias=field_of(s.bias)) for s in step.segments
             ),

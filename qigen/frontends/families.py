@@ -6,6 +6,9 @@ files leave out. A decoder layer is always
     x += [post_norm] attn_output(attention(rope([qk_norm] attn_{q,k,v}(norm(x)))))
     x += [post_norm] ffn_down(act(ffn_gate(norm(x))) * ffn_up(norm(x)))
 
+or, of a mixture of experts, the second of these is a sum over the experts that ``ffn_gate_inp``
+chooses for a row.
+
 Sources: ``gguf.constants`` (names of keys and tensors), the model code of the Hugging Face
 transformers library (configuration defaults, arithmetic), and llama.cpp (which rope a GGUF needs:
 its converter permutes the query and key rows of llama models, so they rotate neighbouring pairs).
@@ -15,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 from qigen.errors import BadInput, Unsupported
 from qigen.frontends.model import ModelConfig, SourceTensor, TensorHandle
@@ -30,6 +33,7 @@ class TensorRow:
     shape: tuple[str, ...]
     when: str = ""  # the flag of ModelConfig that asks for it; '': always there
     may_have_bias: bool = False
+    each: bool = False  # there is one an expert
 
 
 LAYER_TENSORS = (
@@ -39,12 +43,17 @@ LAYER_TENSORS = (
     TensorRow("attn_v", ("kv", "d"), may_have_bias=True),
     TensorRow("attn_q_norm", ("head",), when="qk_norm"),
     TensorRow("attn_k_norm", ("head",), when="qk_norm"),
+    TensorRow("attn_sinks", ("heads",), when="sinks"),
     TensorRow("attn_output", ("d", "q"), may_have_bias=True),
     TensorRow("post_attention_norm", ("d",), when="post_norms"),
     TensorRow("ffn_norm", ("d",)),
-    TensorRow("ffn_gate", ("ff", "d"), may_have_bias=True),
-    TensorRow("ffn_up", ("ff", "d"), may_have_bias=True),
-    TensorRow("ffn_down", ("d", "ff"), may_have_bias=True),
+    TensorRow("ffn_gate", ("ff", "d"), when="dense", may_have_bias=True),
+    TensorRow("ffn_up", ("ff", "d"), when="dense", may_have_bias=True),
+    TensorRow("ffn_down", ("d", "ff"), when="dense", may_have_bias=True),
+    TensorRow("ffn_gate_inp", ("experts", "d"), when="routed", may_have_bias=True),
+    TensorRow("ffn_gate_exps", ("expert_ff", "d"), when="routed", may_have_bias=True, each=True),
+    TensorRow("ffn_up_exps", ("expert_ff", "d"), when="routed", may_have_bias=True, each=True),
+    TensorRow("ffn_down_exps", ("d", "expert_ff"), when="routed", may_have_bias=True, each=True),
     TensorRow("post_ffw_norm", ("d",), when="post_norms"),
 )
 MODEL_TENSORS = (
@@ -53,10 +62,18 @@ MODEL_TENSORS = (
     TensorRow("output", ("vocab", "d"), when="untied_embeddings"),
 )
 
-FUSED = {"attn_qkv": ("attn_q", "attn_k", "attn_v"), "ffn_gate_up": ("ffn_gate", "ffn_up")}
-"""Tensors that hold the rows of several, one after the other."""
+FUSED = {
+    "attn_qkv": ("attn_q", "attn_k", "attn_v"),
+    "ffn_gate_up": ("ffn_gate", "ffn_up"),
+    "ffn_gate_up_exps": ("ffn_gate_exps", "ffn_up_exps"),
+}
+"""Tensors that hold the rows of several, one after the other; :data:`IN_TURNS`: row by row."""
 
-_GGUF_NAMES = {row.stem: f"blk.{{}}.{row.stem}" for row in LAYER_TENSORS} | {
+IN_TURNS = ("ffn_gate_up_exps",)
+
+_GGUF_NAMES = {
+    row.stem: f"blk.{{}}.{row.stem}" + ".{}" * row.each for row in LAYER_TENSORS
+} | {
     "attn_qkv": "blk.{}.attn_qkv",
     "token_embd": "token_embd",
     "output_norm": "output_norm",
@@ -83,10 +100,45 @@ _GEMMA_NAMES = _LLAMA_NAMES | {
     "ffn_norm": "model.layers.{}.pre_feedforward_layernorm",
     "post_ffw_norm": "model.layers.{}.post_feedforward_layernorm",
 }
+_MIXTRAL_NAMES = _LLAMA_NAMES | {
+    "ffn_gate_inp": "model.layers.{}.block_sparse_moe.gate",
+    "ffn_gate_exps": "model.layers.{}.block_sparse_moe.experts.{}.w1",
+    "ffn_up_exps": "model.layers.{}.block_sparse_moe.experts.{}.w3",
+    "ffn_down_exps": "model.layers.{}.block_sparse_moe.experts.{}.w2",
+}
+_QWEN3_MOE_NAMES = _LLAMA_NAMES | {
+    "ffn_gate_inp": "model.layers.{}.mlp.gate",
+    "ffn_gate_exps": "model.layers.{}.mlp.experts.{}.gate_proj",
+    "ffn_up_exps": "model.layers.{}.mlp.experts.{}.up_proj",
+    "ffn_down_exps": "model.layers.{}.mlp.experts.{}.down_proj",
+}
+_GPT_OSS_NAMES = _LLAMA_NAMES | {
+    "attn_sinks": "model.layers.{}.self_attn.sinks",
+    "ffn_gate_inp": "model.layers.{}.mlp.router",
+    "ffn_gate_up_exps": "model.layers.{}.mlp.experts.gate_up_proj.{}",
+    "ffn_down_exps": "model.layers.{}.mlp.experts.down_proj.{}",
+}
 _PHI3_NAMES = _LLAMA_NAMES | {
     "attn_qkv": "model.layers.{}.self_attn.qkv_proj",
     "ffn_gate_up": "model.layers.{}.mlp.gate_up_proj",
 }
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """What sets the experts of a family apart: keys of config.json for their number and width, and
+    for a flag that asks for weights of the chosen that add up to 1 ('': they always do). ``act``
+    (the family's, if '') with its ``alpha`` and the ``limit`` that files may replace; ``biases``
+    of router and experts.
+    """
+
+    hf_count: str
+    hf_d_ff: str = "intermediate_size"
+    hf_normalize: str = ""
+    act: str = ""
+    alpha: float = 1.0
+    limit: float = 1.0
+    biases: bool = False
 
 
 @dataclass(frozen=True)
@@ -112,6 +164,9 @@ class Family:
     post_norms: bool = False
     embedding_scaled: bool = False  # by sqrt(d_model)
     hf_norm_offset: float = 0.0
+    mixture: Mixture | None = None
+    sinks: bool = False
+    yarn_truncate: bool = True  # of GGUF, which has no key for it
     local_rope_base: float | None = None
     window_period: int = 1
     wide_query_layers: tuple[int, ...] = ()
@@ -228,18 +283,96 @@ FAMILIES: tuple[Family, ...] = (
         hf_names=_PHI3_NAMES,
         hf_defaults={"rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096},
     ),
+    # Converters write Mixtral as architecture llama with experts.
+    replace(
+        _LLAMA,
+        name="mixtral",
+        model_types=("mixtral",),
+        classes=("MixtralForCausalLM",),
+        mixture=Mixture("num_local_experts"),
+        hf_names=_MIXTRAL_NAMES,
+        hf_defaults={
+            "num_key_value_heads": 8,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1e6,
+        },
+    ),
+    Family(
+        name="qwen3moe",
+        gguf=("qwen3moe",),
+        model_types=("qwen3_moe",),
+        classes=("Qwen3MoeForCausalLM",),
+        qk_norm=True,
+        mixture=Mixture("num_experts", "moe_intermediate_size", "norm_topk_prob"),
+        hf_names=_QWEN3_MOE_NAMES,
+        hf_defaults={
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 768,
+            "use_sliding_window": False,
+            "sliding_window": 4096,
+            "max_window_layers": 28,
+        },
+    ),
+    Family(
+        name="gpt-oss",
+        gguf=("gpt-oss",),
+        model_types=("gpt_oss",),
+        classes=("GptOssForCausalLM",),
+        qkv_bias=True,
+        mixture=Mixture(
+            "num_local_experts", act="clamped_swiglu", alpha=1.702, limit=7.0, biases=True
+        ),
+        sinks=True,
+        yarn_truncate=False,
+        window_period=2,
+        gguf_names=_GGUF_NAMES | {"ffn_norm": "blk.{}.post_attention_norm"},
+        hf_names=_GPT_OSS_NAMES,
+        hf_defaults={
+            "attention_bias": True,
+            "head_dim": 64,
+            "num_attention_heads": 64,
+            "num_key_value_heads": 8,
+            "num_local_experts": 128,
+            "num_experts_per_tok": 4,
+            "sliding_window": 128,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 150000.0,
+            "rope_scaling": {
+                "rope_type": "yarn",
+                "factor": 32.0,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "original_max_position_embeddings": 4096,
+                "truncate": False,
+            },
+        },
+    ),
 )
 
 
-def family_of_gguf(architecture: str, where: str) -> Family:
-    """The row of a GGUF architecture; Unsupported listing the known ones."""
-    for family in FAMILIES:
-        if architecture in family.gguf:
+def family_of_gguf(architecture: str, routed: bool, where: str) -> Family:
+    """The row of a GGUF architecture, with or without experts; Unsupported listing the known."""
+    found = [family for family in FAMILIES if architecture in family.gguf]
+    for family in found:
+        if (family.mixture is not None) == routed:
             return family
-    known = ", ".join(name for family in FAMILIES for name in family.gguf)
+    if found:
+        kind = "with" if routed else "without"
+        raise Unsupported(
+            f"models of architecture '{shown(architecture)}' {kind} experts are not supported",
+            where,
+        )
+    known = ", ".join(dict.fromkeys(name for family in FAMILIES for name in family.gguf))
     raise Unsupported(
         f"architecture '{shown(architecture)}' is not supported; known are {known}", where
     )
+
+
+MOST_EXPERTS = 1 << 12
+"""Experts of a layer at most: what a damaged file may announce is no reason to loop for hours."""
 
 
 def family_of_model_type(model_type: str, where: str) -> Family:
@@ -266,7 +399,10 @@ def sizes(config: ModelConfig) -> dict[str, int]:
         "q": config.n_heads * config.head_dim,
         "kv": config.n_kv_heads * config.head_dim,
         "head": config.head_dim,
+        "heads": config.n_heads,
         "ff": config.d_ff,
+        "experts": config.experts.count if config.experts else 0,
+        "expert_ff": config.experts.d_ff if config.experts else 0,
     }
 
 
@@ -284,7 +420,8 @@ def bind(
     """Give every tensor of the model its place in the file.
 
     Args:
-        names: stem -> the container's name (without ``.weight``), ``{}`` for the layer.
+        names: stem -> the container's name (without ``.weight``), ``{}`` for the layer, and
+            another for the expert.
         sources: the container's tensors.
         norm_offset: what is added to stored norm weights.
         required_biases: stems whose bias must be there.
@@ -308,28 +445,35 @@ def bind(
         row.stem
         for row in layer_rows
         if row.may_have_bias
-        and (row.stem in required_biases or (optional_biases and binder.has(row, 0, "bias")))
-    )
+        and (row.stem in required_biases
+             or (optional_biases and binder.has(row, (0, 0) if row.each else (0,), "bias")))
+    )  # fmt: skip
     for row in present:
         if row in MODEL_TENSORS:
-            binder.take(row, None, "weight")
+            binder.take(row, (), "weight")
     for layer in range(config.n_layers):
         for row in layer_rows:
-            binder.take(row, layer, "weight")
-            if row.stem in biases:
-                binder.take(row, layer, "bias")
+            for place in [(layer, e) for e in range(binder.sizes["experts"])] if row.each else (
+                [(layer,)]):
+                binder.take(row, place, "weight")
+                if row.stem in biases:
+                    binder.take(row, place, "bias")
     left = sorted(set(sources) - binder.used - set(ignored))
     if left:
         more = f" (and {len(left) - 1} more)" if len(left) > 1 else ""
+        experts = f" and {config.experts.count} experts" if config.experts else ""
         raise BadInput(
             f"tensor '{shown(left[0])}'{more} does not belong to a {config.family} model of "
-            f"{config.n_layers} layers",
+            f"{config.n_layers} layers{experts}",
             where,
         )
     return binder.handles, biases
 
 
 _FUSED_OF = {part: whole for whole, parts in FUSED.items() for part in parts}
+
+Place: TypeAlias = tuple[int, ...]
+"""Of a tensor: nothing, its layer, or layer and expert."""
 
 
 @dataclass
@@ -342,34 +486,37 @@ class _Binder:
     handles: dict[str, TensorHandle] = field(default_factory=dict)
     used: set[str] = field(default_factory=set)
 
-    def _name(self, stem: str, layer: int | None, kind: str) -> str:
-        return f"{self.names[stem].format(layer)}.{kind}" if stem in self.names else ""
+    def _name(self, stem: str, place: Place, kind: str) -> str:
+        return f"{self.names[stem].format(*place)}.{kind}" if stem in self.names else ""
 
-    def _whole(self, row: TensorRow, layer: int | None, kind: str) -> str:
+    def _whole(self, row: TensorRow, place: Place, kind: str) -> str:
         """Stem of the fused tensor that holds the row, '' if it stands alone.
 
         Where the first part stands alone all parts do: phi3's GGUF calls the fused tensor ffn_up.
         """
         whole = _FUSED_OF.get(row.stem, "")
-        if whole not in self.names or self._name(FUSED[whole][0], layer, kind) in self.sources:
+        if whole not in self.names or self._name(FUSED[whole][0], place, kind) in self.sources:
             return ""
-        return whole if self._name(whole, layer, kind) in self.sources else ""
+        return whole if self._name(whole, place, kind) in self.sources else ""
 
-    def has(self, row: TensorRow, layer: int | None, kind: str) -> bool:
+    def has(self, row: TensorRow, place: Place, kind: str) -> bool:
         return bool(
-            self._whole(row, layer, kind) or self._name(row.stem, layer, kind) in self.sources
+            self._whole(row, place, kind) or self._name(row.stem, place, kind) in self.sources
         )
 
     def _rows(self, stem: str) -> int:
         row = next(r for r in LAYER_TENSORS if r.stem == stem)
         return self.sizes[row.shape[0]]
 
-    def take(self, row: TensorRow, layer: int | None, kind: str) -> None:
-        whole = self._whole(row, layer, kind)
-        name = self._name(whole or row.stem, layer, kind)
+    def take(self, row: TensorRow, place: Place, kind: str) -> None:
+        whole = self._whole(row, place, kind)
+        name = self._name(whole or row.stem, place, kind)
         if name not in self.sources:
-            fused = self._name(_FUSED_OF.get(row.stem, ""), layer, kind)
+            fused = self._name(_FUSED_OF.get(row.stem, ""), place, kind)
+            name, fused = name or fused, fused if name else ""
             other = f", and so is '{fused}' that could hold it" if fused not in ("", name) else ""
+            if row.each:
+                other += f"; the configuration announces {self.sizes['experts']} experts"
             raise BadInput(f"tensor '{name}' is missing{other}", self.where)
         source = self.sources[name]
         parts = FUSED[whole] if whole else (row.stem,)
@@ -389,12 +536,17 @@ class _Binder:
                 self.where,
             )
         first = sum(self._rows(part) for part in parts[: parts.index(row.stem)])
-        canonical = row.stem if layer is None else f"blk.{layer}.{row.stem}"
-        is_norm = len(row.shape) == 1
+        rows, step = (first, first + count), 1
+        if whole in IN_TURNS:
+            rows, step = (parts.index(row.stem), total), len(parts)
+        canonical = "blk.{}.".format(*place) + row.stem if place else row.stem
+        canonical += f".{place[1]}" if row.each else ""
+        is_norm = row.stem.endswith("norm")
         self.handles[f"{canonical}.{kind}"] = TensorHandle(
             f"{canonical}.{kind}",
             source,
-            (first, first + count),
+            rows,
             self.norm_offset if is_norm else 0.0,
+            step,
         )
         self.used.add(name)

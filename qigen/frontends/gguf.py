@@ -28,10 +28,19 @@ from gguf.constants import (
 )
 
 from qigen.errors import BadInput, Unsupported
+from qigen.formats.algebra import Format
 from qigen.formats.catalog import by_ggml_type
-from qigen.frontends.families import Family, bind, family_of_gguf, sliding_layers
+from qigen.frontends.experts import of_gguf, renamed_gguf
+from qigen.frontends.families import (
+    MOST_EXPERTS,
+    Family,
+    bind,
+    family_of_gguf,
+    sliding_layers,
+)
 from qigen.frontends.model import (
     Bytes,
+    ExpertsConfig,
     LanguageModel,
     ModelConfig,
     ModelMetadata,
@@ -41,6 +50,7 @@ from qigen.frontends.model import (
     TokenizerSource,
     map_file,
 )
+from qigen.frontends.rope import yarn, yarn_attention
 from qigen.frontends.settings import Settings, positive, shown
 
 _SCALARS = {
@@ -329,13 +339,19 @@ def load_gguf(path: str | Path) -> LanguageModel:
     """Read a decoder-only language model of one of the known families from a GGUF file.
 
     No weight is read. Raises BadInput (damaged file, missing or wrong tensors or settings) and
-    Unsupported (architecture, tensor type, rope scaling, experts).
+    Unsupported (architecture, tensor type, rope scaling).
     """
     file = read_gguf(path)
     where = str(file.path)
     settings = Settings(file.fields, where)
-    family = family_of_gguf(settings.text(Keys.General.ARCHITECTURE), where)
-    sources = {t.name: _source(t, file.path) for t in file.tensors.values()}
+    architecture = settings.text(Keys.General.ARCHITECTURE)
+    experts = settings.integer(
+        Keys.LLM.EXPERT_COUNT.format(arch=architecture), 0, low=0, high=MOST_EXPERTS
+    )
+    family = family_of_gguf(architecture, experts > 0, where)
+    sources: dict[str, SourceTensor] = {}
+    for tensor in file.tensors.values():
+        sources |= _sources(tensor, file.path, experts)
     config = _config(family, settings, sources)
     ignored = {_ROPE_FREQS, _ROPE_LONG, _ROPE_SHORT}
     ignored |= {f"blk.{i}.attn_rot_embd.weight" for i in range(min(config.n_layers, len(sources)))}
@@ -362,20 +378,33 @@ def load_gguf(path: str | Path) -> LanguageModel:
     )
 
 
-def _source(tensor: GgufTensor, path: Path) -> SourceTensor:
+def _sources(tensor: GgufTensor, path: Path, experts: int) -> dict[str, SourceTensor]:
+    """The matrix or vector of a tensor by its name, or those of the experts that it holds."""
+    format = _format(tensor, path)
+    stacked = of_gguf(tensor.name, tensor.shape, tensor.data, experts, str(path))
+    if stacked is not None:
+        name, shape, parts = stacked
+        return {
+            name.format(i): SourceTensor(path, told, shape, format, data)
+            for i, (told, data) in enumerate(parts)
+        }
     if len(tensor.shape) > 2:
         raise Unsupported(
-            f"tensor '{shown(tensor.name)}' has {len(tensor.shape)} dimensions; experts and other "
-            "stacked weights are not supported",
+            f"tensor '{shown(tensor.name)}' has {len(tensor.shape)} dimensions; stacked weights "
+            "are not supported, but for those of experts",
             str(path),
         )
+    name = renamed_gguf(tensor.name) if experts else tensor.name
+    return {name: SourceTensor(path, tensor.name, tensor.shape, format, tensor.data)}
+
+
+def _format(tensor: GgufTensor, path: Path) -> Format:
     try:
-        format = by_ggml_type(int(tensor.type))
+        return by_ggml_type(int(tensor.type))
     except Unsupported as error:
         raise Unsupported(
             f"tensor '{shown(tensor.name)}' is {tensor.type.name}: {error.message}", str(path)
         ) from None
-    return SourceTensor(path, tensor.name, tensor.shape, format, tensor.data)
 
 
 def _config(family: Family, settings: Settings, sources: Mapping[str, SourceTensor]) -> ModelConfig:
@@ -387,8 +416,6 @@ def _config(family: Family, settings: Settings, sources: Mapping[str, SourceTens
     def key(template: str) -> str:
         return template.format(arch=prefix)
 
-    if s.integer(key(Keys.LLM.EXPERT_COUNT), 0, low=0):
-        raise Unsupported("mixtures of experts are not supported", where)
     d_model = s.integer(key(Keys.LLM.EMBEDDING_LENGTH))
     n_layers = s.integer(key(Keys.LLM.BLOCK_COUNT))
     n_heads = _uniform(s, key(Keys.Attention.HEAD_COUNT))
@@ -407,6 +434,7 @@ def _config(family: Family, settings: Settings, sources: Mapping[str, SourceTens
     sliding = _sliding(family, s, key(Keys.Attention.SLIDING_WINDOW_PATTERN), n_layers)
     local_base = s.number(key(_FREQ_BASE_SWA), family.local_rope_base or rope.base, low=1e-6)
     wide = n_layers in family.wide_query_layers
+    d_ff = _uniform(s, key(Keys.LLM.FEED_FORWARD_LENGTH))
     config = ModelConfig(
         family=family.name,
         vocab_size=vocab_size,
@@ -415,7 +443,9 @@ def _config(family: Family, settings: Settings, sources: Mapping[str, SourceTens
         n_heads=n_heads,
         n_kv_heads=n_kv_heads,
         head_dim=head_dim,
-        d_ff=_uniform(s, key(Keys.LLM.FEED_FORWARD_LENGTH)),
+        d_ff=d_ff,
+        experts=_experts(family, s, key, d_ff),
+        sinks=family.sinks,
         norm_eps=s.number(key(Keys.Attention.LAYERNORM_RMS_EPS), low=1e-12, high=1.0),
         max_position=max_position,
         rope=rope,
@@ -439,6 +469,25 @@ def _config(family: Family, settings: Settings, sources: Mapping[str, SourceTens
     )
     config.check(where)
     return config
+
+
+def _experts(
+    family: Family, s: Settings, key: Callable[[str], str], d_ff: int
+) -> ExpertsConfig | None:
+    """The mixture of experts of a family that has one."""
+    mixture = family.mixture
+    if mixture is None:
+        return None
+    normalized = s.flag(key(Keys.LLM.EXPERT_WEIGHTS_NORM), True)
+    return ExpertsConfig(
+        count=s.integer(key(Keys.LLM.EXPERT_COUNT)),
+        used=s.integer(key(Keys.LLM.EXPERT_USED_COUNT)),
+        d_ff=s.integer(key(Keys.LLM.EXPERT_FEED_FORWARD_LENGTH), d_ff),
+        softmax="chosen" if normalized else "all",
+        act=mixture.act or family.activation,
+        alpha=mixture.alpha,
+        limit=mixture.limit,
+    )
 
 
 def _uniform(s: Settings, key: str, default: int | None = None) -> int:
@@ -497,9 +546,10 @@ def _rope(
 ) -> RopeConfig:
     rotary_dim = s.integer(key(Keys.Rope.DIMENSION_COUNT), head_dim)
     kind = s.text(key(Keys.Rope.SCALING_TYPE), "linear")
-    if kind not in ("none", "linear", "longrope"):
+    if kind not in ("none", "linear", "longrope", "yarn"):
         raise Unsupported(
-            f"rope scaling '{shown(kind)}' is not supported; known are linear, llama3 and longrope",
+            f"rope scaling '{shown(kind)}' is not supported; known are linear, llama3, longrope "
+            "and yarn",
             s.where,
         )
     # The key of files from before there were several kinds of scaling.
@@ -513,7 +563,7 @@ def _rope(
     )
     if (short is None) != (long is None):
         raise BadInput(f"only one of '{_ROPE_SHORT}' and '{_ROPE_LONG}' is there", s.where)
-    return RopeConfig(
+    rope = RopeConfig(
         base=s.number(key(Keys.Rope.FREQ_BASE), 10000.0, low=1e-6),
         style=family.gguf_rope,
         rotary_dim=rotary_dim,
@@ -522,6 +572,18 @@ def _rope(
         factors=short or _factors(sources, _ROPE_FREQS, rotary_dim),
         long_factors=long,
         original_context=s.integer(key(Keys.Rope.SCALING_ORIG_CTX_LEN)) if long else 0,
+    )
+    if kind != "yarn":
+        return rope
+    factor = s.number(key(Keys.Rope.SCALING_FACTOR), low=1e-3)
+    return yarn(
+        rope,
+        factor,
+        s.integer(key(Keys.Rope.SCALING_ORIG_CTX_LEN), s.values.get(key(Keys.LLM.CONTEXT_LENGTH))),
+        fast=s.number(key(Keys.Rope.SCALING_YARN_BETA_FAST), 32.0, low=1e-3),
+        slow=s.number(key(Keys.Rope.SCALING_YARN_BETA_SLOW), 1.0, low=1e-3),
+        truncate=family.yarn_truncate,
+        attn_factor=rope.attn_factor * yarn_attention(factor),
     )
 
 

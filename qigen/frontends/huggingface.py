@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -20,8 +20,16 @@ from safetensors import SafetensorError, safe_open
 from qigen.errors import BadInput, Unsupported
 from qigen.formats.catalog import by_name
 from qigen.frontends.checkpoints import RawTensor, read_quantized
-from qigen.frontends.families import Family, bind, family_of_model_type, sliding_layers
+from qigen.frontends.experts import renamed_gpt_oss, unstacked_gpt_oss
+from qigen.frontends.families import (
+    MOST_EXPERTS,
+    Family,
+    bind,
+    family_of_model_type,
+    sliding_layers,
+)
 from qigen.frontends.model import (
+    ExpertsConfig,
     LanguageModel,
     ModelConfig,
     ModelMetadata,
@@ -30,7 +38,8 @@ from qigen.frontends.model import (
     TokenizerSource,
     map_file,
 )
-from qigen.frontends.settings import Settings, shown
+from qigen.frontends.rope import yarn, yarn_attention
+from qigen.frontends.settings import REQUIRED, Settings, shown
 
 _CONFIG = "config.json"
 _GENERATION = "generation_config.json"
@@ -85,7 +94,7 @@ def load_huggingface(folder: str | Path) -> LanguageModel:
     settings = Settings({**family.hf_defaults, **values}, where)
     generation = _json(folder / _GENERATION) if (folder / _GENERATION).is_file() else {}
     config = _config(family, settings, Settings(generation, str(folder / _GENERATION)))
-    sources, files = _weights(folder, quantization, notes)
+    sources, files = _weights(folder, config, quantization, notes)
     tied = {f"{family.hf_names['output']}.weight"} if config.tied_embeddings else set()
     required: list[str] = []
     if family.qkv_bias or settings.flag("attention_bias"):
@@ -94,6 +103,8 @@ def load_huggingface(folder: str | Path) -> LanguageModel:
         required.append("attn_output")
     if settings.flag("mlp_bias"):
         required += ["ffn_gate", "ffn_up", "ffn_down"]
+    if family.mixture is not None and family.mixture.biases:
+        required += ["ffn_gate_inp", "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"]
     tensors, biases = bind(
         config,
         family.hf_names,
@@ -174,6 +185,8 @@ def _config(family: Family, s: Settings, generation: Settings) -> ModelConfig:
         n_kv_heads=s.integer("num_key_value_heads", n_heads),
         head_dim=head_dim,
         d_ff=s.integer("intermediate_size"),
+        experts=_experts(family, s),
+        sinks=family.sinks,
         norm_eps=s.number("rms_norm_eps", 1e-6, low=1e-12, high=1.0),
         max_position=s.integer("max_position_embeddings", 2048),
         rope=_rope(s, "full_attention", head_dim),
@@ -195,6 +208,25 @@ def _config(family: Family, s: Settings, generation: Settings) -> ModelConfig:
     )
     config.check(s.where)
     return config
+
+
+def _experts(family: Family, s: Settings) -> ExpertsConfig | None:
+    """The mixture of experts of a family that has one; Unsupported if some layers have none."""
+    mixture = family.mixture
+    if mixture is None:
+        return None
+    if s.integer("decoder_sparse_step", 1) != 1 or s.values.get("mlp_only_layers"):
+        raise Unsupported("layers without experts between others are not supported", s.where)
+    normalized = not mixture.hf_normalize or s.flag(mixture.hf_normalize)
+    return ExpertsConfig(
+        count=s.integer(mixture.hf_count, high=MOST_EXPERTS),
+        used=s.integer("num_experts_per_tok"),
+        d_ff=s.integer(mixture.hf_d_ff),
+        softmax="chosen" if normalized else "all",
+        act=mixture.act or family.activation,
+        alpha=mixture.alpha,
+        limit=s.number("swiglu_limit", mixture.limit, low=1e-3),
+    )
 
 
 def _end_tokens(s: Settings, vocab_size: int) -> tuple[int, ...]:
@@ -266,9 +298,33 @@ def _rope(s: Settings, layer_type: str, head_dim: int) -> RopeConfig:
         return replace(rope, factors=_llama3_factors(rope, r))
     if kind in ("longrope", "su"):
         return _longrope(rope, r)
+    if kind == "yarn":
+        return _yarn(rope, r)
     raise Unsupported(
-        f"rope scaling '{shown(kind)}' is not supported; known are linear, llama3 and longrope",
+        f"rope scaling '{shown(kind)}' is not supported; known are linear, llama3, longrope and "
+        "yarn",
         s.where,
+    )
+
+
+def _yarn(rope: RopeConfig, r: Settings) -> RopeConfig:
+    """YaRN (Peng et al. 2023, arXiv:2309.00071) with the settings that transformers has for it."""
+    if {"mscale", "mscale_all_dim"} & {key for key in r.values if key in r}:
+        raise Unsupported("yarn with 'mscale' is not supported", r.where)
+    if "original_max_position_embeddings" in r:
+        context = r.integer("original_max_position_embeddings")
+        default = r.integer("max_position_embeddings", context) / context
+    else:
+        context, default = r.integer("max_position_embeddings"), REQUIRED
+    factor = r.number("factor", default, low=1e-3)
+    return yarn(
+        rope,
+        factor,
+        context,
+        fast=r.number("beta_fast", 32.0, low=1e-3),
+        slow=r.number("beta_slow", 1.0, low=1e-3),
+        truncate=r.flag("truncate", True),
+        attn_factor=r.number("attention_factor", yarn_attention(factor), low=1e-6),
     )
 
 
@@ -305,7 +361,7 @@ def _longrope(rope: RopeConfig, r: Settings) -> RopeConfig:
 
 
 def _weights(
-    folder: Path, quantization: Settings | None, notes: list[str]
+    folder: Path, config: ModelConfig, quantization: Settings | None, notes: list[str]
 ) -> tuple[dict[str, SourceTensor], tuple[Path, ...]]:
     """All tensors of the language model by their names without a prefix, and their files."""
     found: dict[str, RawTensor] = {}
@@ -338,8 +394,13 @@ def _weights(
         raw[name] = tensor
     if vision:
         notes.append(f"the vision tower ({vision} tensors) is left out: text only")
+    rename: Callable[[str], str] = str
+    stacked: dict[str, SourceTensor] = {}
+    if config.family == "gpt-oss" and config.experts is not None:
+        raw, stacked = unstacked_gpt_oss(raw, config.experts.count)
+        rename = renamed_gpt_oss
     if quantization is None:
-        return {name: _dense(tensor) for name, tensor in raw.items()}, paths
+        return {**{rename(name): _dense(tensor) for name, tensor in raw.items()}, **stacked}, paths
     matrices, parts = read_quantized(raw, quantization)
     wide = sum(matrix.format.float_kind is not None for matrix in matrices.values())
     if wide:
@@ -348,7 +409,8 @@ def _weights(
             "take more room than the checkpoint; --weights rounds them"
         )
     dense = {name: _dense(tensor) for name, tensor in raw.items() if name not in parts}
-    return {**dense, **matrices}, paths
+    every = {**dense, **matrices, **stacked}
+    return {rename(name): tensor for name, tensor in every.items()}, paths
 
 
 def _dense(tensor: RawTensor) -> SourceTensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from qigen.errors import Unsupported, UsageError
-from qigen.frontends.model import LanguageModel, RopeConfig
+from qigen.frontends.model import ExpertsConfig, LanguageModel, RopeConfig
 from qigen.ir.graph import Graph, State
 
 
@@ -166,6 +166,7 @@ class _Builder:
             rotate(q, "rope_q"),
             written,
             "positions",
+            *([self.constant(f"{prefix}.attn_sinks.weight")] if config.sinks else []),
             name=f"{prefix}.attention",
             layer=layer,
             state=state,
@@ -181,15 +182,59 @@ class _Builder:
             h = norm(h, "post_attention_norm")
         x = add(x, h, "attn_residual")
         h = norm(x, "ffn_norm")
-        h = graph.add(
-            "GatedAct",
-            project(h, "ffn_gate"),
-            project(h, "ffn_up"),
-            name=f"{prefix}.ffn_act",
-            layer=layer,
-            kind=config.activation,
-        )
-        h = project(h, "ffn_down")
+        if config.experts is not None:
+            h = self.experts(h, project(h, "ffn_gate_inp"), config.experts, layer)
+        else:
+            h = graph.add(
+                "GatedAct",
+                project(h, "ffn_gate"),
+                project(h, "ffn_up"),
+                name=f"{prefix}.ffn_act",
+                layer=layer,
+                kind=config.activation,
+            )
+            h = project(h, "ffn_down")
         if config.post_norms:
             h = norm(h, "post_ffw_norm")
         return add(x, h, "ffn_residual")
+
+    def experts(self, x: str, logits: str, experts: ExpertsConfig, layer: int) -> str:
+        """Add the experts of a layer, which the router's ``logits`` choose for every row of x."""
+        prefix = f"blk.{layer}"
+        gates = self.graph.add(
+            "Router",
+            logits,
+            name=f"{prefix}.router",
+            layer=layer,
+            k=experts.used,
+            softmax=experts.softmax,
+        )
+        stems = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
+        biases = [stem in self.config.biases for stem in stems]
+        if any(biases) != all(biases):
+            raise Unsupported(
+                "experts of which some products have a bias and others have none are not supported",
+                f"{prefix}.{stems[biases.index(False)]}",
+            )
+        constants = [
+            self.constant(f"{prefix}.{stem}.{e}.{kind}")
+            for kind in ("weight", "bias")[: 1 + biases[0]]
+            for stem in stems
+            for e in range(experts.count)
+        ]
+        for name in constants:
+            if self.model.tensors[name].columns is not None:
+                raise Unsupported("an expert with reordered columns has no kernel", name)
+        return self.graph.add(
+            "Experts",
+            x,
+            gates,
+            *constants,
+            name=f"{prefix}.experts",
+            layer=layer,
+            n_experts=experts.count,
+            biases=biases[0],
+            act=experts.act,
+            alpha=experts.alpha,
+            limit=experts.limit,
+        )

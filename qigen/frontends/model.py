@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qigen.errors import BadInput
-from qigen.formats.algebra import Format, QuantizedTensor, validate
+from qigen.formats.algebra import Format, QuantizedTensor, select_rows, validate
 from qigen.formats.blocks import from_blocks
 
 Bytes = npt.NDArray[np.uint8]
@@ -63,6 +63,22 @@ class RopeConfig:
 
 
 @dataclass(frozen=True)
+class ExpertsConfig:
+    """The feed-forward parts of a mixture of experts: ``used`` of ``count`` experts, each ``d_ff``
+    wide, compute a row. ``softmax``, ``act``, ``alpha`` and ``limit`` as in
+    :mod:`qigen.ir.ops.experts`.
+    """
+
+    count: int
+    used: int
+    d_ff: int
+    softmax: str = "chosen"
+    act: str = "silu"
+    alpha: float = 1.0
+    limit: float = 1.0
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Everything about a decoder-only language model that is not a weight."""
 
@@ -88,6 +104,8 @@ class ModelConfig:
     tied_embeddings: bool = False
     qk_norm: bool = False
     post_norms: bool = False
+    experts: ExpertsConfig | None = None
+    sinks: bool = False  # attention heads have a score without a value
     biases: tuple[str, ...] = ()  # the projections with a bias: 'attn_q', 'ffn_down', ...
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
@@ -96,6 +114,16 @@ class ModelConfig:
     def untied_embeddings(self) -> bool:
         """Whether the output projection is a tensor of its own."""
         return not self.tied_embeddings
+
+    @property
+    def routed(self) -> bool:
+        """Whether the feed-forward parts are mixtures of experts."""
+        return self.experts is not None
+
+    @property
+    def dense(self) -> bool:
+        """Whether every row goes through the same feed-forward part."""
+        return self.experts is None
 
     def window_of(self, layer: int) -> int:
         """Attention window of a layer; 0 is none."""
@@ -112,6 +140,12 @@ class ModelConfig:
         if self.n_heads % self.n_kv_heads:
             raise BadInput(
                 f"{self.n_heads} attention heads cannot share {self.n_kv_heads} key/value heads",
+                where,
+            )
+        if self.experts is not None and self.experts.used > self.experts.count:
+            raise BadInput(
+                f"{self.experts.used} experts are to compute a token, but there are "
+                f"{self.experts.count}",
                 where,
             )
         for rope in (self.rope, self.local_rope):
@@ -179,18 +213,20 @@ class TensorHandle:
     """A tensor of the model that stays in its file until :meth:`load` is called.
 
     ``add`` is added to a vector when it is loaded (gemma's norms are stored minus one in Hugging
-    Face folders).
+    Face folders). ``step``: only every so many of the rows belong to it (gpt-oss stores the rows of
+    gate and up in turns).
     """
 
     name: str
     origin: SourceTensor
     rows: tuple[int, int]
     add: float = 0.0
+    step: int = 1
 
     @property
     def shape(self) -> tuple[int, ...]:
         """``(N, K)`` in weights, or ``(N,)``."""
-        return (self.rows[1] - self.rows[0], *self.origin.shape[1:])
+        return (-(-(self.rows[1] - self.rows[0]) // self.step), *self.origin.shape[1:])
 
     @property
     def format(self) -> Format:
@@ -209,7 +245,7 @@ class TensorHandle:
             self.origin.file,
             self.origin.name,
             self.rows,
-            self.rows == (0, self.origin.shape[0]),
+            self.rows == (0, self.origin.shape[0]) and self.step == 1,
         )
 
     def raw(self) -> Bytes:
@@ -219,8 +255,10 @@ class TensorHandle:
         """
         if len(self.shape) == 1:
             size = self.origin.data.size // self.origin.shape[0]
-            return self.origin.data[self.rows[0] * size : self.rows[1] * size].reshape(1, -1)
-        return self.origin.data.reshape(self.origin.shape[0], -1)[self.rows[0] : self.rows[1]]
+            numbers = self.origin.data.reshape(-1, size)[self.rows[0] : self.rows[1] : self.step]
+            return numbers.reshape(1, -1)
+        rows = slice(self.rows[0], self.rows[1], self.step)
+        return self.origin.data.reshape(self.origin.shape[0], -1)[rows]
 
     def load(self) -> QuantizedTensor | npt.NDArray[np.float32]:
         """A matrix as QuantizedTensor ``[N, K]`` of its stored codes, a vector as float32 ``[N]``.
@@ -230,8 +268,13 @@ class TensorHandle:
         tensor = self.origin.load(*self.rows)
         validate(tensor, f"{self.origin.file}: {self.origin.name}")
         if len(self.shape) == 2:
-            return tensor
-        vector: npt.NDArray[np.float32] = tensor.dequantize()[0] + np.float32(self.add)
+            if self.step == 1:
+                return tensor
+            every = np.arange(0, tensor.shape[0], self.step)
+            fields = select_rows(tensor.format, tensor.fields, every)
+            return QuantizedTensor(tensor.format, (len(every), tensor.shape[1]), fields)
+        numbers = tensor.dequantize()[0, :: self.step]
+        vector: npt.NDArray[np.float32] = numbers + np.float32(self.add)
         return vector
 
 

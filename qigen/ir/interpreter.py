@@ -17,6 +17,7 @@ from qigen.formats.algebra import QuantizedTensor, select_rows
 from qigen.formats.kv import BLOCK, KV_FORMATS, kv_format, round_block
 from qigen.ir import schema
 from qigen.ir.graph import Array, Graph, State, constant_shape, load_constant
+from qigen.ir.ops.experts import expert_parts
 from qigen.ir.ops.fused import group_parts
 
 ACTIVATION_GROUP = 32
@@ -307,6 +308,9 @@ def _readers(graph: Graph) -> dict[str, tuple[str, ...]]:
             by_input.setdefault(node.inputs[0], []).append(node.inputs[1])
         elif node.op == "MatMulGroup":
             by_input.setdefault(node.name, []).extend(group_parts(node).weights)
+        elif node.op in ("Experts", "RoutedExperts"):
+            for names in expert_parts(node).weights.values():
+                by_input.update({name: [name] for name in names})
     return {name: tuple(names) for names in by_input.values() for name in names}
 
 

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from qigen import toolchain
 from qigen.backends.base import Isa
-from qigen.errors import UsageError
+from qigen.errors import Unsupported, UsageError
 from qigen.formats.catalog import by_name
 from qigen.ir.graph import Graph
 from qigen.mix.allocate import MOST_VALUE, Infeasible, Item, allocate
@@ -120,9 +120,13 @@ def choose(
     ``sequences`` int32 [S, T] are calibration data (None: the weights alone are looked at).
     ``sha256`` names the model in the plan and in the ``cache`` of sensitivities. Raises UsageError
     for a budget that no mix keeps, naming the least that one does, and for a divergence as the
-    budget without calibration data; what :mod:`qigen.mix.candidates` raises for candidates.
+    budget without calibration data; Unsupported for a mixture of experts; what
+    :mod:`qigen.mix.candidates` raises for candidates.
     """
     check_budget(wishes.budget, "kl", sequences is not None)
+    if any(node.op == "Experts" for node in graph.nodes):
+        raise Unsupported("formats are not chosen for mixtures of experts yet, whose experts need "
+                          "the same one; name it with --weights")
     matrices = matrices_of(graph)
     labels = named(wishes.candidates or CANDIDATES)
     kept = kept_names(matrices, wishes.keep)

@@ -146,13 +146,13 @@ def fuse_attention(graph: Graph) -> Graph:
     for node in graph.nodes:
         if node.op != "Attention":
             continue
-        q, kv, positions = node.inputs
+        q, kv, positions, *sinks = node.inputs
         append = uses.private(kv, "KVAppend")
         if append is None or append.inputs[2] != positions:
             continue
         k, v, _ = append.inputs
         head_dim = node.attrs["head_dim"]
-        attrs = dict(node.attrs, rotary_dim=0)
+        attrs = dict(node.attrs, rotary_dim=0, sinks=bool(sinks))
         extra: list[str] = []
         ropes = [uses.private(name, "Rope") for name in (q, k)]
         factors: list[str] = []
@@ -178,7 +178,7 @@ def fuse_attention(graph: Graph) -> Graph:
             attrs.update(qk_norm=True, eps=norm_q.attrs["eps"])
             extra = [norm_q.inputs[1], norm_k.inputs[1]]
             q, k = norm_q.inputs[0], norm_k.inputs[0]
-        inputs = [q, k, v, positions, *extra, *factors]
+        inputs = [q, k, v, positions, *extra, *factors, *sinks]
         changes[append.name] = None
         changes[node.name] = _fused(
             "RopeAttention", node.name, node.layer, inputs, node.outputs, **attrs
@@ -201,6 +201,35 @@ def fuse_norm_add(graph: Graph) -> Graph:
                     "NormAdd", node.name, node.layer, inputs, node.outputs, eps=norm.attrs["eps"]
                 )
                 break
+    return _replaced(graph, changes)
+
+
+def fuse_experts(graph: Graph) -> Graph:
+    """Add(x, Experts(RMSNorm(x, w), Router(logits))) -> RoutedExperts(x, logits, w).
+
+    The norm stays for the router's product, which takes it as its prologue: both make the same
+    numbers, and none is kept.
+    """
+    uses = _Uses(graph)
+    changes: dict[str, Node | None] = {}
+    for node in graph.nodes:
+        if node.op != "Add":
+            continue
+        for x, result in (node.inputs, node.inputs[::-1]):
+            experts = uses.private(result, "Experts")
+            if experts is None:
+                continue
+            norm = uses.made_by(experts.inputs[0], "RMSNorm")
+            router = uses.private(experts.inputs[1], "Router")
+            if norm is None or router is None or norm.inputs[0] != x or not _whole_row(graph, norm):
+                continue
+            inputs = [x, router.inputs[0], norm.inputs[1], *experts.inputs[2:]]
+            attrs = {**router.attrs, **experts.attrs, "eps": norm.attrs["eps"]}
+            changes |= {router.name: None, experts.name: None}
+            changes[node.name] = _fused(
+                "RoutedExperts", experts.name, experts.layer, inputs, node.outputs, **attrs
+            )
+            break
     return _replaced(graph, changes)
 
 

@@ -67,7 +67,7 @@ def in_place_input(node: Node) -> str | None:
     """The input whose memory the only result may take: it is read and written number by number."""
     if node.op == "MatMulGroup" and node.attrs["epilogue"] == "add":
         candidate = node.inputs[-1]
-    elif node.op in ("NormAdd", "GatedAct"):
+    elif node.op in ("NormAdd", "GatedAct", "RoutedExperts"):
         candidate = node.inputs[0]
     else:
         return None

@@ -14,6 +14,7 @@ PASSES: tuple[Callable[[Graph], Graph], ...] = (
     fuse.columns_before_norms,
     fuse.fuse_attention,
     fuse.fuse_norm_add,
+    fuse.fuse_experts,
     fuse.group_matmuls,
     fuse.fuse_epilogues,
 )
@@ -27,6 +28,7 @@ KERNEL_OPERATORS = frozenset(
         "RopeAttention",
         "NormAdd",
         "GatedAct",
+        "RoutedExperts",
     }
 )
 """What a graph consists of after the passes: the operators that the code generator knows."""

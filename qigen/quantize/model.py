@@ -25,10 +25,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from qigen.errors import BadInput, QigenError, UsageError
+from qigen.errors import BadInput, QigenError, Unsupported, UsageError
 from qigen.formats.algebra import Array, Format, QuantizedTensor
 from qigen.formats.catalog import by_name
 from qigen.ir.graph import Graph, constant_shape, load_constant
+from qigen.ir.ops.experts import expert_parts
 from qigen.quantize import methods
 from qigen.quantize.hessian import Statistics, check_memory, output_error
 from qigen.quantize.methods import Report
@@ -214,8 +215,9 @@ def quantize_model(
     matrices that get another than the recipe's; what changes the model first is the recipe's alone.
 
     ``sequences`` int32 [S, T] are what it is calibrated on; a method that needs no Hessian works
-    without (None). Tables of embeddings are quantized without statistics, first. The argument is
-    left alone. Also returns what became of every matrix (:class:`Report`, and its name).
+    without (None). Tables of embeddings, and the matrices of experts, are quantized without
+    statistics, first. The argument is left alone. Also returns what became of every matrix
+    (:class:`Report`, and its name).
 
     Raises what :func:`qigen.quantize.quantize_matrix` raises, naming the matrix; UsageError for a
     method that needs calibration data and has none.
@@ -237,7 +239,10 @@ def quantize_model(
                          "method clip or rtn")
     graph = prepared(graph, formats, sequences, recipe, store, report)
     reports: list[dict[str, Any]] = []
+    # looked up, or multiplied by what only some tokens are: there are no statistics for these
     tables = {node.inputs[1] for node in graph.nodes if node.op == "Embedding"}
+    tables |= {name for node in graph.nodes if node.op == "Experts"
+               for names in expert_parts(node).weights.values() for name in names}
     work = _Work(graph, formats, own, recipe, store, reports)
     walk = Walk(graph, sequences, memory=recipe.memory, scratch=store.folder) if (
         sequences is not None) else None
@@ -314,7 +319,10 @@ def prepared(graph: Graph, formats: Mapping[str, Format],
              progress: Progress) -> Graph:
     """A copy of the graph that computes the same, changed by the preparations of the recipe."""
     task = Task(graph.copy(), formats, sequences, recipe.memory, store, progress)
-    for _, prepare in recipe.preparations:
+    for name, prepare in recipe.preparations:
+        if any(node.op == "Experts" for node in graph.nodes):
+            raise Unsupported(f"method {name} folds scales or rotations into neighbours, which is "
+                              "not done for mixtures of experts; take gptq, clip or rtn")
         prepare(task)
     return task.graph
 

@@ -89,15 +89,25 @@ def with_byte_tables(graph: Graph, activations: str | None) -> tuple[Graph, tupl
 def chosen(graph: Graph, fmt: Format, keep: Sequence[str] = (),
            again: bool = False) -> list[str]:
     """The matrices of a graph that come to ``fmt``: all that are not in it (``again``: also those)
-    and whose names none of the patterns ``keep`` (as of shells) fits. UsageError for a pattern that
-    fits no matrix."""
-    names = [name for name, data in graph.constants.items() if len(constant_shape(data)) == 2]
+    and whose names none of the patterns ``keep`` (as of shells) fits. Routers stay as they are:
+    they are small, and what they get wrong sends a token to another expert. UsageError for a
+    pattern that fits no matrix."""
+    routers = _routers(graph)
+    names = [name for name, data in graph.constants.items()
+             if len(constant_shape(data)) == 2 and name not in routers]
     for pattern in keep:
         if not any(fnmatchcase(name, pattern) for name in names):
             shown = ", ".join(names[:3])
             raise UsageError(f"no matrix is called {pattern}; there are {shown} ...")
     return [name for name in names if (again or graph.values[name].dtype != fmt.name)
             and not any(fnmatchcase(name, pattern) for pattern in keep)]
+
+
+def _routers(graph: Graph) -> set[str]:
+    """The matrices whose products choose experts."""
+    producers = graph.producers()
+    products = [producers.get(n.inputs[0]) for n in graph.nodes if n.op == "Router"]
+    return {p.inputs[1] for p in products if p is not None and p.op == "MatMul"}
 
 
 def requantized(graph: Graph, fmt: Format, keep: Sequence[str] = ()) -> Graph:

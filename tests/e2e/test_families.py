@@ -58,8 +58,15 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("configuration", CONFIGURATIONS)
-@pytest.mark.parametrize("family", TINY)
+@pytest.mark.parametrize(
+    ("family", "configuration"),
+    [
+        # of mixtures of experts, tests/e2e/test_experts.py has some that are not slow
+        pytest.param(f, c, marks=pytest.mark.slow if TINY[f].experts else ())
+        for f in TINY
+        for c in CONFIGURATIONS
+    ],
+)
 def test_family(compiled: Build, family: str, configuration: str) -> None:
     check(compiled(family=family, **CONFIGURATIONS[configuration]))
 

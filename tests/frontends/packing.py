@@ -7,6 +7,7 @@ matrix that they stand for. They share nothing with the readers, whose values ar
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
-from tests.frontends.tiny import Tensors, write_safetensors
+from tests.frontends.tiny import Tensors, tiny, weights, write_safetensors, write_tiny_hf
 
 STORIES = Path(__file__).parents[1] / "data" / "stories260k" / "hf"
 
@@ -614,3 +615,45 @@ def write_packed(folder: Path, family: Family) -> Path:
             packed.update({f"{layer}.{part}": tensor for part, tensor in tensors.items()})
     write_safetensors(folder / "model.safetensors", packed)
     return folder / "model.safetensors"
+
+
+# -- gpt-oss ---------------------------------------------------------------------------------------
+
+_STACKED = re.compile(r".*\.mlp\.experts\.(gate_up|down)_proj")
+
+
+def write_gpt_oss(
+    folder: Path,
+    *,
+    never: int | None = None,
+    config: dict[str, Any] | None = None,
+    **overrides: Any,
+) -> tuple[Path, dict[str, np.ndarray]]:
+    """A tiny gpt-oss as its makers store it, experts in MXFP4 and the rest in bfloat16, and the
+    float32 weights that it stands for by name; matrices of experts ``[E, N, K]``.
+
+    ``never`` is an expert that no token goes to. ``config``: settings that replace others;
+    ``overrides``: fields of :class:`tests.frontends.tiny.Tiny`.
+    """
+    folder = write_tiny_hf(folder, "gpt-oss", **overrides)
+    spec = tiny("gpt-oss", **overrides)
+    packed: Tensors = {}
+    values: dict[str, np.ndarray] = {}
+    for name, w in weights(spec).items():
+        if name.endswith("mlp.router.bias") and never is not None:
+            w[never] = -1000.0
+        if _STACKED.fullmatch(name):
+            made = [mxfp4().pack(name, np.ascontiguousarray(m.T)) for m in w]
+            for part in ("blocks", "scales"):
+                each = np.stack([tensors[f"weight_{part}"][1] for tensors, _ in made])
+                packed[f"{name}_{part}"] = ("U8", each)
+            values[name] = np.stack([m for _, m in made])
+        else:
+            packed[name] = ("BF16", bf16(w))
+            values[name] = from_bf16(packed[name][1])
+    write_safetensors(folder / "model.safetensors", packed)
+    path = folder / "config.json"
+    quantization = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]}
+    settings = {**json.loads(path.read_text()), "quantization_config": quantization}
+    path.write_text(json.dumps({**settings, **(config or {})}))
+    return folder, values

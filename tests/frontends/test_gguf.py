@@ -233,8 +233,11 @@ def test_damaged_tensor_entries(name: str, tmp_path: Path) -> None:
 
 
 KEY_ERRORS: dict[str, tuple[str, dict[str, Any], type[QigenError], str]] = {
-    "yarn": ("llama", {"llama.rope.scaling.type": "yarn"}, Unsupported, "rope scaling 'yarn'"),
-    "experts": ("llama", {"llama.expert_count": 8}, Unsupported, "experts"),
+    "rope": ("llama", {"llama.rope.scaling.type": "dynamic"}, Unsupported, "scaling 'dynamic'"),
+    "yarn": ("llama", {"llama.rope.scaling.type": "yarn"}, BadInput, "'llama.rope.scaling.factor'"),
+    "experts": ("qwen3", {"qwen3.expert_count": 8}, Unsupported, "'qwen3' with experts"),
+    "no used": ("llama", {"llama.expert_count": 8}, BadInput, "'llama.expert_used_count' is miss"),
+    "experts too many": ("llama", {"llama.expert_count": 1 << 20}, BadInput, "from 0 to 4096"),
     "value length": ("llama", {"llama.attention.value_length": 8}, Unsupported, "values of"),
     "split": ("llama", {"split.count": 3}, Unsupported, "split"),
     "alignment": ("llama", {"general.alignment": 48}, BadInput, "a power of two"),

@@ -206,7 +206,25 @@ CONFIG_ERRORS: dict[str, tuple[str, dict[str, Any], type[QigenError], str]] = {
         "llama", {"quantization_config": {"quant_method": "quip", "bits": 4}}, Unsupported,
         "quantized by 'quip'",
     ),
-    "yarn": ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 4}}, Unsupported, "'yarn'"),
+    "yarn": (
+        "llama", {"rope_scaling": {"rope_type": "yarn", "factor": 4, "mscale": 0.7}}, Unsupported,
+        "yarn with 'mscale'",
+    ),
+    "no yarn": ("llama", {"rope_scaling": {"rope_type": "yarn"}}, BadInput, "'factor' is missing"),
+    "more chosen": ("mixtral", {"num_experts_per_tok": 5}, BadInput, "but there are 4"),
+    "more experts": (
+        "mixtral", {"num_local_experts": 5}, BadInput,
+        r"moe.gate.weight' has the shape \[4, 64\], but the configuration asks for \[5, 64",
+    ),
+    "stacked experts": (
+        "gpt-oss", {"num_local_experts": 4}, BadInput,
+        "mlp.experts.gate_up_proj' holds 5 experts, but the configuration says 4",
+    ),
+    "dense layers": ("qwen3moe", {"mlp_only_layers": [0]}, Unsupported, "layers without experts"),
+    "wide experts": (
+        "qwen3moe", {"moe_intermediate_size": 48}, BadInput,
+        r"0.gate_proj.weight' has the shape \[40, 64\], but the configuration asks for \[48",
+    ),
     "dynamic": ("llama", {"rope_scaling": {"type": "dynamic", "factor": 4}}, Unsupported, "'dyn"),
     "activation": ("llama", {"hidden_act": "relu"}, Unsupported, "activation 'relu'"),
     "bidirectional": (

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -49,6 +51,10 @@ class Tiny:
     original_context: int = 0
     tied: bool = False
     bias: bool = False  # of llama: attention_bias and mlp_bias
+    experts: int = 0
+    used: int = 2
+    expert_ff: int = 0  # where it is not d_ff
+    normalize: bool = True  # of qwen3moe: norm_topk_prob
     seed: int = 1
 
     @property
@@ -56,10 +62,22 @@ class Tiny:
         return int(self.head_dim * self.partial_rotary)
 
     @property
+    def of_experts(self) -> int:
+        return self.expert_ff or self.d_ff
+
+    @property
     def is_gemma(self) -> bool:
         return self.family in ("gemma2", "gemma3")
 
 
+YARN = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "beta_fast": 2.0,
+    "beta_slow": 0.3,
+    "original_max_position_embeddings": 16,
+    "truncate": False,
+}
 TINY = {
     tiny.family: tiny
     for tiny in (
@@ -88,6 +106,9 @@ TINY = {
                 "long_factor": [1.0, 1.5, 2.0, 3.0, 5.0, 8.0],
             },
         ),
+        Tiny("mixtral", n_layers=2, experts=4),
+        Tiny("qwen3moe", n_layers=2, head_dim=24, experts=6, used=3, expert_ff=40),
+        Tiny("gpt-oss", n_layers=2, head_dim=32, window=5, experts=5, used=2, rope_scaling=YARN),
     )
 }
 LLAMA3_SCALING = {
@@ -106,7 +127,11 @@ _CLASSES = {
     "gemma2": "Gemma2ForCausalLM",
     "gemma3": "Gemma3ForCausalLM",
     "phi3": "Phi3ForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "qwen3moe": "Qwen3MoeForCausalLM",
+    "gpt-oss": "GptOssForCausalLM",
 }
+_MODEL_TYPES = {"gemma3": "gemma3_text", "qwen3moe": "qwen3_moe", "gpt-oss": "gpt_oss"}
 _ARCHITECTURES = {
     "llama": gguf.MODEL_ARCH.LLAMA,
     "mistral": gguf.MODEL_ARCH.LLAMA,
@@ -115,6 +140,9 @@ _ARCHITECTURES = {
     "gemma2": gguf.MODEL_ARCH.GEMMA2,
     "gemma3": gguf.MODEL_ARCH.GEMMA3,
     "phi3": gguf.MODEL_ARCH.PHI3,
+    "mixtral": gguf.MODEL_ARCH.LLAMA,
+    "qwen3moe": gguf.MODEL_ARCH.QWEN3MOE,
+    "gpt-oss": gguf.MODEL_ARCH.GPT_OSS,
 }
 
 
@@ -149,16 +177,22 @@ def weights(spec: Tiny) -> Weights:
         else:
             for part, rows in (("q", q), ("k", kv), ("v", kv)):
                 matrix(f"{layer}.self_attn.{part}_proj", rows, d)
-                if spec.bias or spec.family == "qwen2":
+                if spec.bias or spec.family in ("qwen2", "gpt-oss"):
                     vector(f"{layer}.self_attn.{part}_proj.bias", rows, 0.0)
-        if spec.family in ("qwen3", "gemma3"):
+        if spec.family in ("qwen3", "gemma3", "qwen3moe"):
             norm(f"{layer}.self_attn.q_norm", spec.head_dim)
             norm(f"{layer}.self_attn.k_norm", spec.head_dim)
         matrix(f"{layer}.self_attn.o_proj", d, q)
+        if spec.family == "gpt-oss":
+            vector(f"{layer}.self_attn.o_proj.bias", d, 0.0)
+            vector(f"{layer}.self_attn.sinks", spec.n_heads, 0.5)
         norm(f"{layer}.post_attention_layernorm", d)
         if spec.is_gemma:
             norm(f"{layer}.pre_feedforward_layernorm", d)
             norm(f"{layer}.post_feedforward_layernorm", d)
+        if spec.experts:
+            _add_experts(spec, layer, matrix, vector, result)
+            continue
         if spec.family == "phi3":
             matrix(f"{layer}.mlp.gate_up_proj", 2 * ff, d)
         else:
@@ -176,6 +210,36 @@ def weights(spec: Tiny) -> Weights:
     return result
 
 
+def _add_experts(
+    spec: Tiny,
+    layer: str,
+    matrix: Callable[..., None],
+    vector: Callable[..., None],
+    result: Weights,
+) -> None:
+    """The router and the experts of a layer."""
+    d, ff, count = spec.d_model, spec.of_experts, spec.experts
+    if spec.family == "mixtral":
+        matrix(f"{layer}.block_sparse_moe.gate", count, d)
+        for e in range(count):
+            for name, n, k in (("w1", ff, d), ("w2", d, ff), ("w3", ff, d)):
+                matrix(f"{layer}.block_sparse_moe.experts.{e}.{name}", n, k)
+    elif spec.family == "qwen3moe":
+        matrix(f"{layer}.mlp.gate", count, d)
+        for e in range(count):
+            for name, n, k in (("gate_proj", ff, d), ("up_proj", ff, d), ("down_proj", d, ff)):
+                matrix(f"{layer}.mlp.experts.{e}.{name}", n, k)
+    else:  # gpt-oss: stacked, and transposed where they are floats
+        matrix(f"{layer}.mlp.router", count, d)
+        vector(f"{layer}.mlp.router.bias", count, 0.0)
+        for name, n, k in (("gate_up_proj", 2 * ff, d), ("down_proj", d, ff)):
+            matrix("all", count * n, k, 4.0 / math.sqrt(k))  # wide enough to be cut at the limit
+            stacked = result.pop("all.weight").reshape(count, n, k)
+            result[f"{layer}.mlp.experts.{name}"] = np.ascontiguousarray(stacked.swapaxes(1, 2))
+            vector("all", count * n, 0.0)
+            result[f"{layer}.mlp.experts.{name}_bias"] = result.pop("all").reshape(count, n)
+
+
 def tokens(spec: Tiny) -> list[str]:
     """A SentencePiece vocabulary: control tokens, the newline byte, single characters, words."""
     characters = ["\u2581", *"etaoinshrdlcumwfgypbvkjxqz", *"0123456789", *".,!?'\"-:;()"]
@@ -190,7 +254,7 @@ def hf_config(spec: Tiny) -> dict[str, Any]:
     """``config.json`` of the model."""
     config: dict[str, Any] = {
         "architectures": [_CLASSES[spec.family]],
-        "model_type": "gemma3_text" if spec.family == "gemma3" else spec.family,
+        "model_type": _MODEL_TYPES.get(spec.family, spec.family),
         "hidden_size": spec.d_model,
         "intermediate_size": spec.d_ff,
         "num_hidden_layers": spec.n_layers,
@@ -222,6 +286,15 @@ def hf_config(spec: Tiny) -> dict[str, Any]:
     if spec.family == "gemma3":
         config["rope_local_base_freq"] = 10000.0
         config["sliding_window_pattern"] = 6
+    if spec.family == "gpt-oss":
+        config["sliding_window"] = spec.window or None
+        config["attention_bias"] = True
+    if spec.experts:
+        config["num_experts_per_tok"] = spec.used
+        config["num_experts" if spec.family == "qwen3moe" else "num_local_experts"] = spec.experts
+    if spec.family == "qwen3moe":
+        config["moe_intermediate_size"] = spec.of_experts
+        config["norm_topk_prob"] = spec.normalize
     if spec.family == "phi3":
         config["partial_rotary_factor"] = spec.partial_rotary
         config["original_max_position_embeddings"] = spec.original_context
@@ -335,8 +408,8 @@ def gguf_weights(spec: Tiny) -> Weights:
     """The float32 weights by their GGUF names, converted as llama.cpp's converter does."""
     names = gguf.get_tensor_name_map(_ARCHITECTURES[spec.family], spec.n_layers)
     result: Weights = {}
-    for name, tensor in weights(spec).items():
-        if spec.family in ("llama", "mistral"):
+    for name, tensor in _stacked(weights(spec)).items():
+        if spec.family in ("llama", "mistral", "mixtral"):
             if ".q_proj." in name:
                 tensor = _permute(tensor, spec.n_heads)
             elif ".k_proj." in name:
@@ -345,7 +418,7 @@ def gguf_weights(spec: Tiny) -> Weights:
             tensor = tensor + np.float32(1.0)
         new = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert new is not None, name
-        result[new] = tensor
+        result[new if new.endswith((".weight", ".bias")) else f"{new}.weight"] = tensor
     scaling = spec.rope_scaling
     if scaling.get("type") == "longrope":
         result["rope_factors_short.weight"] = np.array(scaling["short_factor"], np.float32)
@@ -353,6 +426,27 @@ def gguf_weights(spec: Tiny) -> Weights:
     if scaling.get("rope_type") == "llama3":
         result["rope_freqs.weight"] = llama3_factors(spec)
     return result
+
+
+def _stacked(weights: Weights) -> Weights:
+    """The weights with those of experts in one tensor a role, as llama.cpp's converter names it."""
+    result: Weights = {}
+    experts: dict[str, list[np.ndarray]] = {}
+    for name, tensor in weights.items():
+        several = re.fullmatch(r"(.*\.experts)\.(\d+)\.(\w+)\.weight", name)
+        fused = re.fullmatch(r"(.*\.mlp\.experts)\.(gate_up|down)_proj(_bias)?", name)
+        if several:
+            experts.setdefault(f"{several[1]}.{several[3]}.weight", []).append(tensor)
+        elif fused:
+            kind = "bias" if fused[3] else "weight"
+            tensor = tensor if fused[3] else tensor.swapaxes(1, 2)
+            parts = {"down_proj": tensor} if fused[2] == "down" else {
+                "gate_proj": tensor[:, 0::2], "up_proj": tensor[:, 1::2]}  # fmt: skip
+            for part, values in parts.items():
+                result[f"{fused[1]}.{part}.{kind}"] = np.ascontiguousarray(values)
+        else:
+            result[name] = tensor
+    return result | {name: np.stack(tensors) for name, tensors in experts.items()}
 
 
 def llama3_factors(spec: Tiny) -> np.ndarray:
@@ -442,6 +536,18 @@ def write_tiny_gguf(
     if kind == "linear":
         w.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         w.add_rope_scaling_factor(spec.rope_scaling["factor"])
+    if kind == "yarn":
+        w.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        w.add_rope_scaling_factor(spec.rope_scaling["factor"])
+        w.add_rope_scaling_orig_ctx_len(spec.rope_scaling["original_max_position_embeddings"])
+        w.add_rope_scaling_yarn_beta_fast(spec.rope_scaling["beta_fast"])
+        w.add_rope_scaling_yarn_beta_slow(spec.rope_scaling["beta_slow"])
+    if not spec.normalize:
+        w.add_expert_weights_norm(False)
+    if spec.experts:
+        w.add_expert_count(spec.experts)
+        w.add_expert_used_count(spec.used)
+        w.add_expert_feed_forward_length(spec.of_experts)
     if kind == "longrope":
         stretch = spec.context / spec.original_context
         w.add_rope_scaling_orig_ctx_len(spec.original_context)
@@ -473,18 +579,20 @@ def write_tiny_gguf(
 def _add_tensor(
     w: gguf.GGUFWriter, name: str, tensor: np.ndarray, quant: str, rng: np.random.RandomState
 ) -> None:
-    if tensor.ndim == 1 or quant == "f32" or tensor.dtype != np.float32:
+    if tensor.ndim == 1 or quant == "f32" or tensor.dtype != np.float32 or name.endswith(".bias"):
         w.add_tensor(name, tensor)
         return
     format = by_name(quant)
-    if tensor.shape[1] % format.block and not format.float_kind:
+    if tensor.shape[-1] % format.block and not format.float_kind:
         format = by_name("f16")
     assert format.ggml_type is not None
     kind = GGMLQuantizationType(format.ggml_type)
     try:
         data = gguf.quantize(tensor, kind)
     except NotImplementedError:
-        data = random_blocks(format, *tensor.shape, rng)
+        rows = math.prod(tensor.shape[:-1])
+        data = random_blocks(format, rows, tensor.shape[-1], rng)
+        data = data.reshape(*tensor.shape[:-1], -1)
     w.add_tensor(name, data.view(np.uint8), raw_dtype=kind) if kind.name != "F16" else w.add_tensor(
         name, data
     )
@@ -503,6 +611,10 @@ REFERENCE_CASES: dict[str, dict[str, Any]] = {
     "gemma2": {"family": "gemma2"},
     "gemma3": {"family": "gemma3"},
     "phi3": {"family": "phi3"},
+    "mixtral": {"family": "mixtral"},
+    "qwen3moe": {"family": "qwen3moe"},
+    "gpt-oss": {"family": "gpt-oss", "rope_scaling": {}},  # it has whole pairs for yarn's ramp
+    "llama-yarn": {"family": "llama", "rope_scaling": {**YARN, "truncate": True}},
 }
 REFERENCE_TOKENS = [1, 5, 9, 33, 12, 7, 80, 41, 22, 5, 5, 60, 71, 3, 18, 29, 44, 8, 90, 17]
 

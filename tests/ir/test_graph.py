@@ -199,7 +199,7 @@ def test_every_operator_says_what_it_is() -> None:
         name: op for name, op in schema.operators().items() if not isinstance(op, TensorOp)
     }
     fused = {name for name, op in language.items() if op.fused}
-    assert fused == {"MatMulGroup", "RopeAttention", "NormAdd"}
+    assert fused == {"MatMulGroup", "RopeAttention", "NormAdd", "RoutedExperts"}
     for name, op in schema.operators().items():
         assert isinstance(op.inputs, str), name
         assert op.__doc__, name

@@ -19,6 +19,7 @@ from qigen.ir.schema import (
     activation,
     arity,
     register,
+    vector,
     width,
 )
 
@@ -59,10 +60,12 @@ def check_heads(node: Node, graph: Graph) -> tuple[int, int]:
     return a["n_heads"] * a["head_dim"], a["n_kv_heads"] * a["head_dim"]
 
 
-def attend(q: Array, positions: Array, attrs: Mapping[str, Any], ev: Evaluation) -> Array:
+def attend(q: Array, positions: Array, attrs: Mapping[str, Any], ev: Evaluation,
+           sinks: Array | None = None) -> Array:  # fmt: skip
     """Softmax attention of ``q [T, n_heads*head_dim]`` over the cached positions.
 
     The row at position p sees the keys j <= p, with a window only those j > p - window.
+    ``sinks [n_heads]`` are scores of a further key of every head, whose value is zero (gpt-oss).
     """
     if not len(positions):
         return q
@@ -90,9 +93,15 @@ def attend(q: Array, positions: Array, attrs: Mapping[str, Any], ev: Evaluation)
             scores = softcap(scores, attrs["softcap"])
         by_head = scores.reshape(n_kv, shared, end - start, last)
         by_head += np.where(hidden, q.dtype.type(-np.inf), q.dtype.type(0))
-        scores -= scores.max(axis=-1, keepdims=True)
+        top = scores.max(axis=-1, keepdims=True)
+        if sinks is not None:
+            sink = np.repeat(sinks.reshape(n_kv, shared), end - start, axis=1)[..., None]
+            top = np.maximum(top, sink)
+        scores -= top
         weights = np.exp(scores, out=scores)
         total = weights.sum(axis=-1, keepdims=True)
+        if sinks is not None:
+            total += np.exp(sink - top)
         mixed = weights @ values.transpose(1, 0, 2)  # [n_kv, shared * rows, hd]
         mixed /= total
         mixed = mixed.reshape(n_kv, shared, -1, hd).transpose(2, 0, 1, 3)
@@ -134,18 +143,21 @@ class Attention(Operator):
     """Causal, grouped-query, optionally windowed and soft-capped attention over a cache."""
 
     name = "Attention"
-    inputs = "q[T,n_heads*head_dim], kv, positions[T] i32"
+    inputs = "q[T,n_heads*head_dim], kv, positions[T] i32, sinks[n_heads] constant?"
     attrs = ATTENTION_ATTRS
 
     def infer(self, node: Node, graph: Graph) -> list[tuple[Shape, str]]:
-        arity(node, 3)
+        arity(node, 3, 4)
         q = activation(node, graph, 0, rank=2)
         activation(node, graph, 1, rank=0, dtype="kv")
         activation(node, graph, 2, rank=1, dtype="i32")
         wanted, _ = check_heads(node, graph)
         if width(node, q) != wanted:
             raise BadInput(f"the query row has {q[1]} columns, not {wanted}", node.name)
+        if len(node.inputs) == 4:
+            vector(node, graph, 3, node.attrs["n_heads"])
         return [(q, "f32")]
 
     def reference(self, node: Node, inputs: Sequence[Array], ev: Evaluation) -> list[Array]:
-        return [attend(inputs[0], inputs[2], node.attrs, ev)]
+        sinks = ev.vector(node.inputs[3]) if len(node.inputs) == 4 else None
+        return [attend(inputs[0], inputs[2], node.attrs, ev, sinks)]

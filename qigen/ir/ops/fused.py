@@ -145,18 +145,20 @@ class AttentionParts:
     q_norm: str | None
     k_norm: str | None
     freq_factors: str | None
+    sinks: str | None
 
 
 def attention_parts(node: Node) -> AttentionParts:
     """Take the inputs of a RopeAttention apart; BadInput if their number is wrong.
 
     The order is: q, k, v, positions, q_norm and k_norm (attribute ``qk_norm``), freq_factors
-    (attribute ``freq_factors``).
+    (attribute ``freq_factors``), sinks (attribute ``sinks``).
     """
-    norms, factors = node.attrs["qk_norm"], node.attrs["freq_factors"]
-    arity(node, 4 + 2 * norms + factors)
+    norms, factors, sinks = (node.attrs[a] for a in ("qk_norm", "freq_factors", "sinks"))
+    arity(node, 4 + 2 * norms + factors + sinks)
     names = node.inputs
     q, k, v, positions = names[:4]
+    after = 4 + 2 * norms
     return AttentionParts(
         q,
         k,
@@ -164,7 +166,8 @@ def attention_parts(node: Node) -> AttentionParts:
         positions,
         q_norm=names[4] if norms else None,
         k_norm=names[5] if norms else None,
-        freq_factors=names[-1] if factors else None,
+        freq_factors=names[after] if factors else None,
+        sinks=names[-1] if sinks else None,
     )
 
 
@@ -180,13 +183,14 @@ class RopeAttention(Operator):
     inputs = (
         "q[T,n_heads*head_dim], k[T,n_kv*head_dim], v[T,n_kv*head_dim], positions[T] i32, "
         "q_norm[head_dim], k_norm[head_dim] constants (qk_norm), "
-        "freq_factors[rotary_dim/2] constant (freq_factors)"
+        "freq_factors[rotary_dim/2] constant (freq_factors), sinks[n_heads] constant (sinks)"
     )
     attrs = (
         *ATTENTION_ATTRS,
         *(a for a in ROPE_ATTRS if a.name != "head_dim"),
         Attr("freq_factors", bool, False, doc="there is an input of frequency factors"),
         Attr("qk_norm", bool, False, doc="there are inputs of norm weights for q and k heads"),
+        Attr("sinks", bool, False, doc="there is an input of scores without a value"),
         Attr("eps", float, 0.0, minimum=0.0, doc="of the head norms"),
     )
     fused = True
@@ -207,7 +211,10 @@ class RopeAttention(Operator):
             vector(node, graph, 4, node.attrs["head_dim"])
             vector(node, graph, 5, node.attrs["head_dim"])
         if parts.freq_factors is not None:
-            vector(node, graph, len(node.inputs) - 1, node.attrs["rotary_dim"] // 2)
+            factors = node.inputs.index(parts.freq_factors)
+            vector(node, graph, factors, node.attrs["rotary_dim"] // 2)
+        if parts.sinks is not None:
+            vector(node, graph, len(node.inputs) - 1, node.attrs["n_heads"])
         return [(shapes[0], "f32")]
 
     def reference(self, node: Node, inputs: Sequence[Array], ev: Evaluation) -> list[Array]:
@@ -220,7 +227,8 @@ class RopeAttention(Operator):
             factors = None if parts.freq_factors is None else ev.vector(parts.freq_factors)
             q, k = (rotate(t, positions, a, factors) for t in (q, k))
         ev.kv(a["state"]).append(positions, k, v)
-        return [attend(q, positions, a, ev)]
+        sinks = None if parts.sinks is None else ev.vector(parts.sinks)
+        return [attend(q, positions, a, ev, sinks)]
 
 
 @register
