@@ -56,12 +56,14 @@ _EQUAL = 5e-4  # shown as 0.0%
 @dataclass(frozen=True)
 class Product:
     """A kind of matrix of a model: ``uses`` matrices of this format and shape are multiplied by a
-    token (of a mixture of experts, those of as many as are chosen)."""
+    token (of a mixture of experts, those of as many as are chosen), each by a ``share`` of the
+    tokens of a step."""
 
     format: Format
     n: int
     k: int
     uses: int
+    share: float = 1.0
 
     @property
     def key(self) -> tuple[str, int, int]:
@@ -79,13 +81,14 @@ def products(graph: Graph) -> list[Product]:
     A matrix that only an Embedding reads has no uses, but needs a layout all the same.
     """
     uses: dict[tuple[str, int, int], int] = {}
+    shares: dict[tuple[str, int, int], float] = {}
     for node in graph.nodes:
-        each = 1
+        each, share = 1, 1.0
         if node.op == "MatMulGroup":
             names: Sequence[str] = group_parts(node).weights
         elif node.op == "RoutedExperts":  # a token is multiplied by the chosen experts alone
             names = [some[0] for some in expert_parts(node).weights.values()]
-            each = node.attrs["k"]
+            each, share = node.attrs["k"], node.attrs["k"] / node.attrs["n_experts"]
         elif node.op == "Embedding":
             names, each = node.inputs[1:2], 0
         else:
@@ -94,7 +97,11 @@ def products(graph: Graph) -> list[Product]:
             n, k = constant_shape(graph.constants[name])
             key = graph.values[name].dtype, n, k
             uses[key] = uses.get(key, 0) + each
-    return [Product(by_name(name), n, k, count) for (name, n, k), count in uses.items()]
+            shares[key] = max(shares.get(key, 0.0), share)
+    return [
+        Product(by_name(name), n, k, count, shares[name, n, k])
+        for (name, n, k), count in uses.items()
+    ]
 
 
 def activations_for(format: Format, asked: str) -> str:
@@ -401,14 +408,21 @@ class _Search:
 
     def step_tokens(self, chosen: Mapping[tuple[str, int, int], MatmulSpec]) -> int:
         """Tokens of a prefill step: the fewest whose time for one token is within the tolerance of
-        the best, among those whose activation rows stay in level 2."""
+        the best, among those whose activation rows stay in level 2. Of a mixture of experts, whose
+        matrices are read for few rows each, the rows of an expert need to."""
         used = [(p, chosen[p.key]) for p in self.products if p.uses]
         if not used:
             return _BLOCKS_OF_TOKENS[0]
-        row = max(activation_bytes(spec, p.k) for p, spec in used)
+        least = min(p.share for p, _ in used)
+        row = max(p.share * activation_bytes(spec, p.k) for p, spec in used if p.share == least)
         fitting = [m for m in _BLOCKS_OF_TOKENS if m * row <= 0.75 * self.machine.l2_bytes]
+
+        def us(p: Product, spec: MatmulSpec, m: int) -> float:
+            rows = max(1, round(m * p.share))
+            return m * p.uses / rows * self.prediction(spec, p, rows).us
+
         each = {
-            m: sum(p.uses * self.prediction(spec, p, m).us for p, spec in used) / m
+            m: sum(us(p, spec, m) for p, spec in used) / m
             for m in fitting or _BLOCKS_OF_TOKENS[:1]
         }
         best = min(each.values())

@@ -630,6 +630,7 @@ def write_reference() -> None:
         with tempfile.TemporaryDirectory() as folder:
             path = write_tiny_gguf(Path(folder) / "tiny.gguf", **case)
             for n_ctx in (256, 512) if case["family"] == "phi3" else (256,):
+                yarn = case.get("rope_scaling", {})
                 model = llama_cpp.Llama(
                     str(path),
                     n_ctx=n_ctx,
@@ -640,6 +641,9 @@ def write_reference() -> None:
                     logits_all=True,
                     offload_kqv=False,
                     flash_attn=False,
+                    # what the package is told goes before the file
+                    yarn_beta_fast=yarn.get("beta_fast", 32.0),
+                    yarn_beta_slow=yarn.get("beta_slow", 1.0),
                 )
                 model.eval(REFERENCE_TOKENS)
                 logits = np.array(model.scores[len(REFERENCE_TOKENS) - 1], dtype=np.float64)
