@@ -126,7 +126,7 @@ def compile_gpu(
 ) -> None:
     """Compile an optimized graph into the folder ``out``.
 
-    Raises Unsupported for formats without a kernel, ToolchainError without NVRTC.
+    Raises Unsupported for formats without a kernel, ToolchainError without a CUDA compiler.
     """
     machine = targets.native()
     if machine.system != "linux":
@@ -135,7 +135,7 @@ def compile_gpu(
     memory = plan_memory(graph, BUCKETS[options.activations][-1])
     program = _lower(graph, source, memory, options)
     compiler = build.find_compiler(machine, options.form)
-    nvrtc = cuda.find_nvrtc()
+    cuda_compiler = cuda.find_compiler()
     with build.staging_folder(out) as staging, build.open_cache(
         options.form, compiler, options.jobs
     ) as cache:
@@ -157,7 +157,7 @@ def compile_gpu(
         words = np.frombuffer(blob, "<u8").tolist()
         rows = [", ".join(f"{w:#x}u" for w in words[i : i + 8]) for i in range(0, len(words), 8)]
         data = render("model/cuda_images.cpp.j2", words=rows)
-        version = 1000 * nvrtc.version[0] + 10 * nvrtc.version[1]
+        version = 1000 * cuda_compiler.version[0] + 10 * cuda_compiler.version[1]
         text = render_model(program, images, version, _banner(program, memory))
         include = (resource_folder("runtime") / "include",)
         units = [
@@ -192,7 +192,7 @@ def compile_gpu(
                     "gpu": {
                         "machine_code": list(options.archs),
                         "ptx": options.archs[-1],
-                        "cuda": ".".join(map(str, nvrtc.version)),
+                        "cuda": ".".join(map(str, cuda_compiler.version)),
                     },
                 },
                 "source": source.metadata.to_json(),
@@ -223,7 +223,7 @@ def compile_gpu(
                 "compiler": {
                     "version": compiler.version,
                     "flags": list(flags),
-                    "nvrtc": ".".join(map(str, nvrtc.version)),
+                    "cuda": cuda_compiler.label,
                     "objects_cached": cache.hits,
                     "objects_compiled": cache.misses,
                 },

@@ -30,9 +30,6 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib  # type: ignore[import-not-found,unused-ignore]
 
-ARCHS = ("sm_80", "sm_90")
-"""Targets that have golden numbers."""
-
 _MMA = ("HMMA", "IMMA")
 
 
@@ -183,6 +180,8 @@ def gated() -> tuple[Gated, ...]:
         # sparse: an mma decodes twice as many weights of W, for half as many rows of x
         _gemm("s4g128_2of4", 26),
         _gemm("s4g128_2of4", 16, schedule=Schedule(2)),
+        _gemm("s8g128_2of4", 26, "s8"),
+        _gemm("s4g128_2of4", 30, "s8"),
         _gemm("s8g128", 16, "s8"),
         _gemm("w4a8", 20, "s8"),
         # a round of softmax and what no number needs beside half as many mma for heads of 64
@@ -243,8 +242,9 @@ def plain() -> dict[str, Callable[[], str]]:
     }
 
 
-def check_plain(names: Sequence[str], archs: Sequence[str] = ARCHS) -> tuple[dict[str, Plain],
-                                                                             list[str]]:
+def check_plain(
+    names: Sequence[str], archs: Sequence[str] = toolchain.ARCHS
+) -> tuple[dict[str, Plain], list[str]]:
     """Measure modules of :func:`plain`: numbers by 'kernel target', and what spills or takes more
     shared memory than every launch has without asking."""
     numbers, broken = {}, []
@@ -272,7 +272,7 @@ def read_golden() -> tuple[str, Mapping[str, Mapping[str, int]], Mapping[str, Ma
 
 def compiler_version() -> str:
     """The version that the numbers here come from."""
-    return ".".join(map(str, toolchain.find_nvrtc().version))
+    return toolchain.find_compiler().label
 
 
 def faults(gate: Gated, m: Measured) -> list[str]:
@@ -292,8 +292,9 @@ def faults(gate: Gated, m: Measured) -> list[str]:
     return found
 
 
-def check(gates: Sequence[Gated], archs: Sequence[str] = ARCHS) -> tuple[dict[str, Measured],
-                                                                         list[str]]:
+def check(
+    gates: Sequence[Gated], archs: Sequence[str] = toolchain.ARCHS
+) -> tuple[dict[str, Measured], list[str]]:
     """Measure kernels: numbers by 'kernel target', and all that breaks a gate."""
     numbers, broken = {}, []
     for gate in gates:
@@ -342,7 +343,7 @@ def _write(tensor: Mapping[str, Mapping[str, int]],
     lines = ["# Golden numbers of the machine code (backends/cuda/gates.py); written by",
              "# python -m qigen.backends.cuda.gates --write", "",
              f'compiler = "{compiler_version()}"']
-    known = {f"{g.name} {arch}" for g in gated() for arch in ARCHS}
+    known = {f"{g.name} {arch}" for g in gated() for arch in toolchain.ARCHS}
     for section, rows in (("kernels", {k: r for k, r in tensor.items() if k in known}),
                           ("plain", others)):
         lines += ["", f"[{section}]"]

@@ -7,9 +7,10 @@ halves, after FLUTE), and f16 weights, with f16 activations; codes of 4 and 8 bi
 activations (W8A8; two levels of scales after QServe), codes of 4 bits also with int4 activations,
 whose outlier columns go through halves (after QUIK). Widths between powers of two lie in planes:
 5 = 4 + 1, 6 = 4 + 2, 7 = 4 + 2 + 1. Of a 2:4 mask only what is kept is stored and goes through
-mma.sp, which takes the sparse matrix on its left: then y^T = W x^T (after Sparse-MARLIN). Scales
-are applied to the sums of a group in float32, so codes enter the tensor cores exactly. Zero points
-and minima need the sum of the activations of a group, which one more mma by ones gives.
+mma.sp (of halves or bytes), which takes the sparse matrix on its left: then y^T = W x^T (after
+Sparse-MARLIN). Scales are applied to the sums of a group in float32, so codes enter the tensor
+cores exactly. Zero points and minima need the sum of the activations of a group, which one more mma
+by ones gives.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Decoding:
 
     A step is the K of one mma. ``words`` 32-bit words of a lane hold the codes of a step of 64
     columns (their low bits), ``high`` more the bits above, ``top`` the bits above those.
-    ``sparse``: two of every four weights along K are there, and two words say which.
+    ``sparse``: two of every four weights along K are there, and ``which`` words say which.
     """
 
     name: str
@@ -63,10 +64,15 @@ class Decoding:
         return 4 if self.name == "signed4by4" else 8 if self.integer else 16
 
     @property
+    def which(self) -> int:
+        """Words of a lane that say which weights of a step a mask keeps: 32 along K each."""
+        return self.step // 16 if self.sparse else 0
+
+    @property
     def planes(self) -> tuple[tuple[str, str, int], ...]:
         """(section of the packed weight, registers, words of a step) of what a lane reads."""
         every = (("low", "codes", self.words), ("high", "tops", self.high),
-                 ("top", "tips", self.top), ("which", "kept", 2 * self.sparse))
+                 ("top", "tips", self.top), ("which", "kept", self.which))
         return tuple(plane for plane in every if plane[2])
 
     @property
@@ -140,8 +146,8 @@ def decoding(format: Format, activations: str = "f16") -> Decoding:
         name = f"signed{bits}" if _affine(format) and whole and bits in (4, 8) else ""
         if not format.has("z") and not format.has("m") and format.zero != 1 << bits - 1:
             name = ""
-        if format.group < 32 or sparse:
-            name = ""  # an mma adds up 32 products
+        if not format.channel and format.group < (64 if sparse else 32):
+            name = ""  # an mma adds up the products of so many
     elif known and activations == "s4":
         symmetric = not (format.has("z") or format.has("m") or format.has("sub") or sparse)
         if _affine(format) and bits == 4 and symmetric and format.zero == 8:
@@ -181,7 +187,7 @@ def usual_schedule(format: Format, activations: str = "f16", m_tiles: int = 1) -
     tried = Schedule(m_tiles)
     if d.name == "half":
         tried = Schedule(m_tiles, depth=32, stages=4 if m_tiles < 4 else 3)
-    elif d.x_bits == 4:
+    elif d.step == 64:  # an mma takes twice as much of K: as many of them to a stage
         tried = Schedule(m_tiles, depth=128)
     tried = replace(tried, m_tiles=min(m_tiles, GemmSpec(format, activations).most_tiles))
     while GemmSpec(format, activations, schedule=tried).shared_bytes > SHARED_LIMIT:

@@ -37,25 +37,36 @@ def _plane(words: Array) -> Array:
     return np.ascontiguousarray(lined.transpose(0, 2, 1, 3)).view(np.uint8).reshape(-1)
 
 
-def _sparse_fragments(codes: Array) -> Array:
-    """[blocks of 64 rows of W, steps, lanes, 8, 4]: the operand A of mma.sp.m16n8k32 (PTX ISA,
-    "Matrix Fragments for sparse mma.m16n8k32") from the kept codes [n, k / 2]: of each of four
-    tiles of 16 rows the registers 0 and 1, then 2 and 3."""
+def _sparse_fragments(codes: Array, step: int) -> Array:
+    """[blocks of 64 rows of W, steps, lanes, 8, codes of two registers]: the operand A of
+    mma.sp.m16n8k32 of halves or k64 of bytes (PTX ISA, "Matrix Fragments for sparse mma.m16n8k32")
+    from the kept codes [n, k / 2]: of each of four tiles of 16 rows the registers 0 and 1, then 2
+    and 3."""
     n, kept = codes.shape
-    # blocks, tile, upper or lower rows, row, steps, half of K, quad, pair
-    split = codes.reshape(n // COLUMNS, 4, 2, 8, kept // 16, 2, 4, 2)
+    steps, each = kept // (step // 2), step // 16  # codes a register: 2 halves or 4 bytes
+    # blocks, tile, upper or lower rows, row, steps, half of K, quad, codes of a register
+    split = codes.reshape(n // COLUMNS, 4, 2, 8, steps, 2, 4, each)
     lanes = split.transpose(0, 4, 3, 6, 1, 5, 2, 7)
-    return np.ascontiguousarray(lanes).reshape(n // COLUMNS, kept // 16, 32, 8, 4)
+    return np.ascontiguousarray(lanes).reshape(n // COLUMNS, steps, 32, 8, 2 * each)
 
 
-def _which(places: Array) -> Array:
-    """uint8: the metadata of mma.sp.m16n8k32 from places [n, k / 2] of the kept weights. A lane has
-    two words a step: of tiles 0 and 1 of 16 rows (the selector says which) and of 2 and 3; a word
-    has row l / 4 and, in its upper half, row l / 4 + 8, of 16 weights along K. Words of zeros,
-    which a stage past K is filled with, stand for the first two weights of every four."""
+def _which(places: Array, step: int) -> Array:
+    """uint8: the metadata of mma.sp from places [n, k / 2] of the kept weights. Words of zeros,
+    which a stage past K is filled with, stand for the first two weights of every four.
+
+    Of halves (k32) a lane has two words a step: of tiles 0 and 1 of 16 rows (the selector says
+    which) and of 2 and 3; a word has row l / 4 and, in its upper half, row l / 4 + 8, of 16 weights
+    along K. Of bytes (k64) it has a word a tile: 32 weights of row l / 4 (even lanes) or l / 4 + 8,
+    the second half of K in the third and fourth of every four lanes."""
     n, kept = places.shape
     pairs = places[:, ::2].astype(np.uint32) | places[:, 1::2].astype(np.uint32) << np.uint32(2)
-    fours = _words(pairs.reshape(n, -1, 4) ^ np.uint32(FIRST_TWO), 4)
+    pairs ^= np.uint32(FIRST_TWO)
+    if step == 64:
+        # blocks, tile, upper or lower rows, row, steps, half of K
+        rows = _words(pairs.reshape(n, -1, 8), 4).reshape(n // COLUMNS, 4, 2, 8, kept // 32, 2)
+        return _plane(np.ascontiguousarray(rows.transpose(0, 4, 3, 5, 2, 1)).reshape(
+            n // COLUMNS, kept // 32, 32, 4))
+    fours = _words(pairs.reshape(n, -1, 4), 4)
     # blocks, word, selector, upper or lower rows, row, steps, half of K
     split = fours.reshape(n // COLUMNS, 2, 2, 2, 8, kept // 16, 2)
     lanes = np.ascontiguousarray(split.transpose(0, 5, 4, 2, 6, 1, 3))
@@ -73,7 +84,7 @@ def _pairs(parts: Array, bits: int) -> Array:
 
 
 def _code_planes(codes: Array, d: Decoding) -> list[Array]:
-    parts = _sparse_fragments(codes) if d.sparse else _fragments(codes, d.step)
+    parts = (_sparse_fragments if d.sparse else _fragments)(codes, d.step)
     blocks, steps, lanes = parts.shape[:3]  # of [blocks, steps, lanes, 8 tiles, codes]
     if d.name == "half":
         return [_plane(_words(parts.reshape(blocks, steps, lanes, 16, 2), 16))]
@@ -153,7 +164,7 @@ def pack_gemm(spec: GemmSpec, weight: QuantizedTensor) -> npt.NDArray[np.uint8]:
     if d.sparse:
         places = np.tile(np.array([0, 1], np.uint8), (rows, kept // 2))
         places[:n, : codes.shape[1]] = weight.fields["ix"].reshape(n, -1)[:, :kept]
-        sections.append(_which(places))
+        sections.append(_which(places, d.step))
     if not spec.scale_kind:
         return np.concatenate(sections)
     in_order = _by_rows if d.sparse else _by_quads

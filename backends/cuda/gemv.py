@@ -64,8 +64,9 @@ def render_gemv(spec: GemvSpec) -> str:
     """CUDA text of ``spec.name(float* y, int y_stride, float* x, int x_stride, packed weight, n, k,
     kblocks[, bias][, residual, residual_stride])`` for y [m, n] and x [m, k], strides in floats.
 
-    Every row of the format catalog has a kernel, but for those with low-rank residuals. Accumulates
-    in float32 in a fixed order. Raises Unsupported for m outside of 1 to 8 and such rows.
+    Every row of the format catalog has a kernel, but for those with low-rank residuals, words of a
+    dictionary or columns that rows share. Accumulates in float32 in a fixed order. Raises
+    Unsupported for m outside of 1 to 8 and such rows.
     """
     if not 1 <= spec.m <= MAX_M:
         raise Unsupported(f"GEMV takes 1 to 8 rows of activations, not {spec.m}", spec.format.name)
@@ -160,6 +161,9 @@ def decoding(format: Format) -> dict[str, Any]:
     if format.rank:
         raise Unsupported("low-rank residuals have no kernel on GPUs; compile for a CPU, or take "
                           "the row without _lr", format.name)
+    if format.words:
+        raise Unsupported("words of a dictionary have no kernel on GPUs; compile for a CPU, or "
+                          "take a ternary row such as ternary5", format.name)
     rows, blocks = row_offsets(format, LAYOUT), field_offsets(format, LAYOUT)
     first, first_bytes = shared_offsets(format)
     codes = field_planes(format, format.field("codes"))

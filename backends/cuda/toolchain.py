@@ -1,8 +1,10 @@
-"""NVRTC and the SASS readers: CUDA text to PTX and cubins, without nvcc, host compiler or driver.
+"""The CUDA compiler and the SASS readers: CUDA text to PTX and cubins, without a driver.
 
-The compiler is the shared library of the wheels ``nvidia-cuda-nvrtc-cu12`` or ``-cu13``, or the one
-that QIGEN_NVRTC names; ``nvdisasm`` and ``cuobjdump`` come from their wheels or the PATH. Results
-are cached by content, as objects of the C++ compiler are (:mod:`qigen.toolchain`).
+The compiler is NVRTC, which needs no host compiler: the shared library of the wheels
+``nvidia-cuda-nvrtc-cu12`` or ``-cu13``, or the one that QIGEN_NVRTC names. Without one it is the
+``nvcc`` of an installed CUDA toolkit (on the PATH); QIGEN_NVCC names one that is taken in any case.
+``nvdisasm`` and ``cuobjdump`` come from their wheels or the PATH. Results are cached by content, as
+objects of the C++ compiler are (:mod:`qigen.toolchain`).
 """
 
 from __future__ import annotations
@@ -38,7 +40,10 @@ ARCHS = tuple(EXAMPLES)
 """Targets that kernels are compiled and gated for."""
 
 _OPTIONS = ("--std=c++17", "--device-as-default-execution-space", "--extra-device-vectorization")
-_INSTALL = "pip install 'qigen[cuda]', or set QIGEN_NVRTC to libnvrtc.so of CUDA 12.8 or later"
+_NVCC_OPTIONS = ("--std=c++17", "--extra-device-vectorization")
+_LEAST = (12, 8)  # the first that knows sm_120
+_INSTALL = ("pip install 'qigen[cuda]', or set QIGEN_NVRTC to libnvrtc.so or QIGEN_NVCC to nvcc of "
+            "CUDA 12.8 or later")
 
 
 def check_arch(arch: str) -> str:
@@ -71,6 +76,11 @@ class Nvrtc:
 
     library: ctypes.CDLL
     version: tuple[int, int]
+
+    @property
+    def label(self) -> str:
+        """What the manifest and the golden numbers call it."""
+        return ".".join(map(str, self.version))
 
     def compile(self, text: str, name: str, arch: str, kind: str, lines: bool) -> bytes:
         """``text`` as 'PTX' (of the virtual architecture) or 'CUBIN' of ``arch``; ``lines``: it
@@ -117,12 +127,67 @@ class Nvrtc:
         return buffer.raw if what == "CUBIN" else buffer.raw.rstrip(b"\0")
 
 
+@dataclass(frozen=True)
+class Nvcc:
+    """The compiler driver of an installed CUDA toolkit, and its version."""
+
+    path: str
+    version: tuple[int, int]
+
+    @property
+    def label(self) -> str:
+        """What the manifest calls it."""
+        return f"nvcc {self.version[0]}.{self.version[1]}"
+
+    def compile(self, text: str, name: str, arch: str, kind: str, lines: bool) -> bytes:
+        """As :meth:`Nvrtc.compile`."""
+        target = arch if kind == "CUBIN" else arch.replace("sm_", "compute_")
+        options = [f"--{kind.lower()}", f"--gpu-architecture={target}", *_NVCC_OPTIONS,
+                   *(["--generate-line-info"] if lines else [])]
+        with tempfile.TemporaryDirectory() as folder:
+            source, made = Path(folder, f"{name[:80]}.cu"), Path(folder, "made")
+            source.write_text(text)
+            done = subprocess.run([self.path, *options, "-o", str(made), str(source)],
+                                  capture_output=True, text=True)
+            if done.returncode:
+                log = (done.stderr + done.stdout).splitlines()
+                said = [line for line in log if "error" in line.lower()]
+                shown = " | ".join((said or log)[:3])
+                raise ToolchainError(f"nvcc failed for {arch}: {shown}", name)
+            return made.read_bytes()
+
+
+def _nvcc() -> str | None:
+    return os.environ.get("QIGEN_NVCC") or shutil.which("nvcc")
+
+
+def _find_nvcc(path: str) -> Nvcc:
+    try:
+        done = subprocess.run([path, "--version"], capture_output=True, text=True)
+    except OSError as error:
+        raise ToolchainError(f"nvcc cannot be started ({error}); {_INSTALL}", path) from None
+    found = re.search(r"release (\d+)\.(\d+)", done.stdout)
+    if found is None:
+        raise ToolchainError(f"this is no nvcc: it says no release; {_INSTALL}", path)
+    return Nvcc(path, (int(found[1]), int(found[2])))
+
+
+def _checked(compiler: Nvrtc | Nvcc, path: str) -> Nvrtc | Nvcc:
+    if compiler.version < _LEAST:
+        name = "NVRTC" if isinstance(compiler, Nvrtc) else "nvcc"
+        raise ToolchainError(f"{name} {compiler.version[0]}.{compiler.version[1]} knows no sm_120; "
+                             f"{_INSTALL}", path)
+    return compiler
+
+
 @functools.lru_cache(maxsize=1)
-def find_nvrtc() -> Nvrtc:
+def find_compiler() -> Nvrtc | Nvcc:
     """The compiler; ToolchainError says what to install if there is none or it is too old."""
-    libraries = _libraries()
+    libraries, nvcc = _libraries(), _nvcc()
+    if nvcc is not None and (not libraries or "QIGEN_NVCC" in os.environ):
+        return _checked(_find_nvcc(nvcc), nvcc)
     if not libraries:
-        raise ToolchainError(f"there is no CUDA compiler (NVRTC); {_INSTALL}")
+        raise ToolchainError(f"there is no CUDA compiler (NVRTC or nvcc); {_INSTALL}")
     path = libraries[-1]
     try:
         # it looks for this one by name, outside of every search path when it came by pip
@@ -134,29 +199,26 @@ def find_nvrtc() -> Nvrtc:
     library.nvrtcGetErrorString.restype = ctypes.c_char_p
     major, minor = ctypes.c_int(), ctypes.c_int()
     library.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
-    version = (major.value, minor.value)
-    if version < (12, 8):
-        raise ToolchainError(f"NVRTC {version[0]}.{version[1]} knows no sm_120; {_INSTALL}",
-                             str(path))
-    return Nvrtc(library, version)
+    return _checked(Nvrtc(library, (major.value, minor.value)), str(path))
 
 
 def available() -> bool:
     """Whether CUDA text can be compiled here."""
-    return bool(_libraries())
+    return bool(_libraries()) or _nvcc() is not None
 
 
 def _cached(text: str, name: str, arch: str, kind: str, lines: bool = False) -> bytes:
     check_arch(arch)
-    nvrtc = find_nvrtc()
+    compiler = find_compiler()
     digest = hashlib.blake2b(digest_size=20)
-    for part in (str(nvrtc.version), arch, kind, str(lines), *_OPTIONS, text):
+    which = str(compiler.version) if isinstance(compiler, Nvrtc) else compiler.label
+    for part in (which, arch, kind, str(lines), *_OPTIONS, text):
         digest.update(part.encode() + b"\0")
     target = cache_folder() / "cuda" / f"{name[:80]}-{arch}-{digest.hexdigest()}.{kind.lower()}"
     if target.exists():
         os.utime(target)
         return target.read_bytes()
-    made = nvrtc.compile(text, name, arch, kind, lines)
+    made = compiler.compile(text, name, arch, kind, lines)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as stream:
         stream.write(made)
@@ -196,22 +258,27 @@ class Resources:
     local: int
 
 
-def _tool(name: str) -> str:
+def _find_tool(name: str) -> str | None:
     for folder in _wheel_folders():
         for path in (*folder.glob(f"cu1?/bin/{name}"), *folder.glob(f"*/bin/{name}")):
             return str(path)
-    found = shutil.which(name)
-    if found is None:
-        raise ToolchainError(f"{name} is missing; pip install nvidia-cuda-{name}")
-    return found
+    return shutil.which(name)
+
+
+def reads_sass() -> bool:
+    """Whether machine code can be read back here: not all toolkits have the tools."""
+    return all(_find_tool(name) is not None for name in ("nvdisasm", "cuobjdump"))
 
 
 def _run_tool(arguments: Sequence[str], cubin: bytes) -> str:
+    tool = _find_tool(arguments[0])
+    if tool is None:
+        raise ToolchainError(f"{arguments[0]} is missing; pip install nvidia-cuda-{arguments[0]}")
     with tempfile.NamedTemporaryFile(suffix=".cubin") as stream:
         stream.write(cubin)
         stream.flush()
         done = subprocess.run(
-            [_tool(arguments[0]), *arguments[1:], stream.name], capture_output=True, text=True
+            [tool, *arguments[1:], stream.name], capture_output=True, text=True
         )
     if done.returncode:
         raise ToolchainError(f"{arguments[0]} failed: {done.stderr.strip()[:200]}")

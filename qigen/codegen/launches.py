@@ -27,7 +27,10 @@ from qigen.ir.graph import Graph, Node, constant_shape
 from qigen.ir.ops.fused import attention_parts, group_parts
 from qigen.passes.memory import MemoryPlan
 
-BUCKETS = {"f32": (1, gemv.MAX_M), "f16": (1, gemv.MAX_M, 64), "int4": (1, gemv.MAX_M, 64)}
+INT4 = ("int4", "int4-token")
+"""Names of activations of 4 bits; on GPUs both have a scale a token."""
+
+BUCKETS = {"f32": (1, gemv.MAX_M), **dict.fromkeys(("f16", *INT4), (1, gemv.MAX_M, 64))}
 """Tokens that sequences of launches are made for, by activations; a step takes the smallest that it
 fits into, and longer prompts are cut into several steps of the largest."""
 
@@ -228,7 +231,7 @@ class GpuLowering:
         looked_up = any(n.op == "Embedding" and name in n.inputs for n in self.graph.nodes)
         if self.activations == "f32" or looked_up:
             return None
-        if self.activations == "int4" and gemm.supports(format, "s4"):
+        if self.activations in INT4 and gemm.supports(format, "s4"):
             return GemmForm(format, "s4")
         return GemmForm(format) if gemm.supports(format) else None
 

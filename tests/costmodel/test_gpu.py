@@ -85,9 +85,17 @@ def test_candidates_are_what_the_template_takes() -> None:
                        for c in found)
 
 
-@pytest.mark.skipif(not toolchain.available(), reason="NVRTC is not installed")
-def test_choice_for_a_weight_that_is_read_once() -> None:
+@pytest.mark.skipif(not (toolchain.available() and toolchain.reads_sass()),
+                    reason="there is no CUDA compiler, or nothing reads its machine code")
+@pytest.mark.parametrize("among", [2, pytest.param(99, marks=pytest.mark.slow)])
+def test_choice_for_a_weight_that_is_read_once(
+    among: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Among all candidates, or some: each is compiled."""
+    found = gpu.candidates(SPEC, 16)[:among]
+    monkeypatch.setattr(gpu, "candidates", lambda *_: found)
     best = gpu.choose(gpu.device("sm_80"), SPEC, 16, 4096, 4096)
+    assert len(best) == 2 * len(found)
     assert best[0].resource == "memory"
     assert best[0].bytes.total <= 1.03 * (best[0].bytes.weights + 2 * 2 * 16 * 4096)
     assert [b.least for b in best] == sorted(b.least for b in best)

@@ -36,20 +36,28 @@ void Launch::loadMatrix(Warp& w, const Instruction& i, uint32_t lanes) {
   }
 }
 
-// Metadata of mma.sp for 16-bit numbers: 4 bits say which two of four numbers of a row of A there
-// are, the lower index first. A lane's word has row l / 4 in its lower half and row l / 4 + 8 in
-// the upper one, of 16 numbers along k; the selector says which lanes of every four give theirs:
-// one of them for k = 16, the first or second two for k = 32.
+// Metadata of mma.sp: 4 bits say which two of four numbers of a row of A there are, the lower index
+// first.
+// 16-bit numbers: a lane's word has row l / 4 in its lower half and row l / 4 + 8 in the upper one,
+// of 16 numbers along k; the selector says which lanes of every four give theirs: one of them for
+// k = 16, the first or second two for k = 32.
+// Bytes (k = 64): all lanes give theirs, a word has 32 numbers of one row. Of every four lanes the
+// first two have k = 0 to 31 of the rows l / 4 and l / 4 + 8, the others k = 32 to 63. The PTX ISA
+// has this in two figures; CUTLASS has it as the layout ((2, 2, 8), 32) : ((8, 512, 1), 16) of E in
+// mma_traits_sm120_sparse.hpp, and before that as what reorder_meta and ldmatrix do together.
 void Launch::findPlaces(Warp& w, const Instruction& i, uint8_t (&places)[16][32]) {
   const Operand &metadata = i.operands[4], &selector = i.operands[5];
   const uint64_t* words = values(w, metadata);
-  const int givers = i.depth / 16, which = int(values(w, selector)[0]);
+  const bool bytes = bitsOf(i.matrix[1]) == 8;
+  const int givers = bytes ? 4 : i.depth / 16, which = int(values(w, selector)[0]);
   if (which < 0 || which >= 4 / givers) fail(w, i, "a selector out of range");
   for (int row = 0; row < 16; ++row) {
     for (int four = 0; four < i.depth / 4; ++four) {
-      const int lane = row % 8 * 4 + which * givers + four / 4;
+      const int giver = bytes ? row / 8 + four / 8 * 2 : which * givers + four / 4;
+      const int shift = bytes ? four % 8 * 4 : row / 8 * 16 + four % 4 * 4;
+      const int lane = row % 8 * 4 + giver;
       if (!(defined(w, metadata) >> lane & 1)) fail(w, i, "metadata that nobody computed");
-      const uint32_t pair = uint32_t(words[lane]) >> (row / 8 * 16 + four % 4 * 4) & 15;
+      const uint32_t pair = uint32_t(words[lane]) >> shift & 15;
       const int first = pair & 3, second = pair >> 2;
       if (first >= second) fail(w, i, "metadata whose indices do not ascend");
       places[row][2 * four] = uint8_t(4 * four + first);

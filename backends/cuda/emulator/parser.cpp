@@ -559,8 +559,10 @@ class Parser {
     if (i.op == Op::op_mma && (!i.depth || i.operands.size() != (i.sparse ? 6 : 4))) {
       unknown(i.text);
     }
-    if (i.sparse && (bitsOf(i.matrix[1]) != 16 || i.matrix[0] == Type::f16 || i.depth < 16)) {
-      unknown(i.text);
+    if (i.sparse) {
+      const int bits = bitsOf(i.matrix[1]);
+      const bool halves = bits == 16 && i.matrix[0] != Type::f16 && i.depth >= 16;
+      if (!halves && (bits != 8 || i.depth != 64)) unknown(i.text);
     }
     if (i.op == Op::op_cp && i.text.find("bulk") != std::string::npos) unknown(i.text);
     for (const Operand& o : i.operands) {

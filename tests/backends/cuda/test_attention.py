@@ -280,7 +280,8 @@ def test_no_number_reaches_tokens_that_do_not_see_it(kind: str, mma: bool) -> No
     prompt.check(prompt.run(device, kernel, mma), halves=mma)
 
 
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("head_dim", [pytest.param(64, marks=pytest.mark.slow),
+                                      pytest.param(128, marks=pytest.mark.slow), 256])
 def test_machine_code_of_attention(head_dim: int) -> None:
     """It can be made (static shared memory is bounded), without spills."""
     spec = AttentionSpec(KvSpec("f16", 2, head_dim), 8, False)

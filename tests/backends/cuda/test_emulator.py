@@ -304,6 +304,50 @@ def test_mma_of_a_sparse_matrix(kind: str, k: int, selector: int) -> None:
         run(source, a, b, c, np.zeros_like(e))
 
 
+def test_mma_of_a_sparse_matrix_of_bytes() -> None:
+    """k = 64 of s8: A and B from the formulas of "Matrix Fragments for sparse mma.m16n8k64",
+    the metadata as CUTLASS lays it out (ELayout of SM120_SPARSE_16x8x64_TN): lane
+    t0 + 2 t1 + 4 t2 has 32 numbers along k, from 32 t1 on, of row 8 t0 + t2."""
+    rng = np.random.default_rng(64)
+    A = rng.integers(-128, 128, (16, 64))
+    there = np.zeros((16, 64), bool)
+    for chunk in there.reshape(-1, 4):
+        chunk[rng.choice(4, 2, replace=False)] = True
+    B, C = rng.integers(-128, 128, (64, 8)), rng.integers(-1000, 1000, (16, 8)).astype(np.int32)
+    a, b, e = np.zeros((32, 16), np.int8), np.zeros((32, 16), np.int8), np.zeros(32, np.uint32)
+    c = np.zeros((32, 4), np.int32)
+    for lane in range(32):
+        group, quad = lane // 4, lane % 4
+        for first in range(0, 16, 4):  # a0 to a15: by registers
+            row = group if first < 4 or 8 <= first < 12 else group + 8
+            column = quad * 8 + (32 if first >= 8 else 0)
+            chunk = A[row, column : column + 8][there[row, column : column + 8]]
+            a[lane, first : first + 4] = chunk
+            b[lane, first : first + 4] = B[4 * first + 4 * quad : 4 * first + 4 * quad + 4, group]
+        row, column = 8 * (lane % 2) + lane // 4, 32 * (lane // 2 % 2)
+        for place, four in enumerate(there[row, column : column + 32].reshape(8, 4)):
+            low, high = np.flatnonzero(four)
+            e[lane] |= np.uint32((int(low) | int(high) << 2) << 4 * place)
+        for r in range(4):
+            c[lane, r] = C[group + 8 * (r // 2), 2 * quad + r % 2]
+    source = """typedef unsigned u; extern "C" __global__
+      void k(const u* a, const u* b, int* c, const u* e) { int t = threadIdx.x;
+      a += 4 * t, b += 4 * t, c += 4 * t;
+      asm volatile("mma.sp::ordered_metadata.sync.aligned.m16n8k64.row.col.s32.s8.s8.s32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, 0x0;"
+        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]),
+          "r"(e[t])); }"""
+    got = run(source, a, b, c, e)[2]
+    want = np.where(there, A, 0) @ B + C
+    for lane in range(32):
+        for r in range(4):
+            assert got[lane, r] == want[lane // 4 + 8 * (r // 2), 2 * (lane % 4) + r % 2]
+    toolchain.compile_cubin("sparse_bytes", source, "sm_80")  # ptxas takes it
+    with pytest.raises(Finding, match="do not ascend"):
+        run(source, a, b, c, np.zeros_like(e))
+
+
 def test_highest_bit() -> None:
     """bfind: the highest one, or zero of a negative number, or what shifts it to the top."""
     text = """extern "C" __global__ void k(const int* x, int* o) { int t = threadIdx.x;

@@ -21,7 +21,7 @@ FAST = [("q4_0", 1), ("q5_1", 1), ("q6_k", 1), ("iq4_xs", 1), ("tq1_0", 1), ("mx
         ("s4gchannel_c32", 2)]  # fmt: skip
 
 
-def check(name: str, m: int, n: int, policy: str, tail: int = 0) -> None:
+def check(name: str, m: int, n: int, policy: str, tail: int = 0, seed: int = 1) -> None:
     block = by_name(name).block
     spec = GemvSpec(by_name(name), m, tail=tail > 0)
     k = -(-max(2 * block, 96) // block) * block - tail
@@ -29,7 +29,7 @@ def check(name: str, m: int, n: int, policy: str, tail: int = 0) -> None:
     packed = weight.pack(LAYOUT)
     stride = -(-k // 4) * 4
     x = np.random.default_rng(4).standard_normal((m, stride)).astype(np.float32)
-    device = make_device(Schedule(policy))
+    device = make_device(Schedule(policy, seed))
     kernel = device.load(spec.name, render_gemv(spec))[spec.name]
     y, w = device.allocate(4 * m * n), device.upload(packed)
     kblocks = packed_shape(spec.format, (n, k), LAYOUT)[1]
@@ -93,7 +93,10 @@ def test_nan_passes_through_and_is_not_invented(name: str) -> None:
 @pytest.mark.parametrize("m", [1, 7, 8])
 @pytest.mark.parametrize("name", [name for name, row in CATALOG.items() if supports(row)])
 def test_gemv_of_every_row(name: str, m: int) -> None:
-    check(name, m, 37, "random")
+    """Each row x {one column, many, an odd number} x {fair, two seeds of priority}: blocks share
+    nothing, so that every order meets some size."""
+    for n, policy, seed in ((1, "priority", 1), (37, "fair", 1), (61, "priority", 2)):
+        check(name, m, n, policy, seed=seed)
 
 
 def test_other_batches_are_refused() -> None:
@@ -102,5 +105,7 @@ def test_other_batches_are_refused() -> None:
     assert not supports(by_name("s4g128_lr16"))
     with pytest.raises(Unsupported, match="take a mask such as _2of8"):
         render_gemv(GemvSpec(by_name("s4g128_2of8v64")))
+    with pytest.raises(Unsupported, match=r"qmoe12_512x36: words of a dictionary .* ternary5"):
+        render_gemv(GemvSpec(by_name("qmoe12_512x36")))
     with pytest.raises(Unsupported, match="take the row without _lr"):
         render_gemv(GemvSpec(by_name("s4g128_lr16")))

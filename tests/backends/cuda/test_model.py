@@ -162,16 +162,17 @@ class Int4Activations(Interpreter):
 
 
 @pytest.mark.parametrize(
-    ("family", "weights", "window"),
-    [("mistral", "s4gchannel_c32", 1), pytest.param("qwen2", "s4g128", 0, marks=pytest.mark.slow)],
+    ("family", "weights", "window", "activations"),
+    [("mistral", "s4gchannel_c32", 1, "int4-token"),
+     pytest.param("qwen2", "s4g128", 0, "int4", marks=pytest.mark.slow)],
 )
 def test_int4_activations(
-    build: Callable[..., Compiled], family: str, weights: str, window: int
+    build: Callable[..., Compiled], family: str, weights: str, window: int, activations: str
 ) -> None:
     """W4A4: every matrix that is only multiplied, at steps of any size. A number between two codes
     that falls to the other side changes all that follows, so attention is to be exact: in prompts
     it is with a window of one position."""
-    model = build(family=family, quant="q8_0", weights=weights, activations="int4",
+    model = build(family=family, quant="q8_0", weights=weights, activations=activations,
                   overrides=(*SMALL.items(), ("window", window)))  # fmt: skip
     kernels = [k for k in model.artifact.explain() if k["schedule"]["activations"] == "int4"]
     assert {k["m_bucket"] for k in kernels} == {1, 8, 64}
@@ -468,8 +469,9 @@ def test_targets_that_cannot_be_compiled(tmp_path: Path) -> None:
     for target, says in (("sm_70", "choose among sm_80"), ("sm_80,native", "for GPUs or for")):
         with pytest.raises(UsageError, match=says):
             compile(STORIES, tmp_path / "x.qgn", target=target)
-    with pytest.raises(Unsupported, match="activations int8 have no GPU kernels"):
-        compile(STORIES, tmp_path / "x.qgn", target="sm_80", activations="int8")
+    for name in ("int8", "int8-token", "bf16"):
+        with pytest.raises(Unsupported, match=f"activations {name} have no GPU kernels .* int4-"):
+            compile(STORIES, tmp_path / "x.qgn", target="sm_80", activations=name)
     with pytest.raises(Unsupported, match="f16 activations have kernels for GPUs only"):
         compile(STORIES, tmp_path / "x.qgn", target="native", activations="f16")
     with pytest.raises(Unsupported, match="at most 8 sessions"):

@@ -88,6 +88,7 @@ class PromptCase:
 INT4, ZERO4, TABLE, INT8 = Case("s4g128"), Case("z4g64"), Case("nf4g64"), Case("s4g64", "s8")
 TABLE3, ONE = Case("nf3g64", m=1), Case("s8g128", m=1, n=1)
 SPARSE, SIX, FP6 = Case("s4g128_2of4", m=9), Case("s6g128", m=9), Case("fp6_e3m2", m=9)
+BYTES_KEPT = Case("s4g128_2of4", "s8", m=9)
 APART = Case("s4gchannel_c32", "s4", m=17)
 PROMPT, WINDOW, BYTES = PromptCase("f16"), PromptCase("f16", window=88), PromptCase("int8", 50)
 NIBBLES, BROKEN = PromptCase("int4"), PromptCase("f16", nan=130)
@@ -187,6 +188,10 @@ FAULTS = (
     Fault("scales of the other eight rows", SPARSE, r"e / 2 \? scale\.y : scale\.x",
           "e / 2 ? scale.x : scale.y"),
     Fault("x by 16 rows and not by 8", SPARSE, r"lane % 8, part", "lane % 16, part"),
+    Fault("metadata of bytes of other tiles", BYTES_KEPT, r"kept\[t \* 4 \+ j\]", "kept[t * 4]"),
+    Fault("metadata of bytes of zeros", BYTES_KEPT, r" \^ 0x44444444u", ""),
+    Fault("rows of bytes scaled by their neighbours", BYTES_KEPT, r"factors\[e % 2\]",
+          "factors[1 - e % 2]"),
     Fault("high bits of another tile", SIX, r"tops\[j / 4\]", "tops[0]"),
     Fault("high bits at the wrong place", SIX, r"r \* 2, 4, 0x00030003u", "r * 2, 5, 0x00030003u"),
     Fault("a sign that stays where it is", FP6, r"c << 10 & 0x80008000u", "c << 9 & 0x80008000u"),
@@ -262,8 +267,8 @@ def how_found(fault: Fault) -> str:
     return ""
 
 
-CASES = [INT4, ZERO4, TABLE, INT8, TABLE3, ONE, SPARSE, SIX, FP6, APART, PROMPT, WINDOW, BYTES,
-         NIBBLES, BROKEN]  # fmt: skip
+CASES = [INT4, ZERO4, TABLE, INT8, TABLE3, ONE, SPARSE, BYTES_KEPT, SIX, FP6, APART, PROMPT, WINDOW,
+         BYTES, NIBBLES, BROKEN]  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

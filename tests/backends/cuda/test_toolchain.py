@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from qigen.backends.cuda import toolchain
+from qigen.backends.cuda.gemm import GemmSpec, render_gemm
 from qigen.errors import ToolchainError, UsageError
+from qigen.formats import by_name
+from tests.backends.cuda.test_gemm import Launch, tolerance
 
 TEXT = """
 extern "C" __global__ void scale(float* y, const float* x, float a, int n) {
@@ -51,9 +56,55 @@ def test_errors_say_what_is_wrong() -> None:
         toolchain.compile_cubin("scale", TEXT, "sm_70")
 
 
-def test_missing_compiler_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def fresh() -> Iterator[None]:
+    """The compiler is looked for again, now and afterwards."""
+    toolchain.find_compiler.cache_clear()
+    yield
+    toolchain.find_compiler.cache_clear()
+
+
+@pytest.mark.usefixtures("fresh")
+def test_missing_compiler_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("QIGEN_NVRTC", "/nowhere/libnvrtc.so")
-    toolchain.find_nvrtc.cache_clear()
     with pytest.raises(ToolchainError, match=r"cannot be loaded .*QIGEN_NVRTC"):
-        toolchain.find_nvrtc()
-    toolchain.find_nvrtc.cache_clear()
+        toolchain.find_compiler()
+    monkeypatch.setenv("QIGEN_NVCC", "/nowhere/nvcc")
+    with pytest.raises(ToolchainError, match=r"nvcc cannot be started .*qigen\[cuda\]"):
+        toolchain.find_compiler()
+    old = tmp_path / "nvcc"
+    for says, message in (("release 11.8, V11.8.89", "nvcc 11.8 knows no sm_120"),
+                          ("gcc", "this is no nvcc")):
+        old.write_text(f"#!/bin/sh\necho '{says}'\n")
+        old.chmod(0o755)
+        monkeypatch.setenv("QIGEN_NVCC", str(old))
+        with pytest.raises(ToolchainError, match=message):
+            toolchain.find_compiler()
+    monkeypatch.delenv("QIGEN_NVCC")
+    monkeypatch.delenv("QIGEN_NVRTC")
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    monkeypatch.setattr(toolchain, "_wheel_folders", list)
+    assert not toolchain.available()
+    with pytest.raises(ToolchainError, match=r"no CUDA compiler .*qigen\[cuda\]"):
+        toolchain.find_compiler()
+
+
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no CUDA toolkit")
+def test_nvcc_where_there_is_no_nvrtc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PTX and machine code of a tensor-core kernel; it multiplies as NVRTC's does."""
+    monkeypatch.setenv("QIGEN_CACHE", str(tmp_path))
+    monkeypatch.setattr(toolchain, "_libraries", list)
+    assert toolchain.available()
+    compiler = toolchain.find_compiler()
+    assert isinstance(compiler, toolchain.Nvcc)
+    assert compiler.label.startswith("nvcc 1")
+    spec = GemmSpec(by_name("s4g128"))
+    launch = Launch(spec, 3, 70, 264)
+    ptx = toolchain.compile_ptx(spec.name, render_gemm(spec))
+    launch.check(launch.run(ptx=ptx), tolerance(spec))
+    assert toolchain.compile_cubin("scale", TEXT, "sm_90")[:4] == b"\x7fELF"
+    with pytest.raises(ToolchainError, match=r"(?s)broken: nvcc failed.*undefined"):
+        toolchain.compile_ptx("broken", "__global__ void f() { nowhere(); }")
