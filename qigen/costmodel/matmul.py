@@ -55,8 +55,9 @@ PREFETCH = (1024, 2048, 4096, 8192)
 """Prefetch distances to consider, in bytes, besides none at all."""
 
 BLOCKS = (1, 2)
-"""Source blocks of a K-block to consider: the inner loop is unrolled over a K-block. Two take 3 to
-5 % less time than one; four took up to 6 % more (benchmarks/costmodel_validation.py)."""
+"""Source blocks of a K-block to consider: the inner loop is unrolled over a K-block. Where a vector
+fills a cache line, two take 3 to 5 % less time than one, and four up to 6 % more (Ice Lake);
+shorter vectors lose up to 17 % by two (Zen 3; benchmarks/costmodel_validation.py)."""
 
 STREAMS = (1, 2, 4)
 """Row-blocks to consider that one token alone reads side by side."""
@@ -456,9 +457,10 @@ def _reload(
     return us + x / rows / (machine.l3_gb_s * 1e3), {"l2": again, "l3": x / rows}
 
 
-def layouts(format: Format, k: int) -> tuple[Layout, ...]:
-    """Layouts to consider: several source blocks a K-block, while they are short and divide K."""
-    if format.float_kind is not None:
+def layouts(format: Format, k: int, isa: Isa) -> tuple[Layout, ...]:
+    """Layouts to consider: several source blocks a K-block, while they are short and divide K, and
+    where a vector fills a cache line."""
+    if format.float_kind is not None or isa.vectors > 1:
         return (Layout(16, 1),)
     return tuple(
         Layout(16, blocks)
@@ -515,7 +517,7 @@ def schedules(
             prefetch,
             most,
         )
-        for layout in layouts(format, k)
+        for layout in layouts(format, k, isa)
         for chosen in lists
     ]
 

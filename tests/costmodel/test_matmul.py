@@ -211,12 +211,14 @@ def test_bytes_by_level() -> None:
 
 def test_layouts() -> None:
     # up to 128 weights a K-block, if they divide K
-    assert [x.blocks for x in layouts(by_name("q4_0"), 64)] == [1, 2]
-    assert [x.blocks for x in layouts(by_name("q4_0"), 96)] == [1]
-    assert [x.blocks for x in layouts(by_name("q4_0"), 4096)] == [1, 2]
-    assert [x.blocks for x in layouts(by_name("u2g128"), 4096)] == [1]
-    assert [x.blocks for x in layouts(by_name("q4_k"), 512)] == [1]
-    assert [x.blocks for x in layouts(by_name("f16"), 512)] == [1]
+    wide, narrow = ISAS["avx512vnni"], ISAS["avx2"]
+    assert [x.blocks for x in layouts(by_name("q4_0"), 64, wide)] == [1, 2]
+    assert [x.blocks for x in layouts(by_name("q4_0"), 96, wide)] == [1]
+    assert [x.blocks for x in layouts(by_name("q4_0"), 4096, wide)] == [1, 2]
+    assert [x.blocks for x in layouts(by_name("q4_0"), 4096, narrow)] == [1]
+    assert [x.blocks for x in layouts(by_name("u2g128"), 4096, wide)] == [1]
+    assert [x.blocks for x in layouts(by_name("q4_k"), 512, wide)] == [1]
+    assert [x.blocks for x in layouts(by_name("f16"), 512, wide)] == [1]
 
 
 def test_tiles_must_not_need_twice_the_registers() -> None:

@@ -70,6 +70,7 @@ def test_why_a_variant_is_taken() -> None:
     assert "windows" in rows[3]["why"]
 
 
+@pytest.mark.slow
 def test_a_layout_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the second target is better off with another layout, its matrices are stored again."""
     plain = qigen.compile(GGUF, tmp_path / "one.qgn", target=TARGETS, weights=FORMAT, jobs=JOBS)
