@@ -16,7 +16,6 @@ import pytest
 import qigen
 from qigen.artifact import Artifact
 from qigen.errors import BadInput, Unsupported
-from qigen.formats.algebra import QuantizedTensor
 from qigen.frontends import build_graph, load_huggingface
 from qigen.ir.interpreter import Interpreter
 from qigen.quantize.weights import requantized
@@ -372,16 +371,3 @@ def test_the_command_line(gpt_oss: Callable[[str], GptOss], run: Any, tmp_path: 
     assert answer("eval", path, "--text", tmp_path / "t.txt", "--context", 64)["perplexity"] > 1
     speed = answer("bench", path, "--prefill", 16, "--decode", 4, "--repeat", 1)
     assert speed["weight_bytes"] == model.artifact.manifest["weights_read_per_token"]
-
-
-def test_transposed_floats(tmp_path: Path) -> None:
-    """gpt-oss in bfloat16 stores the matrices of experts the other way round."""
-    from tests.frontends.tiny import weights, write_tiny_hf
-
-    folder = write_tiny_hf(tmp_path / "m", "gpt-oss", dtype="F16")
-    model = load_huggingface(folder)
-    stored = weights(tiny("gpt-oss"))["model.layers.1.mlp.experts.gate_up_proj"][4]
-    for first, stem in enumerate(("gate", "up")):
-        tensor = model.tensors[f"blk.1.ffn_{stem}_exps.4.weight"].load()
-        assert isinstance(tensor, QuantizedTensor)
-        assert np.array_equal(tensor.dequantize(), stored.T[first::2].astype(np.float16))

@@ -657,3 +657,23 @@ def write_gpt_oss(
     settings = {**json.loads(path.read_text()), "quantization_config": quantization}
     path.write_text(json.dumps({**settings, **(config or {})}))
     return folder, values
+
+
+def write_mixtral(folder: Path, family: Family) -> tuple[Path, dict[str, np.ndarray]]:
+    """A tiny Mixtral whose attention and experts are quantized by a family, as the tools that
+    quantize such models leave it, and the float32 matrices that these stand for by name."""
+    folder = write_tiny_hf(folder, "mixtral")
+    packed: Tensors = {}
+    quantized: dict[str, np.ndarray] = {}
+    for name, w in weights(tiny("mixtral")).items():
+        if re.search(r"_proj\.|experts\.", name):
+            layer = name.removesuffix(".weight")
+            tensors, quantized[name] = family.pack(layer, w)
+            packed.update({f"{layer}.{part}": tensor for part, tensor in tensors.items()})
+        else:
+            packed[name] = ("F32", w)
+    write_safetensors(folder / "model.safetensors", packed)
+    path = folder / "config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps({**settings, "quantization_config": family.config}))
+    return folder, quantized

@@ -499,6 +499,7 @@ def write_tiny_gguf(
     keys: dict[str, Any] | None = None,
     tensors: Weights | None = None,
     mixed: dict[str, str] | None = None,
+    without: str | None = None,
     **overrides: Any,
 ) -> Path:
     """Write a tiny model as a GGUF file and return its path.
@@ -506,7 +507,8 @@ def write_tiny_gguf(
     ``quant`` is the format of the matrices (``f32 f16 bf16 q8_0 q4_0 ... q4_k ...``); rows that are
     no multiple of its block become f16, as llama.cpp does. ``mixed``: other formats by a part of
     the tensor's name. ``keys``: metadata by name that is added (str, int, float or bool).
-    ``tensors``: tensors that replace or join the others. ``overrides``: fields of :class:`Tiny`.
+    ``tensors``: tensors that replace or join the others; those with ``without`` in their name go.
+    ``overrides``: fields of :class:`Tiny`.
     """
     path = Path(path)
     spec = tiny(family, **overrides)
@@ -567,6 +569,8 @@ def write_tiny_gguf(
         adders[type(value)](key, value)
     rng = np.random.RandomState(spec.seed)
     for name, tensor in {**gguf_weights(spec), **(tensors or {})}.items():
+        if without is not None and without in name:
+            continue
         chosen = next((f for part, f in (mixed or {}).items() if part in name), quant)
         _add_tensor(w, name, tensor, chosen, rng)
     w.write_header_to_file()
