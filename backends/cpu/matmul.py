@@ -47,8 +47,10 @@ PANEL = 128
 PANEL_WEIGHTS = 1024
 """Weights along K of the panels of an int8 kernel, all its row-blocks together: 20 KiB of L1."""
 
-PANEL_TILES = 4
-"""Tiles of tokens from which on an int8 kernel unpacks into a panel."""
+PANEL_FROM = 12
+"""Tokens of whole tiles (two at least) from which on an int8 kernel unpacks into a panel. Without
+one each tile goes through all of K, and its activations with what it reads fill level 1: where
+others share that, tiles of 6 and 8 tokens took 1.3 to 1.9 times as long (Zen 3, 16 tokens)."""
 
 PANEL_TILES_TWO_LEVEL = 2
 """The same where scales have two levels: they cost as much as the codes."""
@@ -184,7 +186,9 @@ class MatmulSpec:
         """Tiles of tokens from which on the panel is used."""
         if self.matrix:
             return 1
-        return PANEL_TILES_TWO_LEVEL if self.format.has("sub") else PANEL_TILES
+        if self.format.has("sub"):
+            return PANEL_TILES_TWO_LEVEL
+        return max(2, -(-PANEL_FROM // self.tiles[0]))
 
     def entry(self, epilogue: str) -> str:
         """The function that computes with an epilogue: store, add, silu or gelu_tanh."""
