@@ -183,6 +183,25 @@ class DecodePlan:
         """Whether kernels of one token fetch activations by the places of the kept codes."""
         return self.format.dot_places
 
+    def turns(self, weights: int) -> tuple[tuple[Segment, ...], ...]:
+        """The segments in parts of ``weights`` weights, each of which loads all that it reads; one
+        part where what is left of a word goes on (digits, bitmaps) or places are shared."""
+        f = self.format
+        if f.base3 or f.mask or f.words or self.kblock <= weights or self.kblock % weights:
+            return (self.segments,)
+        parts = []
+        for first in range(0, self.kblock, weights):
+            seen: set[str] = set()
+            part = [s for s in self.segments if first <= s.k < first + weights]
+            part[0] = replace(part[0], new_group=True)
+            parts.append(tuple(
+                replace(s, steps=tuple(replace(t, reads=_loaded(t.reads, seen)) for t in s.steps),
+                        fields=tuple(replace(x, reads=_loaded(x.reads, seen)) for x in s.fields)
+                        if s.new_group else s.fields)
+                for s in part
+            ))
+        return tuple(parts)
+
     @property
     def row_stride(self) -> int:
         """Bytes from the expanded codes of a row to those of the next: the last entry of a row
@@ -230,6 +249,13 @@ class DecodePlan:
                 count += 1 + sum((r.right != 0) + r.masked for r in scale.reads)
             count += 2 * (len(segment.fields) > 1)
         return count
+
+
+def _loaded(reads: tuple[PlaneRead, ...], seen: set[str]) -> tuple[PlaneRead, ...]:
+    """The reads, which load the words that are not in ``seen``; they are added to it."""
+    found = tuple(replace(read, load=read.word not in seen) for read in reads)
+    seen.update(read.word for read in reads)
+    return found
 
 
 def _lane_reads(

@@ -58,6 +58,11 @@ PANEL_TILES_TWO_LEVEL = 2
 PANEL_TOKENS = 128
 """Tokens at most that share the panels of an int8 kernel: their totals are 8 KiB a row-block."""
 
+TURN_BYTES = 768
+"""Bytes of the weights at most that one token reads of a row-block before it is the next one's
+turn: longer turns read from one place of the memory at a time (u6g32 on Zen 3, 2 threads: turns of
+448 bytes take 0.65 ms, of 3584 bytes 1.1 ms)."""
+
 RANK_TOKENS = 128
 """Tokens at most whose products with the first factor of a low-rank residual are kept."""
 
@@ -157,6 +162,13 @@ class MatmulSpec:
         return self.activations in INTEGER_ACTIVATIONS
 
     @property
+    def single(self) -> bool:
+        """Whether one token by float activations has a loop of its own, which needs no panel."""
+        f = self.format
+        return bool(self.activations == "f32" and not f.float_kind and not f.vector
+                    and self.isa.features)
+
+    @property
     def token_scale(self) -> bool:
         """Whether quantized activations have one scale for a whole token."""
         return self.activations.endswith("-token")
@@ -195,6 +207,20 @@ class MatmulSpec:
         return f"{self.name}__{epilogue}"
 
 
+def turn_weights(format: Format, layout: Layout) -> int:
+    """Weights along K of a turn: as many whole segments as TURN_BYTES hold, a part of a K-block."""
+    kblock = format.block * layout.blocks
+    weights, size = kblock, kblock_bytes(format, layout)
+    while size > TURN_BYTES and weights % (2 * ACTIVATION_GROUP) == 0:
+        weights, size = weights // 2, size // 2
+    return weights
+
+
+def chains(isa: Isa) -> int:
+    """Sums of one token by float activations that run side by side, to hide the latency of one."""
+    return 4 if isa.registers >= 32 else 2
+
+
 def render_matmul(
     spec: MatmulSpec,
     epilogues: tuple[str, ...],
@@ -204,7 +230,7 @@ def render_matmul(
     """The translation unit of a kernel; ``decode_rows`` adds the embedding lookup (f32 only)."""
     f = spec.format
     plan = None if f.float_kind else decode_plan(f, spec.layout)
-    bytes_ = kblock_bytes(f, spec.layout)
+    bytes_, kblock = kblock_bytes(f, spec.layout), f.block * spec.layout.blocks
     lines = [
         f"{spec.name}: format {f.name} ({f.bits_per_weight:.4g} bits a weight), "
         f"activations {spec.activations}, {spec.isa.name}.",
@@ -227,7 +253,7 @@ def render_matmul(
         "factors": shared_offsets(f)[1],
         "factor_bytes": factor_bytes(f, spec.layout),
         "row_factors": row_offsets(f, spec.layout).get(("lb", 0), 0),
-        "kblock": f.block * spec.layout.blocks,
+        "kblock": kblock,
         "minifloats": MINIFLOATS,
         "byte_table": f.byte_table if spec.integer else f.table,
         "scale_factor": f.scale_factor * (f.byte_step if spec.integer else 1),
@@ -235,8 +261,10 @@ def render_matmul(
         "column_values": row_offsets(f, spec.layout).get(("qv", 0), 0),
         "vector_shift": f.vector.bit_length() if f.vector else 0,  # bytes of f16 entries
         "book_bytes": (2 * f.vector << f.code_bits) if f.vector else 0,
-        "small_floats": f.minifloat is not None
-        or any(field.number in MINIFLOATS for field in f.fields),
+        "chains": chains(spec.isa),
+        "turns": plan.turns(turn_weights(f, spec.layout) if spec.streams > 1 else kblock)
+        if plan
+        else (),
         "zero_code": int(f.zero) if f.has("dict") else 0,
         "entry_bytes": ENTRY,
         "pick_controls": _pick_controls(),
@@ -245,7 +273,6 @@ def render_matmul(
     entries = tuple(spec.entry(e) for e in epilogues)
     if not spec.integer:
         assert spec.layout.blocks == 1 or plan is not None
-        kblock = f.block * spec.layout.blocks
         text = render(
             "cpu/matmul_f32.cpp.j2",
             banner=_banner(lines),
@@ -255,6 +282,9 @@ def render_matmul(
             panel=max(PANEL // kblock, 1) * kblock,
             decode_rows=decode_rows,
             matrix=MATRIX_TOKENS if spec.isa.tiles and spec.activations == "bf16" else 0,
+            prefetch=spec.prefetch,
+            streams=spec.streams,
+            single=spec.single,
             **common,
         )
         if decode_rows:

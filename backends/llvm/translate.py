@@ -469,4 +469,6 @@ def _vectors(primitives: str) -> dict[str, Vector]:
         "vf": Vector("vf", "<16 x float>", 64), "vi": Vector("vi", "<16 x i32>", 64),
         "vm": Vector("vm", "<16 x i1>", 64), "vq": Vector("vq", "%vq", wide),
         "vb32": Vector("vb32", "%vb32", 128), "vb64": Vector("vb64", "%vb64", 256),
+        "vf4": Vector("vf4", "%vf4", 256), "vi4": Vector("vi4", "%vi4", 256),
+        "vft": Vector("vft", "%vft", 256 if re.search(r"^%vft .*i32", primitives, re.M) else 64),
     }  # fmt: skip

@@ -42,7 +42,7 @@ _INTRINSICS: tuple[tuple[str, str | None], ...] = (
 _NEON: tuple[tuple[str, str | None], ...] = (
     (r"reinterpret|get|combine", None),
     (r"dup", "broadcast"),
-    (r"ld1", "load"),
+    (r"ld[14]", "load"),
     (r"st1", "store"),
     (r"dotq|usdotq|bfdotq|ml[as]l|mull|pad", "dot"),
     (r"fm[as]q|(mul|add|sub|div|max|min|sqrt|rndn?|abs)v?q?_f|mulq|ml[as]q", "fma"),
@@ -54,7 +54,7 @@ _NEON: tuple[tuple[str, str | None], ...] = (
 
 # Plain C++ primitives (generic vectors): what one vector register of theirs takes, by name.
 _PORTABLE: tuple[tuple[str, str | None], ...] = (
-    (r"v[fi]_zero|vq_init|vq_finish|vf_from_bits|vq_flush|vb_table", None),
+    (r"v[fi]_zero|vq_init|vq_finish|vf_from_bits|vq_flush|v[fb]_table|v[fi]_part", None),
     (r"v[fi]_set1", "broadcast"),
     (r"vf_load_|vi_load_|vf_from_i32|vi_round|vi_store_|vf_store_f16", "convert"),
     (r"v[fi]_load", "load"),
@@ -141,6 +141,7 @@ def primitives(isa: Isa) -> dict[str, Count]:
         if portable:
             kind = _classified(name, _PORTABLE) if _CALL.match(f"{name}(") else None
             each = _PLAIN_MULTIPLY * isa.dot_instructions if kind == "dot" else isa.vectors
+            each *= 4 if name in ("vf_lookup4", "vf_halves4", "vi_turn") else 1
             return counted({kind: each} if kind else {})
         count = counted({})
         for found in intrinsics.finditer(bodies[name]):
@@ -270,12 +271,7 @@ def kernel_counts(spec: MatmulSpec, tokens: int, rows: int) -> KernelCounts:
         else:
             _, inside, outside = _loop(_function(text, f"tile_{tokens}x{rows}"))
             turns = rows if tokens == 1 else 1
-            if turns > 1:  # the row-blocks of one token take turns
-                _, inside, between = _loop(inside)
-                kblock = _looped(between, spec.isa, 1)
-            for kind, n in _looped(inside, spec.isa, turns).items():
-                kblock[kind] += n
-            _expand(kblock, spec, inside, text, turns)
+            kblock = _turns(inside, text, spec, turns)
         if "tile_panel_" in text:
             body = _loop(_function(text, "unpack"))[1]
             unpack = _looped(body, spec.isa, 1)
@@ -289,7 +285,11 @@ def kernel_counts(spec: MatmulSpec, tokens: int, rows: int) -> KernelCounts:
             panel = _looped(group, spec.isa, groups)
         return KernelCounts(kblock, unpack, count_text(outside, spec.isa), panel)
     if tokens == 1 and "void one_token(" in text:
-        return _entries(spec, text)
+        if "void find_entries(" in text:
+            return _entries(spec, text)
+        _, inside, outside = _loop(_function(text, "one_token"))
+        kblock = _turns(inside, text, spec, rows)
+        return KernelCounts(kblock, counted({}), count_text(outside, spec.isa), counted({}))
     header, inside, outside = _loop(_function(text, f"fma_{tokens}"))
     unrolled = re.search(r"k \+= (\d+)", header)
     steps = spec.format.block * spec.layout.blocks / (2 if spec.activations == "bf16" else 1)
@@ -304,6 +304,21 @@ def kernel_counts(spec: MatmulSpec, tokens: int, rows: int) -> KernelCounts:
         for kind, n in _looped(packing, spec.isa, steps).items():
             unpack[kind] += n
     return KernelCounts(kblock, unpack, count_text(outside, spec.isa), counted({}))
+
+
+def _turns(rest: str, text: str, spec: MatmulSpec, rows: int) -> Count:
+    """The counts of the loop over the K-blocks of a tile: of those in it, over ``rows`` row-blocks
+    that take turns, and of the rest."""
+    count = counted({})
+    while "for (" in rest:
+        _, inside, rest = _loop(rest)
+        for kind, n in _looped(inside, spec.isa, rows).items():
+            count[kind] += n
+        _expand(count, spec, inside, text, rows)
+    for kind, n in _looped(rest, spec.isa, 1).items():
+        count[kind] += n
+    _expand(count, spec, rest, text)
+    return count
 
 
 def _entries(spec: MatmulSpec, text: str) -> KernelCounts:

@@ -34,6 +34,7 @@ from qigen.backends.cpu.matmul import (
     MatmulSpec,
     accumulator_bound,
     activation_needs,
+    chains,
 )
 from qigen.costmodel.instructions import (
     COMPUTE,
@@ -278,9 +279,11 @@ def _tile(
     cycles = port_cycles(count, rates, machine)
     weights = spec.format.block * spec.layout.blocks
     if not spec.integer:
-        chains = 4 if tokens == 1 else 1
         steps = weights // 2 if spec.activations == "bf16" else weights
-        cycles["latency"] = steps * latency["fma"] / chains
+        if tokens == 1:  # row-blocks take turns
+            steps *= rows
+            steps //= chains(spec.isa) if spec.format.float_kind is None else 4
+        cycles["latency"] = steps * latency["fma"]
     else:
         steps = weights // STEP
         plan = decode_plan(spec.format, spec.layout)
@@ -375,7 +378,7 @@ def predict(spec: MatmulSpec, at: Situation) -> Prediction:
             instructions += shared * (kblocks * tile.instructions + tile.instructions_around)
     if not spec.integer or panels(spec, m):
         slabs = -(-m // (PANEL_TOKENS if spec.integer else _SLAB))
-        cycles, count = _unpack(alone, spec.tiles[0] if spec.integer else 1, machine)
+        cycles, count = _unpack(alone, spec.tiles[0] if spec.integer else min(m, 2), machine)
         limits["unpack"] = per_thread * slabs * kblocks * cycles * us
         time += limits["unpack"]
         instructions += w.row_blocks * slabs * kblocks * count
@@ -505,7 +508,9 @@ def schedules(
     """The schedules of a weight of ``k`` columns that the model tells apart, the simplest first, or
     those with a given list of tiles; Unsupported if the codes overflow the ISA's accumulators."""
     lists = tile_lists(token_tiles(format, isa, activations)) if tiles is None else [tiles]
-    most = machine.streams if activations in INTEGER_ACTIVATIONS and isa.features else 1
+    alone = MatmulSpec(format, Layout(16, 1), isa, activations, (1,))
+    most = machine.streams if alone.integer or alone.single else 1
+    most = most if isa.features else 1
     prefetch = prefetch_distance(machine, most)
     return [
         MatmulSpec(

@@ -213,6 +213,22 @@ def _picked(x: Array, places: Array, signs: Array) -> Array:
     return _select(signs < 128, found, np.zeros_like(found))
 
 
+def _looked_up(byte: int, t: Array, c: Array) -> Array:
+    return np.take_along_axis(t, c[:, byte::4].astype(np.intp), axis=1)
+
+
+def _turned(part: int, a: Array, b: Array, c: Array) -> Array:
+    """int32 [cases, 16]: word ``part`` of every four lanes of a, b, c and their exclusive or."""
+    words = np.stack([a, b, c, a ^ b], axis=2).reshape(len(a), 4, 4, 4)
+    return words[:, :, part].reshape(len(a), LANES)
+
+
+def _halves_of(part: int, low: Array, high: Array) -> Array:
+    own = slice(16 * part, 16 * part + 16)
+    bits = low[:, own].astype(np.uint16) | high[:, own].astype(np.uint16) << 8
+    return _f32(bits.view(np.float16))
+
+
 def _picked_floats(stride: int, t: Array, at: Array) -> Array:
     return np.take_along_axis(t, at[:, ::stride].astype(np.intp), axis=1)
 
@@ -270,6 +286,17 @@ PRIMITIVES: tuple[Primitive, ...] = (
               lambda t, i: np.take_along_axis(t, i.astype(np.intp), axis=1)),
     Primitive("vi_gather", (Operand("int32*"), Operand("vi", 0, 60)), "vi",
               lambda t, i: np.take_along_axis(_words_at(t), i.astype(np.intp), axis=1)),
+    # of four codes a lane at once: the table and the four vectors are of types of their own
+    *(Primitive(name, (Operand("float*"), _CODE), "vf", partial(_looked_up, byte),
+                f"vf_part<{byte}>(vf_lookup4(vf_table({{0}}), {{1}}))")
+      for byte, name in enumerate(("vf_table", "vf_lookup4", "vf_part", "vf_part"))),
+    # f16 by their low and high bytes, 16 in every quarter
+    *(Primitive("vf_halves4", (_VB, _VB), "vf", partial(_halves_of, part),
+                f"vf_part<{part}>(vf_halves4({{0}}, {{1}}))") for part in range(4)),
+    # the 4x4 words of every four lanes of four vectors, transposed
+    *(Primitive(name, (_VI, _VI, _VI), "vi", partial(_turned, part),
+                f"vi_part<{part}>(vi_turn({{0}}, {{1}}, {{2}}, vi_xor({{0}}, {{1}})))")
+      for part, name in enumerate(("vi_turn", "vi_turn", "vi_part", "vi_part"))),
     *(Primitive("vf_pick", (Operand("float*"), Operand(kind, 0, 15)), "vf",
                 partial(_picked_floats, stride), f"vf_pick<{stride}>({{0}}, {{1}})")
       for stride, kind in ((1, "uint8*"), (2, "table32*"), (4, "table64*"))),
@@ -334,6 +361,9 @@ PRIMITIVES: tuple[Primitive, ...] = (
     Primitive("vb_lookup", (Operand("uint8*"), _CODE), "vb",
               lambda t, c: np.take_along_axis(t, c.astype(np.intp), axis=1),
               "vb_lookup(vb_table({0}), {1})"),
+    # each quarter of the codes has a table of its own
+    Primitive("vb_lookup", (_VB, _CODE), "vb",
+              lambda t, c: np.take_along_axis(t, c + np.arange(4 * LANES) // 16 * 16, axis=1)),
     # wider tables are of a type of their own: seen through their entries
     *(Primitive(f"{name}{n}", (Operand(f"table{n}*"), Operand("vb", 0, n - 1)), "vb",
                 lambda t, c: np.take_along_axis(t, c.astype(np.intp), axis=1),

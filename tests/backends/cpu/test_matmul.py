@@ -34,6 +34,7 @@ from qigen.backends.cpu.matmul import (
     activation_top,
     interleaved,
     render_matmul,
+    turn_weights,
 )
 from qigen.errors import Unsupported
 from qigen.formats import (
@@ -679,6 +680,27 @@ def test_catalog_is_covered() -> None:
     if any(map(foreign, ISAS.values())):
         assert {spec.format.name for spec, _ in DEFAULT if foreign(spec.isa)} == set(
             REPRESENTATIVE)
+
+
+def test_a_turn_loads_all_that_it_reads() -> None:
+    """The turns of a K-block are its segments, and none relies on words that another one loaded."""
+    for f in CATALOG.values():
+        if f.float_kind is not None or f.vector:
+            continue
+        plan = decode_plan(f, Layout())
+        turns = plan.turns(turn_weights(f, Layout()))
+        steps = [step.k for turn in turns for segment in turn for step in segment.steps]
+        assert steps == [step.k for segment in plan.segments for step in segment.steps]
+        assert all(turn[0].new_group for turn in turns), f.name
+        for turn in turns if len(turns) > 1 else ():
+            loaded: set[str] = set()
+            reads = [r for s in turn for x in (*s.fields, *s.steps) if s.new_group or x in s.steps
+                     for r in x.reads]
+            for read in reads:
+                assert read.load == (read.word not in loaded), (f.name, read)
+                loaded.add(read.word)
+    assert len(decode_plan(CATALOG["q6_k"], Layout()).turns(64)) == 4
+    assert len(decode_plan(CATALOG["tq1_0"], Layout()).turns(64)) == 1  # digits go on
 
 
 # ---- panels ----
