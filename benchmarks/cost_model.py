@@ -33,9 +33,9 @@ from qigen.backends.cpu.matmul import (
 from qigen.codegen.render import render
 from qigen.costmodel import Situation, predict
 from qigen.costmodel.matmul import prefetch_distance
-from qigen.formats.algebra import QuantizedTensor
 from qigen.formats.catalog import by_name
 from qigen.formats.layout import Layout, pack, packed_shape
+from qigen.formats.tensor import QuantizedTensor
 from qigen.paths import resource_folder
 from qigen.planner import isa_candidates
 from qigen.toolchain import cache_folder

@@ -24,8 +24,8 @@ import numpy as np
 from qigen.calibration import read_ids
 from qigen.compiler import _tokenizer
 from qigen.evaluate import perplexity
-from qigen.formats.algebra import QuantizedTensor
 from qigen.formats.catalog import by_name
+from qigen.formats.tensor import QuantizedTensor
 from qigen.frontends import build_graph, load_model
 from qigen.ir.graph import Graph, load_constant
 from qigen.quantize.hessian import Statistics

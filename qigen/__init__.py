@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from qigen.artifact import Artifact
     from qigen.compiler import compile
     from qigen.evaluate import perplexity
-    from qigen.formats.algebra import QuantizedTensor
+    from qigen.formats.tensor import QuantizedTensor
     from qigen.model import Model, Session, load
     from qigen.quantize import quantize
     from qigen.text import Tokenizer

@@ -23,10 +23,10 @@ import numpy.typing as npt
 from qigen.backends.cuda.prefill import GemmForm
 from qigen.codegen.lower import PackedTensor, align
 from qigen.errors import BadInput
-from qigen.formats.algebra import QuantizedTensor
 from qigen.formats.blocks import to_blocks
 from qigen.formats.catalog import by_name
 from qigen.formats.layout import Layout, pack, packed_bytes, packed_shape, shared_bytes, unpack
+from qigen.formats.tensor import QuantizedTensor
 from qigen.ir.graph import (
     Constant,
     constant_bytes,

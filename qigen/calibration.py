@@ -23,8 +23,8 @@ from qigen import toolchain
 from qigen.build import Progress
 from qigen.codegen.reference import Run
 from qigen.errors import BadInput, Unsupported, UsageError
-from qigen.formats.algebra import QuantizedTensor
 from qigen.formats.catalog import by_name
+from qigen.formats.tensor import QuantizedTensor
 from qigen.frontends.model import LanguageModel
 from qigen.ir.graph import Array, Graph, Node, load_constant
 from qigen.ir.types import TYPES

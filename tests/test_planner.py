@@ -12,8 +12,8 @@ from qigen.backends.cpu.isa import ISAS
 from qigen.backends.cpu.matmul import MatmulSpec
 from qigen.costmodel import schedules, space
 from qigen.errors import BadInput, UsageError
-from qigen.formats.algebra import QuantizedTensor
 from qigen.formats.catalog import by_name
+from qigen.formats.tensor import QuantizedTensor
 from qigen.ir.graph import Graph
 from qigen.ir.plan import KernelChoice, Plan
 from qigen.passes.pipeline import optimize

@@ -7,7 +7,8 @@ import numpy.typing as npt
 
 from qigen.backends.cuda.gemm import COLUMNS, DECODINGS, FIRST_TWO, Decoding, GemmSpec, up
 from qigen.errors import BadInput
-from qigen.formats.algebra import MINIFLOATS, Array, QuantizedTensor, as_float32, float_bits
+from qigen.formats.algebra import MINIFLOATS, Array
+from qigen.formats.tensor import QuantizedTensor, as_float32, float_bits
 
 
 def _fragments(codes: Array, step: int) -> Array:

@@ -13,8 +13,9 @@ from qigen.backends.cuda.gemm import (
     usual_schedule,
 )
 from qigen.backends.cuda.gemm_packing import gemm_bytes, pack_gemm, unpack_gemm
-from qigen.formats.algebra import Format, QuantizedTensor
+from qigen.formats.algebra import Format
 from qigen.formats.catalog import by_name
+from qigen.formats.tensor import QuantizedTensor
 
 PANEL_BYTES = 32 << 20
 """Halves that a weight without a tensor-core kernel of its own is turned into at a time."""

@@ -32,9 +32,10 @@ from qigen.backends.cpu.ops import render_ops
 from qigen.codegen.render import render
 from qigen.errors import BadInput, ToolchainError, Unsupported, UsageError
 from qigen.formats import catalog
-from qigen.formats.algebra import Format, QuantizedTensor
+from qigen.formats.algebra import Format
 from qigen.formats.kv import kv_format
 from qigen.formats.layout import pack, packed_shape, row_block_bytes
+from qigen.formats.tensor import QuantizedTensor
 from qigen.paths import resource_folder
 from qigen.planner import Product, isa_candidates, plan_products
 from qigen.quantize import quantize

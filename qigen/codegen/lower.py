@@ -21,9 +21,10 @@ from qigen.backends.cpu.matmul import (
     activation_top,
 )
 from qigen.errors import Unsupported
-from qigen.formats.algebra import Format, QuantizedTensor
+from qigen.formats.algebra import Format
 from qigen.formats.kv import BLOCK, half_block_bytes, kv_format
 from qigen.formats.layout import Layout, packed_shape, row_block_bytes, shared_bytes
+from qigen.formats.tensor import QuantizedTensor
 from qigen.ir.dims import whole
 from qigen.ir.graph import Graph, Node, constant_shape
 from qigen.ir.ops.experts import expert_parts

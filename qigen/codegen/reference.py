@@ -14,7 +14,7 @@ import numpy as np
 from qigen.backends.cpu.elementwise import Step, chain_reference
 from qigen.backends.cpu.gemm import unpack_weights
 from qigen.errors import UsageError
-from qigen.formats.algebra import QuantizedTensor
+from qigen.formats.tensor import QuantizedTensor
 from qigen.ir import dims, schema
 from qigen.ir.dims import Sym
 from qigen.ir.graph import Array, Graph, Node, load_constant

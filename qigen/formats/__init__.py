@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qigen.formats.algebra import Field, Format, QuantizedTensor, Run, validate
+from qigen.formats.algebra import Field, Format, Run
 from qigen.formats.blocks import from_blocks, to_blocks
 from qigen.formats.catalog import (
     CATALOG,
@@ -34,6 +34,7 @@ from qigen.formats.layout import (
     shared_bytes,
     unpack,
 )
+from qigen.formats.tensor import QuantizedTensor, validate
 
 __all__ = [
     "CATALOG",

@@ -6,7 +6,8 @@ import numpy as np
 import numpy.typing as npt
 
 from qigen.errors import BadInput, Unsupported
-from qigen.formats.algebra import Array, Field, Format, QuantizedTensor, Run, check_columns
+from qigen.formats.algebra import Array, Field, Format, Run
+from qigen.formats.tensor import QuantizedTensor, check_columns
 
 # Source bytes handled at a time, so that the temporaries stay in a level-2 cache.
 _CHUNK_BYTES = 1 << 17

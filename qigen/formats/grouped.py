@@ -15,15 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from qigen.formats.algebra import (
-    Array,
-    Field,
-    Float32Array,
-    Format,
-    QuantizedTensor,
-    float_bits,
-)
+from qigen.formats.algebra import Array, Field, Float32Array, Format
 from qigen.formats.catalog import GROUPS, by_name
+from qigen.formats.tensor import QuantizedTensor, float_bits
 
 Codes = Callable[[int, int], npt.NDArray[np.uint8]]
 

@@ -34,14 +34,8 @@ import numpy as np
 import numpy.typing as npt
 
 from qigen.errors import BadInput, Unsupported
-from qigen.formats.algebra import (
-    Array,
-    Field,
-    Format,
-    QuantizedTensor,
-    slice_rows,
-    unsigned_dtype,
-)
+from qigen.formats.algebra import Array, Field, Format, unsigned_dtype
+from qigen.formats.tensor import QuantizedTensor, slice_rows
 
 # Packed bytes handled at a time: few enough for the caches, enough to hide what a numpy call costs.
 _CHUNK_BYTES = 1 << 19

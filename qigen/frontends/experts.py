@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from qigen.errors import BadInput
-from qigen.formats.algebra import QuantizedTensor
 from qigen.formats.blocks import from_blocks
 from qigen.formats.catalog import by_name
+from qigen.formats.tensor import QuantizedTensor
 from qigen.frontends.checkpoints.raw import RawTensor
 from qigen.frontends.model import Bytes, SourceTensor
 from qigen.frontends.settings import shown

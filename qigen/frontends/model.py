@@ -19,8 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 from qigen.errors import BadInput
-from qigen.formats.algebra import Format, QuantizedTensor, select_rows, validate
+from qigen.formats.algebra import Format
 from qigen.formats.blocks import from_blocks
+from qigen.formats.tensor import QuantizedTensor, select_rows, validate
 
 Bytes = npt.NDArray[np.uint8]
 

@@ -23,7 +23,8 @@ import numpy as np
 import numpy.typing as npt
 
 from qigen.errors import BadInput
-from qigen.formats.algebra import Format, QuantizedTensor
+from qigen.formats.algebra import Format
+from qigen.formats.tensor import QuantizedTensor
 from qigen.ir import schema, types
 from qigen.ir.dims import Sym
 

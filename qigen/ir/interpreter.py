@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from qigen.errors import BadInput, UsageError
-from qigen.formats.algebra import QuantizedTensor, select_rows
 from qigen.formats.kv import BLOCK, KV_FORMATS, kv_format, round_block
+from qigen.formats.tensor import QuantizedTensor, select_rows
 from qigen.ir import schema
 from qigen.ir.graph import Array, Graph, State, constant_shape, load_constant
 from qigen.ir.ops.experts import expert_parts

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from qigen.errors import BadInput
-from qigen.formats.algebra import QuantizedTensor, check_columns
+from qigen.formats.tensor import QuantizedTensor, check_columns
 from qigen.ir import schema
 from qigen.ir.graph import Graph, Node, State, constant_format, constant_shape
 from qigen.ir.types import TYPES

@@ -28,8 +28,9 @@ import numpy.typing as npt
 
 from qigen.errors import BadInput
 from qigen.evaluate import divergence_rows, log_softmax
-from qigen.formats.algebra import Float32Array, Format, QuantizedTensor, select_rows
+from qigen.formats.algebra import Float32Array, Format
 from qigen.formats.catalog import by_name
+from qigen.formats.tensor import QuantizedTensor, select_rows
 from qigen.ir.graph import Array, Graph, load_constant
 from qigen.mix.candidates import KEEP, Cost, Matrix, method_of
 from qigen.quantize.hessian import Statistics, factor, importance, output_error

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy.typing as npt
 
-from qigen.formats.algebra import Format, QuantizedTensor
+from qigen.formats.algebra import Format
 from qigen.formats.catalog import by_name
+from qigen.formats.tensor import QuantizedTensor
 from qigen.quantize.hessian import Statistics
 from qigen.quantize.methods import METHODS, Report, quantize_matrix
 from qigen.quantize.rtn import quantize_rtn

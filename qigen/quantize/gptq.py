@@ -15,15 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from qigen.errors import Unsupported, UsageError
-from qigen.formats.algebra import (
-    Array,
-    Float32Array,
-    Format,
-    QuantizedTensor,
-    as_float32,
-    float_bits,
-    kept_weights,
-)
+from qigen.formats.algebra import Array, Float32Array, Format
+from qigen.formats.tensor import QuantizedTensor, as_float32, float_bits, kept_weights
 from qigen.quantize.grid import Grid, plain, with_parts
 from qigen.quantize.hessian import DAMPING, Factor, factor, importance
 from qigen.quantize.rtn import Clip, quantize_rtn

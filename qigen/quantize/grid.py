@@ -12,15 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from qigen.errors import Unsupported
-from qigen.formats.algebra import (
-    Array,
-    Float32Array,
-    Format,
-    QuantizedTensor,
-    as_float32,
-    group_values,
-    mask_field,
-)
+from qigen.formats.algebra import Array, Float32Array, Format
+from qigen.formats.tensor import QuantizedTensor, as_float32, group_values, mask_field
 from qigen.quantize.rtn import Clip, blocks_of_codes, coded, quantize_rtn
 from qigen.quantize.tables import kmeans
 

@@ -11,8 +11,9 @@ from __future__ import annotations
 import numpy as np
 
 from qigen.errors import UsageError
-from qigen.formats.algebra import Array, Float32Array, Format, QuantizedTensor, as_float32
-from qigen.formats.algebra import float_bits as bits_of
+from qigen.formats.algebra import Array, Float32Array, Format
+from qigen.formats.tensor import QuantizedTensor, as_float32
+from qigen.formats.tensor import float_bits as bits_of
 from qigen.quantize.rtn import better_of, blocks_of_codes, grouped, quantize_rtn
 
 _CHUNK_WEIGHTS = 1 << 20

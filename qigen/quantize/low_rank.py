@@ -15,14 +15,8 @@ from dataclasses import replace
 import numpy as np
 
 from qigen.errors import BadInput
-from qigen.formats.algebra import (
-    Array,
-    Float32Array,
-    Format,
-    QuantizedTensor,
-    as_float32,
-    float_bits,
-)
+from qigen.formats.algebra import Array, Float32Array, Format
+from qigen.formats.tensor import QuantizedTensor, as_float32, float_bits
 
 STEPS = 3
 """Rounds of rounding and factoring at most: they stop where the error grows."""

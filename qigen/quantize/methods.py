@@ -17,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from qigen.errors import BadInput, Unsupported, UsageError
-from qigen.formats.algebra import Float32Array, Format, QuantizedTensor
+from qigen.formats.algebra import Float32Array, Format
+from qigen.formats.tensor import QuantizedTensor
 from qigen.quantize.aqlm import aqlm
 from qigen.quantize.gptq import gptq
 from qigen.quantize.hessian import Statistics, check_hessian, importance, output_error

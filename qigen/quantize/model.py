@@ -26,8 +26,9 @@ import numpy as np
 import numpy.typing as npt
 
 from qigen.errors import BadInput, QigenError, Unsupported, UsageError
-from qigen.formats.algebra import Array, Format, QuantizedTensor
+from qigen.formats.algebra import Array, Format
 from qigen.formats.catalog import by_name
+from qigen.formats.tensor import QuantizedTensor
 from qigen.ir.graph import Graph, constant_shape, load_constant
 from qigen.ir.ops.experts import expert_parts
 from qigen.quantize import methods

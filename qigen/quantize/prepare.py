@@ -22,8 +22,9 @@ import numpy as np
 import numpy.typing as npt
 
 from qigen.errors import Unsupported, UsageError
-from qigen.formats.algebra import Array, Float32Array, Format, QuantizedTensor
+from qigen.formats.algebra import Array, Float32Array, Format
 from qigen.formats.catalog import by_name
+from qigen.formats.tensor import QuantizedTensor
 from qigen.ir.graph import Constant, Graph, Node, Value, constant_shape, load_constant
 from qigen.quantize.hessian import Statistics, check_memory, output_error
 from qigen.quantize.rtn import quantize_rtn

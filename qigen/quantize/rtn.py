@@ -12,12 +12,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from qigen.errors import BadInput, Unsupported
-from qigen.formats.algebra import (
+from qigen.formats.algebra import MINIFLOATS, Array, Float32Array, Format
+from qigen.formats.tensor import (
     BASE3_RUNS,
-    MINIFLOATS,
-    Array,
-    Float32Array,
-    Format,
     QuantizedTensor,
     as_float32,
     check_columns,

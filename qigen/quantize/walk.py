@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qigen.errors import BadInput
-from qigen.formats.algebra import QuantizedTensor, select_rows
+from qigen.formats.tensor import QuantizedTensor, select_rows
 from qigen.ir import schema
 from qigen.ir.graph import Array, Graph, Node, constant_shape, load_constant
 

@@ -10,8 +10,9 @@ from fnmatch import fnmatchcase
 import numpy as np
 
 from qigen.errors import BadInput, QigenError, Unsupported, UsageError
-from qigen.formats.algebra import Format, QuantizedTensor
+from qigen.formats.algebra import Format
 from qigen.formats.catalog import by_name, with_byte_table
+from qigen.formats.tensor import QuantizedTensor
 from qigen.ir.graph import Constant, Graph, constant_shape, load_constant
 from qigen.quantize.rtn import check_rounding, quantize_rtn
 

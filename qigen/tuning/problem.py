@@ -24,15 +24,9 @@ from qigen.backends.cpu.matmul import (
 )
 from qigen.costmodel.gemm import GemmShape
 from qigen.formats import layout
-from qigen.formats.algebra import (
-    Format,
-    QuantizedTensor,
-    as_float32,
-    float_bits,
-    kept_weights,
-    mask_field,
-)
+from qigen.formats.algebra import Format
 from qigen.formats.layout import pack, packed_bytes, packed_shape
+from qigen.formats.tensor import QuantizedTensor, as_float32, float_bits, kept_weights, mask_field
 from qigen.formats.words import ZEROS, fitted, most_probable
 
 Array = npt.NDArray[Any]

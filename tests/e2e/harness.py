@@ -16,7 +16,7 @@ from qigen._runtime import Model, Session
 from qigen.artifact import Artifact
 from qigen.compiler import compile
 from qigen.formats import catalog
-from qigen.formats.algebra import QuantizedTensor
+from qigen.formats.tensor import QuantizedTensor
 from qigen.frontends import LanguageModel, build_graph, load_model
 from qigen.ir.graph import Graph, load_constant
 from qigen.ir.interpreter import Interpreter

@@ -25,7 +25,7 @@ from qigen.formats import (
     validate,
     with_outliers,
 )
-from qigen.formats.algebra import as_float32, mask_field
+from qigen.formats.tensor import as_float32, mask_field
 from qigen.formats.words import encoded, expanded_words, most_probable
 from qigen.quantize import quantize_rtn
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from qigen.errors import Unsupported
-from qigen.formats.algebra import QuantizedTensor
+from qigen.formats.tensor import QuantizedTensor
 from qigen.frontends import LanguageModel, build_graph, load_gguf, load_huggingface
 from qigen.ir.interpreter import Interpreter
 from tests.frontends.packing import Family, awq, gptq, write_mixtral

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from qigen.errors import UsageError
-from qigen.formats.algebra import QuantizedTensor
+from qigen.formats.tensor import QuantizedTensor
 from qigen.frontends import LanguageModel, build_graph, load_gguf, load_huggingface
 from qigen.frontends.families import FAMILIES
 from qigen.frontends.model import SourceTensor

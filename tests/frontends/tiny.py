@@ -22,9 +22,10 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType
 
-from qigen.formats.algebra import Format, QuantizedTensor
+from qigen.formats.algebra import Format
 from qigen.formats.blocks import to_blocks
 from qigen.formats.catalog import by_name
+from qigen.formats.tensor import QuantizedTensor
 
 Weights = dict[str, np.ndarray]
 Tensors = dict[str, tuple[str, np.ndarray]]

@@ -7,8 +7,8 @@ import pytest
 
 import qigen
 from qigen.errors import Unsupported, UsageError
-from qigen.formats.algebra import as_float32, validate
 from qigen.formats.catalog import by_name
+from qigen.formats.tensor import as_float32, validate
 from qigen.quantize.aqlm import _State
 from qigen.quantize.rtn import quantize_rtn
 from tests.quantize.data import layer, output_error

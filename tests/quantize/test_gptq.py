@@ -9,8 +9,8 @@ import pytest
 
 import qigen
 from qigen.errors import BadInput, Unsupported, UsageError
-from qigen.formats.algebra import validate
 from qigen.formats.catalog import CATALOG, REPRESENTATIVE, by_name
+from qigen.formats.tensor import validate
 from qigen.quantize import quantize_matrix
 from qigen.quantize.gptq import ordered
 from qigen.quantize.hessian import Statistics, factor

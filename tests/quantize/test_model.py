@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from qigen.errors import BadInput, Unsupported, UsageError
-from qigen.formats.algebra import QuantizedTensor
 from qigen.formats.catalog import by_name
+from qigen.formats.tensor import QuantizedTensor
 from qigen.ir.graph import load_constant
 from qigen.ir.interpreter import Interpreter
 from qigen.ir.verify import verify

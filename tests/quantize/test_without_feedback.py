@@ -9,8 +9,8 @@ import pytest
 
 import qigen
 from qigen.errors import Unsupported, UsageError
-from qigen.formats.algebra import as_float32, validate
 from qigen.formats.catalog import CATALOG, by_name
+from qigen.formats.tensor import as_float32, validate
 from qigen.quantize.methods import METHODS
 from tests.quantize.data import layer
 

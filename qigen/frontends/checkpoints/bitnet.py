@@ -16,9 +16,10 @@ from collections.abc import Mapping
 import numpy as np
 
 from qigen.errors import Unsupported
-from qigen.formats.algebra import Array, QuantizedTensor
+from qigen.formats.algebra import Array
 from qigen.formats.catalog import by_name
 from qigen.formats.grouped import bits_of, padded
+from qigen.formats.tensor import QuantizedTensor
 from qigen.frontends.checkpoints.grouped import PackedMatrix
 from qigen.frontends.checkpoints.raw import Module, RawTensor, modules
 from qigen.frontends.model import SourceTensor

@@ -26,9 +26,10 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 
-from qigen.formats.algebra import Array, Float32Array, QuantizedTensor
+from qigen.formats.algebra import Array, Float32Array
 from qigen.formats.catalog import by_name
 from qigen.formats.grouped import Grouped, bits_of, narrowest, padded, stored_group
+from qigen.formats.tensor import QuantizedTensor
 from qigen.frontends.checkpoints.grouped import PackedMatrix, matrix, no_row
 from qigen.frontends.checkpoints.raw import Module, RawTensor, modules
 from qigen.frontends.model import SourceTensor

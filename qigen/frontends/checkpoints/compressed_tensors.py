@@ -27,9 +27,10 @@ import numpy as np
 import numpy.typing as npt
 
 from qigen.errors import BadInput, Unsupported
-from qigen.formats.algebra import Array, Float32Array, QuantizedTensor
+from qigen.formats.algebra import Array, Float32Array
 from qigen.formats.catalog import by_name
 from qigen.formats.grouped import Grouped, bits_of, padded
+from qigen.formats.tensor import QuantizedTensor
 from qigen.frontends.checkpoints.grouped import (
     PackedMatrix,
     group_of,

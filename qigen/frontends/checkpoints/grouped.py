@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from qigen.errors import BadInput, Unsupported
-from qigen.formats.algebra import Array, Float32Array, Format, QuantizedTensor
+from qigen.formats.algebra import Array, Float32Array, Format
 from qigen.formats.catalog import by_name
 from qigen.formats.grouped import (
     Grouped,
@@ -20,6 +20,7 @@ from qigen.formats.grouped import (
     padded,
     stored_group,
 )
+from qigen.formats.tensor import QuantizedTensor
 from qigen.frontends.checkpoints.raw import RawTensor
 from qigen.frontends.model import SourceTensor
 from qigen.frontends.settings import shown

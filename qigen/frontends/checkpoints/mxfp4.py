@@ -13,8 +13,9 @@ from dataclasses import replace
 import numpy as np
 
 from qigen.errors import BadInput
-from qigen.formats.algebra import Array, QuantizedTensor
+from qigen.formats.algebra import Array
 from qigen.formats.catalog import by_name
+from qigen.formats.tensor import QuantizedTensor
 from qigen.frontends.checkpoints.grouped import PackedMatrix
 from qigen.frontends.checkpoints.raw import RawTensor
 from qigen.frontends.model import SourceTensor

@@ -19,8 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 from qigen.errors import Unsupported
-from qigen.formats.algebra import Array, QuantizedTensor
+from qigen.formats.algebra import Array
 from qigen.formats.catalog import OUTLIER_BLOCK, by_name
+from qigen.formats.tensor import QuantizedTensor
 from qigen.frontends.checkpoints.grouped import PackedMatrix, no_row
 from qigen.frontends.checkpoints.raw import Module, RawTensor, modules
 from qigen.frontends.model import SourceTensor

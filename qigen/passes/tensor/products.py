@@ -14,7 +14,7 @@ import numpy as np
 
 from qigen.backends.cpu.gemm import check_depthwise, check_sums, pack_weights
 from qigen.errors import Unsupported
-from qigen.formats.algebra import QuantizedTensor, float_bits
+from qigen.formats.tensor import QuantizedTensor, float_bits
 from qigen.ir.graph import Array, Graph, Node
 from qigen.ir.tensor import given
 from qigen.passes.tensor.rewrite import Rewriter

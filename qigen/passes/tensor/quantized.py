@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from qigen.formats import catalog
-from qigen.formats.algebra import QuantizedTensor
 from qigen.formats.grouped import Grouped, grouped_row, grouped_rows, unpack_bits
+from qigen.formats.tensor import QuantizedTensor
 from qigen.ir import dims, schema
 from qigen.ir.graph import Array, Graph, Node
 from qigen.ir.tensor import MAX_FOLDED_BYTES, TensorOp, given

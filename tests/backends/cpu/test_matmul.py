@@ -50,7 +50,7 @@ from qigen.formats import (
     row_block_bytes,
     shared_bytes,
 )
-from qigen.formats.algebra import as_float32, kept_weights, mask_field
+from qigen.formats.tensor import as_float32, kept_weights, mask_field
 from qigen.formats.words import fitted, most_probable
 from qigen.quantize.low_rank import without_low_rank
 from tests.backends.cpu.foreign import foreign
