@@ -141,7 +141,7 @@ def primitives(isa: Isa) -> dict[str, Count]:
         if portable:
             kind = _classified(name, _PORTABLE) if _CALL.match(f"{name}(") else None
             each = _PLAIN_MULTIPLY * isa.dot_instructions if kind == "dot" else isa.vectors
-            each *= 4 if name in ("vf_lookup4", "vf_halves4", "vi_turn") else 1
+            each *= 4 if name in ("vf_lookup4", "vf_small4", "vf_halves4", "vi_turn") else 1
             return counted({kind: each} if kind else {})
         count = counted({})
         for found in intrinsics.finditer(bodies[name]):

@@ -217,6 +217,11 @@ def _looked_up(byte: int, t: Array, c: Array) -> Array:
     return np.take_along_axis(t, c[:, byte::4].astype(np.intp), axis=1)
 
 
+def _small(exponent: int, byte: int, codes: Array) -> Array:
+    c = codes[:, byte::4].astype(np.uint16)
+    return _f32(((c & 0x80) << 8 | (c & 0x7F) << (3 + exponent)).view(np.float16))
+
+
 def _turned(part: int, a: Array, b: Array, c: Array) -> Array:
     """int32 [cases, 16]: word ``part`` of every four lanes of a, b, c and their exclusive or."""
     words = np.stack([a, b, c, a ^ b], axis=2).reshape(len(a), 4, 4, 4)
@@ -290,6 +295,10 @@ PRIMITIVES: tuple[Primitive, ...] = (
     *(Primitive(name, (Operand("float*"), _CODE), "vf", partial(_looked_up, byte),
                 f"vf_part<{byte}>(vf_lookup4(vf_table({{0}}), {{1}}))")
       for byte, name in enumerate(("vf_table", "vf_lookup4", "vf_part", "vf_part"))),
+    # bytes of a sign, so many bits of an exponent, and a mantissa, as f16
+    *(Primitive("vf_small4", (_VB,), "vf", partial(_small, exponent, exponent - 1),
+                f"vf_part<{exponent - 1}>(vf_small4<{exponent}>({{0}}))")
+      for exponent in (1, 2, 3, 4)),
     # f16 by their low and high bytes, 16 in every quarter
     *(Primitive("vf_halves4", (_VB, _VB), "vf", partial(_halves_of, part),
                 f"vf_part<{part}>(vf_halves4({{0}}, {{1}}))") for part in range(4)),
