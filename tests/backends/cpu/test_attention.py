@@ -54,7 +54,8 @@ class AttentionArgs(ctypes.Structure):
 
     _fields_ = [("q", _P), ("q_stride", _L), ("k", _P), ("k_stride", _L), ("v", _P),
                 ("v_stride", _L), ("out", _P), ("out_stride", _L), ("rope", _P), ("pairs", _I),
-                ("interleaved", _B), ("q_norm", _P), ("k_norm", _P), ("eps", _F), ("scale", _F),
+                ("interleaved", _B), ("q_norm", _P), ("k_norm", _P), ("eps", _F), ("sinks", _P),
+                ("scale", _F),
                 ("softcap", _F), ("window", _I), ("heads", _I), ("kv_heads", _I), ("layer", _L),
                 ("chunk", _I), ("chunks", _I), ("partial", _P), ("positions", _P), ("kv", _P),
                 ("position_bytes", _L), ("halves", _P), ("step_blocks", _I), ("m", _I),
@@ -169,7 +170,8 @@ class Layer:
     """The attention of one of two layers, for several sessions, and the reference beside it."""
 
     def __init__(self, handle: Any, kv: str, head_dim: int, kv_heads: int, group: int,
-                 sessions: int = 1, window: int = 0, softcap: float = 0.0, seed: int = 0) -> None:
+                 sessions: int = 1, window: int = 0, softcap: float = 0.0, seed: int = 0,
+                 sinks: bool = False) -> None:
         self.handle, self.row, self.head_dim = handle, KV_FORMATS[kv], head_dim
         self.kv_heads, self.heads = kv_heads, kv_heads * group
         self.window, self.softcap = window, softcap
@@ -186,6 +188,9 @@ class Layer:
         # channels of keys have offsets and sizes of their own, as they have in models
         self.k_offset = self.rng.standard_normal(kv_heads * head_dim)
         self.k_size = np.exp(0.5 * self.rng.standard_normal(kv_heads * head_dim))
+        # some far above all scores, where next to nothing is left of the values
+        self.sinks = (4 * self.rng.standard_normal(self.heads) + 2).astype(np.float32) if (
+            sinks) else None
 
     def step(self, sessions: list[int], m: int, threads: int = 1,
              rng: np.random.Generator | None = None) -> tuple[Array, Array, Array]:
@@ -209,7 +214,8 @@ class Layer:
             rows = slice(i, i + 1) if batch else slice(None)
             self.caches[s].append(positions[rows], k[rows], v[rows])
             ev: Any = SimpleNamespace(kv=lambda _, s=s: self.caches[s])
-            expected[rows] = attend(q[rows].astype(np.float64), positions[rows], attrs, ev)
+            sinks = None if self.sinks is None else self.sinks.astype(np.float64)
+            expected[rows] = attend(q[rows].astype(np.float64), positions[rows], attrs, ev, sinks)
             if self.row.integer:
                 sigma[rows] = self.deviations(s, q[rows] * scale, positions[rows], expected[rows])
             self.position[s] = int(positions[rows][-1]) + 1
@@ -227,6 +233,7 @@ class Layer:
         args = AttentionArgs(
             q=q.ctypes.data, q_stride=q.shape[1], k=k.ctypes.data, k_stride=k.shape[1],
             v=v.ctypes.data, v_stride=v.shape[1], out=out.ctypes.data, out_stride=out.shape[1],
+            sinks=None if self.sinks is None else self.sinks.ctypes.data,
             scale=scale, softcap=self.softcap, window=self.window, heads=self.heads,
             kv_heads=self.kv_heads, layer=1, chunk=CHUNK, chunks=chunks,
             partial=-(-partial.ctypes.data // 64) * 64, positions=positions.ctypes.data,
@@ -268,7 +275,8 @@ class Layer:
                 if self.window:
                     score[: max(0, p - self.window + 1)] = -np.inf
                 weights = np.exp(score - score.max())
-                weights /= weights.sum()
+                sink = 0.0 if self.sinks is None else np.exp(self.sinks[h] - score.max())
+                weights /= weights.sum() + sink
                 rounded = sealed * BLOCK if self.row.window else p + 1
                 sigma[i, part] = deviation(self.row, q[i, part], keys[:, head], values[:, head],
                                            rounded, weights, slope, expected[i, part])
@@ -325,8 +333,8 @@ def test_heads(kv: str, head_dim: int, group: int,
     """Heads that are no whole vectors, and groups that are no whole tiles of rows."""
     isa = next(i for i in reversed(list(ISAS.values())) if not why_not(i) and not foreign(i))
     handle = library(folder_of(tmp_path_factory), isa, kv, head_dim, group)
-    for window, softcap in ((0, 0.0), (100, 30.0)):
-        layer = Layer(handle, kv, head_dim, 1, group, window=window, softcap=softcap)
+    for window, softcap, sinks in ((0, 0.0, False), (100, 30.0, False), (0, 0.0, True)):
+        layer = Layer(handle, kv, head_dim, 1, group, window=window, softcap=softcap, sinks=sinks)
         for m in (80, 80, 47, 1, 1, 80, *[1] * 20):
             layer.check([0], m)
 
