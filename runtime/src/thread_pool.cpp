@@ -122,7 +122,7 @@ void ThreadPool::run(Function function, const Step& step) {
 
   function_ = function;
   step_ = &step;
-  unfinished_.store(threads_ - 1, std::memory_order_relaxed);
+  unfinished_.store(static_cast<uint32_t>(threads_ - 1));
   // In one order with sleepers_ below: either the worker sees the new job before it sleeps or we
   // see the sleeper.
   jobs_.fetch_add(1, std::memory_order_seq_cst);
@@ -133,7 +133,7 @@ void ThreadPool::run(Function function, const Step& step) {
     wake_.notify_all();
   }
   call(function, step, 0);
-  for (uint32_t looks = 0; unfinished_.load(std::memory_order_acquire) > 0; ++looks) relax(looks);
+  while (const uint32_t left = unfinished_.load()) unfinished_.wait_while(left);
 }
 
 void ThreadPool::call(Function function, const Step& step, int thread) {
@@ -148,7 +148,7 @@ void ThreadPool::work(int thread) {
   for (uint32_t seen = 0;; ++seen) {
     if (!wait_for_job(seen)) return;
     call(function_, *step_, thread);
-    unfinished_.fetch_sub(1, std::memory_order_release);
+    unfinished_.subtract(1);
   }
 }
 

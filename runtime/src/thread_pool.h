@@ -81,8 +81,8 @@ class ThreadPool {
   const Step* step_ = nullptr;
   bool stop_ = false;
 
-  alignas(128) std::atomic<uint32_t> jobs_{0};   // number of the latest job
-  alignas(128) std::atomic<int> unfinished_{0};  // workers that haven't returned from it
+  alignas(128) std::atomic<uint32_t> jobs_{0};  // number of the latest job
+  Watched unfinished_;                          // workers that haven't returned from it
   alignas(128) std::atomic<int> sleepers_{0};
   std::mutex sleep_mutex_;
   std::condition_variable wake_;

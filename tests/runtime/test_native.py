@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,35 @@ def test_driver_through_dlopen(artifact: Path, tmp_path: Path) -> None:
         "-o", driver, "-ldl",
     )  # fmt: skip
     assert call(driver, artifact).stdout == "ok\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere threads that wait yield")
+def test_who_waits_for_long_sleeps(tmp_path: Path) -> None:
+    """A thread at the barrier leaves its core to others while it waits for one that does not run,
+    and none is forgotten there."""
+    source, program = tmp_path / "wait.cpp", tmp_path / "wait"
+    source.write_text(
+        "#include <chrono>\n#include <ctime>\n#include <cstdio>\n#include <thread>\n"
+        '#include "qigen/generated.h"\n'
+        "int main() {\n"
+        "  qigen::Barrier barrier(3);\n"
+        "  const auto work = [&](int t) {\n"
+        "    for (int i = 0; i < 20; ++i) {\n"
+        "      if (t == i % 3) std::this_thread::sleep_for(std::chrono::milliseconds(20));\n"
+        "      barrier.wait(t);\n"
+        "    }\n"
+        "    for (int i = 0; i < 2000; ++i) barrier.wait(t);\n"
+        "  };\n"
+        "  std::thread a(work, 1), b(work, 2);\n"
+        "  work(0);\n"
+        "  a.join();\n"
+        "  b.join();\n"
+        '  std::printf("%.3f\\n", double(std::clock()) / CLOCKS_PER_SEC);\n'
+        "}\n"
+    )
+    call("g++", "-std=c++17", "-O2", "-pthread", *WARNINGS, "-I", INCLUDE, source, "-o", program)
+    # 20 waits of two threads for 20 ms would be 0.8 s, and the short ones are a few ms
+    assert float(call(program).stdout) < 0.6
 
 
 @pytest.mark.parametrize("static", [False, True])

@@ -18,6 +18,11 @@ extern "C" __declspec(dllimport) int SwitchToThread(void);
 #else
 #include <sched.h>
 #endif
+#ifdef __linux__
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #define QIGEN_ALWAYS_INLINE inline __attribute__((always_inline))
 
@@ -142,21 +147,66 @@ QIGEN_ALWAYS_INLINE void cpu_relax() {
 #endif
 }
 
-// What a loop that waits for another thread does between looks. The other one most often comes
-// within microseconds, unless it lost its core: then this one's may be what it needs. 256 is a
-// compromise and not tuned: 64 to 8192 were tried on a busy machine, where the noise hid which is
-// best; 8192 had the longest delays.
-QIGEN_ALWAYS_INLINE void relax(uint32_t looks) {
-  if (looks < 256) {
-    cpu_relax();
-  } else {
-#ifdef _WIN32
+// Looks before a thread that waits sleeps, each after a pause of some 20 ns: about 0.1 ms, which
+// the threads of a step that all run seldom wait for each other.
+constexpr uint32_t kLooksBeforeSleep = 4096;
+
+// A number that threads wait for a change of. Who has looked for long sleeps: the thread that is
+// waited for has lost its core to another program and may need this one. (Elsewhere than on Linux
+// it yields.) To yield after a short while is bad: beside programs that always run it gives a time
+// slice away, some milliseconds, at every barrier.
+class Watched {
+ public:
+  QIGEN_ALWAYS_INLINE uint32_t load() const { return number_.load(std::memory_order_acquire); }
+
+  // Whoever waits sees what was written before.
+  QIGEN_ALWAYS_INLINE void store(uint32_t number) {
+    // In one order with sleepers_: either the sleeper finds the new number or is seen here.
+    number_.store(number, std::memory_order_seq_cst);
+    wake();
+  }
+
+  QIGEN_ALWAYS_INLINE void subtract(uint32_t amount) {
+    if (number_.fetch_sub(amount, std::memory_order_seq_cst) == amount) wake();
+  }
+
+  // Returns once the number is another than this.
+  QIGEN_ALWAYS_INLINE void wait_while(uint32_t number) {
+    for (uint32_t looks = 0; load() == number; ++looks) {
+      if (looks < kLooksBeforeSleep) {
+        cpu_relax();
+      } else {
+        sleep(number);
+      }
+    }
+  }
+
+ private:
+  QIGEN_ALWAYS_INLINE void wake() {
+#ifdef __linux__
+    if (sleepers_.load(std::memory_order_seq_cst) == 0) return;
+    syscall(SYS_futex, &number_, FUTEX_WAKE_PRIVATE, INT32_MAX, nullptr, nullptr, 0);
+#endif
+  }
+
+  QIGEN_ALWAYS_INLINE void sleep(uint32_t number) {
+#ifdef __linux__
+    sleepers_.fetch_add(1, std::memory_order_seq_cst);
+    syscall(SYS_futex, &number_, FUTEX_WAIT_PRIVATE, number, nullptr, nullptr, 0);
+    sleepers_.fetch_sub(1, std::memory_order_seq_cst);
+#elif defined(_WIN32)
+    (void)number;
     SwitchToThread();
 #else
+    (void)number;
     sched_yield();
 #endif
   }
-}
+
+  // Apart: those who look at the number would take this from the one who changes it.
+  alignas(128) std::atomic<uint32_t> number_{0};
+  alignas(128) std::atomic<int> sleepers_{0};
+};
 
 // All threads of a step meet here: what one wrote before wait(), all see after it.
 // The last thread to arrive opens the next round, the others look at the number of the round.
@@ -168,20 +218,20 @@ class Barrier {
 
   QIGEN_ALWAYS_INLINE void wait(int /*thread*/) {
     if (threads_ == 1) return;
-    const uint32_t round = round_.load(std::memory_order_relaxed);
+    const uint32_t round = round_.load();
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) == threads_ - 1) {
       arrived_.store(0, std::memory_order_relaxed);
-      round_.store(round + 1, std::memory_order_release);
+      round_.store(round + 1);
       return;
     }
-    for (uint32_t looks = 0; round_.load(std::memory_order_acquire) == round; ++looks) relax(looks);
+    round_.wait_while(round);
   }
 
  private:
   // Two cache lines apart: arrivals don't disturb those who already spin, and the adjacent-line
   // prefetcher doesn't bring one with the other.
   alignas(128) std::atomic<int> arrived_{0};
-  alignas(128) std::atomic<uint32_t> round_{0};
+  Watched round_;
   const int threads_;
 };
 
