@@ -58,7 +58,7 @@ PANEL_TILES_TWO_LEVEL = 2
 PANEL_TOKENS = 128
 """Tokens at most that share the panels of an int8 kernel: their totals are 8 KiB a row-block."""
 
-TURN_BYTES = 768
+TURN_BYTES = 640
 """Bytes of the weights at most that one token reads of a row-block before it is the next one's
 turn: longer turns read from one place of the memory at a time (u6g32 on Zen 3, 2 threads: turns of
 448 bytes take 0.65 ms, of 3584 bytes 1.1 ms)."""
