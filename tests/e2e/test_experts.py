@@ -21,7 +21,7 @@ from qigen.ir.interpreter import Interpreter
 from qigen.quantize.weights import requantized
 from tests.e2e.harness import JOBS, Compiled, relative_error
 from tests.e2e.test_families import TOKENS, TOLERANCE, check
-from tests.frontends.packing import write_gpt_oss
+from tests.frontends.packing import gptq, write_gpt_oss, write_mixtral
 from tests.frontends.tiny import Tiny, tiny
 
 NEVER = 3
@@ -253,6 +253,19 @@ def test_experts_are_rounded(tmp_path: Path, weights: str) -> None:
     rows = np.arange(len(TOKENS), dtype=np.int32)
     expected = Interpreter(graph, kv="f16").step({"input_ids": TOKENS, "rows": rows})["logits"]
     assert relative_error(found, expected) < TOLERANCE["f32", "f16"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("activations", ["f32", "int8"])
+def test_mixtral_of_gptq(tmp_path: Path, activations: str) -> None:
+    """Groups of 64 along rows of 96: the last one of every row of the down matrices is short."""
+    folder, _ = write_mixtral(tmp_path / "m", gptq(4, 64))
+    artifact = qigen.compile(folder, tmp_path / "m.qgn", activations=activations, jobs=JOBS)
+    found = qigen.load(artifact.path, threads=2).session().eval(TOKENS, all=True)
+    rows = np.arange(len(TOKENS), dtype=np.int32)
+    run = Interpreter(build_graph(load_huggingface(folder)), activations=activations, kv="f16")
+    expected = run.step({"input_ids": TOKENS, "rows": rows})["logits"]
+    assert relative_error(found, expected) < TOLERANCE[activations, "f16"]
 
 
 @pytest.mark.slow
