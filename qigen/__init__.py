@@ -35,7 +35,7 @@ __version__ = "0.1.0"
 _LAZY = {
     "Artifact": "qigen.artifact",
     "Model": "qigen.model",
-    "QuantizedTensor": "qigen.formats.algebra",
+    "QuantizedTensor": "qigen.formats.tensor",
     "Session": "qigen.model",
     "Tokenizer": "qigen.text",
     "compile": "qigen.compiler",

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 from qigen.backends.base import Isa
@@ -360,7 +360,8 @@ class _Search:
                 specs = schedules(p.format, p.k, self.isa, arithmetic, self.machine, tiles)
             layout = self.layouts.get(p.key)
             if layout is not None:
-                specs = [spec for spec in specs if spec.layout == layout]
+                # whichever it is: every instruction set reads every layout
+                specs = list(dict.fromkeys(replace(spec, layout=layout) for spec in specs))
             self._best[key] = _simplest(specs, lambda spec, m: self.us(spec, p, m))
         return self._best[key]
 

@@ -348,7 +348,7 @@ def test_formats(run: Any, run_json: Any) -> None:
     assert set(rows) == set(CATALOG)
     assert rows["q4_0"]["bits_per_weight"] == 4.5 and rows["q4_k"]["group"] == 32
     assert rows["u4g32"]["gpu"] == ["gemv", "gemm", "gemm-int8"]
-    assert rows["s4g128_2of4"]["gpu"] == ["gemv", "gemm"]
+    assert rows["s4g128_2of4"]["gpu"] == ["gemv", "gemm", "gemm-int8"]
     assert rows["s4g128_lr16"]["gpu"] == [] and rows["s4g128_lr16"]["sparsity"] == "rank 16"
     assert rows["s4g128_2of8v64"]["sparsity"] == "64:2:8"
     code, out, _ = run("formats")

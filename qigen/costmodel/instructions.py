@@ -287,7 +287,9 @@ def kernel_counts(spec: MatmulSpec, tokens: int, rows: int) -> KernelCounts:
     if tokens == 1 and "void one_token(" in text:
         if "void find_entries(" in text:
             return _entries(spec, text)
-        _, inside, outside = _loop(_function(text, "one_token"))
+        before, over_kblocks, rest = _function(text, "one_token").partition("for (int kb")
+        _, inside, after = _loop(over_kblocks + rest)
+        outside = before + after
         kblock = _turns(inside, text, spec, rows)
         return KernelCounts(kblock, counted({}), count_text(outside, spec.isa), counted({}))
     header, inside, outside = _loop(_function(text, f"fma_{tokens}"))
